@@ -1,0 +1,135 @@
+"""What a patch changed on a model, kept as plain data, and how to put it back.
+
+A change names its module by the dotted name below the patched model, never by reference. So the log
+travels with `copy.deepcopy` and pickling, a copy can be unpatched on its own, and no reference
+cycle keeps weights alive.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks")
+_HOOK_FLAGS = {
+    "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
+    "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+}
+
+
+@dataclass
+class AttributeChange:
+    """``module.__dict__[key]`` was ``before`` (absent if not ``had``) and is now ``after``."""
+
+    name: str
+    key: str
+    had: bool
+    before: Any
+    after: Any
+
+    def conflict(self, module: nn.Module) -> str | None:
+        """Say what someone else did to the attribute since, if anything."""
+        if module.__dict__.get(self.key) is self.after:
+            return None
+        return f"{self.key!r} of {self.name or 'the model'!r} was replaced"
+
+    def undo(self, module: nn.Module) -> None:
+        """Put the attribute back, whether or not the change was completed."""
+        if self.had:
+            module.__dict__[self.key] = self.before
+        else:
+            module.__dict__.pop(self.key, None)
+
+
+@dataclass
+class HookChange:
+    """``function`` was added to a hook table of the module. It is found again by identity."""
+
+    name: str
+    table: str
+    function: Callable[..., Any]
+
+    def conflict(self, module: nn.Module) -> str | None:
+        """Say what someone else did to the hook since, if anything."""
+        if any(hook is self.function for hook in getattr(module, self.table).values()):
+            return None
+        return f"the hook {self.function.__name__!r} of {self.name or 'the model'!r} was removed"
+
+    def undo(self, module: nn.Module) -> None:
+        """Remove the hook, whether or not the change was completed."""
+        hooks = getattr(module, self.table)
+        for number in [n for n, hook in hooks.items() if hook is self.function]:
+            del hooks[number]
+            for flags in _HOOK_FLAGS[self.table]:
+                getattr(module, flags).pop(number, None)
+
+
+@dataclass
+class ChangeLog:
+    """Changes in the order they were made. An entry is written *before* its change is made."""
+
+    entries: list[AttributeChange | HookChange] = field(default_factory=list)
+    witnesses: dict[str, tuple[type, Any]] = field(default_factory=dict)
+    """For each module touched: its type and its instance-level ``forward`` (None: the class's)."""
+
+    def set(self, root: nn.Module, name: str, key: str, value: object) -> None:
+        """Set ``key`` in the ``__dict__`` of the module called ``name``, undoably.
+
+        Use it for an instance-level ``forward`` too, with a `types.MethodType` of a module-level
+        function: a closure would run the original's weights in a deepcopy.
+        """
+        module = root.get_submodule(name)
+        self._witness(name, module)
+        had = key in module.__dict__
+        self.entries.append(AttributeChange(name, key, had, module.__dict__.get(key), value))
+        module.__dict__[key] = value
+        if key == "forward":
+            self.witnesses[name] = (type(module), value)
+
+    def hook(self, root: nn.Module, name: str, table: str, function: Callable[..., Any]) -> None:
+        """Add a module-level function to a hook table of the module, undoably.
+
+        Args:
+            root: The patched model.
+            name: Dotted name of the module.
+            table: One of HOOK_TABLES.
+            function: Called with keyword arguments: ``(module, args, kwargs)`` before a forward,
+                ``(module, args, kwargs, output)`` after one. Not a closure.
+        """
+        module = root.get_submodule(name)
+        self._witness(name, module)
+        self.entries.append(HookChange(name, table, function))
+        if table == "_forward_pre_hooks":
+            module.register_forward_pre_hook(function, with_kwargs=True)
+        else:
+            module.register_forward_hook(function, with_kwargs=True)
+
+    def conflicts(self, root: nn.Module) -> list[str]:
+        """Say, naming the module, what someone else changed since. Empty: all can be put back."""
+        found = []
+        for name, (kind, forward) in self.witnesses.items():
+            try:
+                module = root.get_submodule(name)
+            except AttributeError:
+                found.append(f"module {name!r} is gone")
+                continue
+            if type(module) is not kind:
+                found.append(f"module {name!r} was replaced by a {type(module).__name__}")
+            elif module.__dict__.get("forward") is not forward:
+                found.append(f"'forward' of {name or 'the model'!r} was wrapped")
+        if not found:
+            checks = (entry.conflict(root.get_submodule(entry.name)) for entry in self.entries)
+            found = [text for text in checks if text is not None]
+        return found
+
+    def undo(self, root: nn.Module) -> None:
+        """Put everything back, last change first. Can be called again after an interruption."""
+        while self.entries:
+            entry = self.entries[-1]
+            entry.undo(root.get_submodule(entry.name))
+            self.entries.pop()
+        self.witnesses.clear()
+
+    def _witness(self, name: str, module: nn.Module) -> None:
+        self.witnesses.setdefault(name, (type(module), module.__dict__.get("forward")))

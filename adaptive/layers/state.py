@@ -1,0 +1,196 @@
+"""What a patched model remembers: the shared record, one state with counters per attention layer.
+
+The seam between `adaptive.patch` and the code that runs attention: a *backend* is a module in this
+package that exports two functions::
+
+    def survey(root: nn.Module) -> Survey
+        # What is there: one Site per attention module, in execution order, and every reason for a
+        # refusal, by name. Changes nothing, raises nothing.
+
+    def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None
+        # Makes the changes, each through record.log.set(root, name, key, value) or
+        # record.log.hook(root, name, table, function), so that each can be undone by name and a
+        # failure at any step leaves the model as it was.
+
+`adaptive.patch` asks `hf_attention` for a model of transformers and `torch_attention` for any other
+module. It puts a LayerState into ``module.__dict__[STATE]`` of every site before it calls
+``install``; undoing, `disabled()`, reports, deepcopy and plan rows are then common to all.
+
+The hot path of a backend reads its state and counts what it did::
+
+    state = module.__dict__[STATE]
+    if not state.record.enabled:      # Patched.disabled(): the stock path, uncounted
+        ...
+    state.count_native(query_tokens, kv_tokens, kv_bytes, seconds)   # a native kernel ran
+    state.count_stock("prefill", query_tokens)                       # stock ran; the reason
+
+Rules: functions are module-level or `types.MethodType`, never closures or partials (a deepcopy
+would run the original's weights); nothing but these dicts holds state; no counting while
+`torch.compiler.is_compiling()`.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from adaptive.layers.changes import ChangeLog
+
+if TYPE_CHECKING:
+    from adaptive.policy.plan import Plan
+
+RECORD = "_adaptive_record"
+"""Key of the PatchRecord in the ``__dict__`` of the patched model."""
+
+STATE = "_adaptive"
+"""Key of the LayerState in the ``__dict__`` of each attention module."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One attention module that a patch would touch.
+
+    Attributes:
+        name: Dotted name below the patched model; may be empty for the model itself.
+        kind: "hf", "mha" or "sdpa": how its backend takes hold of it.
+        layer: Row of the plan, counted from 0 in execution order.
+        heads: Query heads.
+        kv_heads: Key and value heads; divides ``heads``.
+        head_dim: Width of one head.
+    """
+
+    name: str
+    kind: str
+    layer: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What a backend found on a model.
+
+    Attributes:
+        family: Name of the model family, or of the kind of model for plain PyTorch.
+        sites: In execution order.
+        have: What is supported, as (part, what was found) for people to read.
+        problems: Why patch() would refuse, each by name; empty if it would not.
+        advice: What the user can do about the problems.
+        base: Name of the module whose forward is the whole pass, for the time share.
+        extra: What the backend wants to hand from survey to install.
+    """
+
+    family: str
+    sites: tuple[Site, ...] = ()
+    have: tuple[tuple[str, str], ...] = ()
+    problems: tuple[str, ...] = ()
+    advice: tuple[str, ...] = ()
+    base: str = ""
+    extra: Any = None
+
+
+@dataclass(kw_only=True)
+class PatchRecord:
+    """Everything one patch() did to one model. Plain data: survives deepcopy and pickling.
+
+    Attributes:
+        policies: As given, for reports; a tuple of Policy.
+        plan: Which layer and head does what.
+        family: Name of the model family.
+        sites: The attention modules, in execution order.
+        log: The changes, and how to undo them.
+        enabled: False inside `Patched.disabled()`.
+        forward_calls: Forward passes of the base module since the counters were reset.
+        forward_seconds: Time in them, on CPU; on CUDA it would need a synchronisation, and is 0.
+        forward_start: `time.perf_counter()` at the start of the pass now running.
+        want_weights: The pass now running must return attention weights.
+        native_start: Process-wide native call counts when the counters were reset.
+        notes: Things to say in the report once: what was left alone and why -> how often.
+    """
+
+    policies: tuple[Any, ...]
+    plan: "Plan"
+    family: str
+    sites: tuple[Site, ...]
+    log: ChangeLog = field(default_factory=ChangeLog)
+    enabled: bool = True
+    forward_calls: int = 0
+    forward_seconds: float = 0.0
+    forward_start: float = 0.0
+    want_weights: bool = False
+    native_start: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
+
+    def note(self, text: str) -> None:
+        """Count something that the report should say."""
+        self.notes[text] = self.notes.get(text, 0) + 1
+
+    def reset(self, native_calls: dict[str, int]) -> None:
+        """Set the counters of the record to zero."""
+        self.forward_calls = 0
+        self.forward_seconds = 0.0
+        self.native_start = dict(native_calls)
+        self.notes = {}
+
+
+@dataclass(slots=True, kw_only=True)
+class LayerState:
+    """What one attention module is told to do, and what it did since the counters were reset.
+
+    Attributes:
+        record: Shared by all layers of the model.
+        site: The module this belongs to.
+        row: This layer's row of the plan: one mode per KV head.
+        native_calls: Calls that a native kernel answered.
+        stock_calls: Calls that the stock implementation answered, by reason.
+        query_tokens: Query tokens of all calls, ``batch * query_tokens`` each.
+        kv_tokens: Keys read by native calls: ``batch * length`` each.
+        kv_bytes: Bytes of keys and values read by native calls.
+        seconds: Time in attention, native and stock, on CPU.
+        held_bytes: Most bytes this layer's KV cache held allocated.
+        used_bytes: Of those, bytes that held tokens at that time.
+        cache: Name of the cache layer's class, as last seen.
+    """
+
+    record: PatchRecord
+    site: Site
+    row: tuple[str, ...]
+    native_calls: int = 0
+    stock_calls: dict[str, int] = field(default_factory=dict)
+    query_tokens: int = 0
+    kv_tokens: int = 0
+    kv_bytes: int = 0
+    seconds: float = 0.0
+    held_bytes: int = 0
+    used_bytes: int = 0
+    cache: str = ""
+
+    def count_native(
+        self, query_tokens: int, kv_tokens: int, kv_bytes: int, seconds: float
+    ) -> None:
+        """Count one call that a native kernel answered."""
+        self.native_calls += 1
+        self.query_tokens += query_tokens
+        self.kv_tokens += kv_tokens
+        self.kv_bytes += kv_bytes
+        self.seconds += seconds
+
+    def count_stock(self, reason: str, query_tokens: int, seconds: float = 0.0) -> None:
+        """Count one call that the stock implementation answered, and why."""
+        self.stock_calls[reason] = self.stock_calls.get(reason, 0) + 1
+        self.query_tokens += query_tokens
+        self.seconds += seconds
+
+    def count_held(self, cache: str, held_bytes: int, used_bytes: int) -> None:
+        """Note how much the layer's KV cache holds; the largest is kept."""
+        self.cache = cache
+        if held_bytes >= self.held_bytes:
+            self.held_bytes = held_bytes
+            self.used_bytes = used_bytes
+
+    def reset(self) -> None:
+        """Set the counters to zero."""
+        self.native_calls = self.query_tokens = self.kv_tokens = self.kv_bytes = 0
+        self.held_bytes = self.used_bytes = 0
+        self.seconds = 0.0
+        self.stock_calls = {}
+        self.cache = ""
