@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -86,3 +87,7 @@ def save_for_transformers(tokenizer: Tokenizer, folder: Path, max_length: int) -
         clean_up_tokenization_spaces=False,
     )
     fast.save_pretrained(str(folder))
+    settings = folder / "tokenizer_config.json"
+    content = json.loads(settings.read_text(encoding="utf-8"))
+    content["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,265 @@
+"""Train the lab model from the standard library's text: resumable, one recipe, one command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from bench.lab import data, measure, tasks
+from bench.lab import model as lab
+from bench.lab.muon import Muon
+from bench.lab.tokenizer import EOS, save_for_transformers, train_tokenizer
+
+HERE = Path(__file__).parent
+EXAMPLES = """examples:
+  python -m bench.lab.train --work /tmp/lab            train, or go on after a stop
+  python -m bench.lab.train --work /tmp/lab --export   write bench/lab/model from the checkpoint
+
+The checkpoint in --work holds weights, optimizer, step and random state. A stopped run goes on
+where it was; the recipe is read anew each time, so later phases may be edited in between.
+"""
+
+
+def prepare(work: Path) -> tuple[Any, dict[str, np.ndarray]]:
+    """Return the tokenizer and the encoded splits, made once and cached in ``work``."""
+    from tokenizers import Tokenizer
+
+    work.mkdir(parents=True, exist_ok=True)
+    token_file, cache = work / "tokenizer.json", work / "corpus.npz"
+    if not cache.exists():
+        tokenizer = train_tokenizer(data.training_texts())
+        tokenizer.save(str(token_file))
+        eos = tokenizer.token_to_id(EOS)
+        splits = {"train": data.training_texts(), "heldout": data.heldout_texts()}
+        arrays = {k: data.encode_corpus(tokenizer, texts, eos) for k, texts in splits.items()}
+        np.savez(cache, **arrays)
+    return Tokenizer.from_file(str(token_file)), dict(np.load(cache))
+
+
+class Batches:
+    """Draws training batches: a mixture of text and synthetic tasks with skip-wise positions."""
+
+    def __init__(self, tokenizer: Any, corpus: np.ndarray, vocab: int) -> None:
+        self.encode = tasks.encoder(tokenizer)
+        self.bos = tasks.bos_id(tokenizer)
+        self.corpus = corpus
+        self.vocab = vocab
+
+    def sample(self, rng: np.random.Generator, phase: dict[str, Any]) -> tasks.Sample:
+        """Return one sequence of ``context + 1`` tokens from the phase's mixture."""
+        kinds = list(phase["mixture"])
+        kind = rng.choice(kinds, p=[phase["mixture"][k] for k in kinds])
+        length = phase["context"] + 1
+        if kind == "text":
+            return tasks.text_sample(rng, self.corpus, length, self.bos)
+        if kind == "copy":
+            longest = int(rng.choice(phase["copy_lengths"]))
+            return tasks.copy_sample(rng, length, self.bos, 3, self.vocab, longest)
+        args = (rng, self.encode, self.corpus, length, self.bos)
+        if kind == "variables":
+            return tasks.variables_sample(*args, hops=int(rng.integers(1, 4)))
+        keys = 1 if rng.random() < 0.4 else int(rng.integers(2, phase["max_keys"] + 1))
+        weight = phase.get("answer_weight", 4.0)
+        return tasks.keys_sample(*args, keys=keys, answer_weight=weight)
+
+    def draw(self, rng: np.random.Generator, phase: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Return ids, positions, targets and target weights of one batch."""
+        context = phase["context"]
+        samples = [self.sample(rng, phase) for _ in range(phase["batch"])]
+        positions = []
+        for _ in samples:
+            skip = rng.random() < phase["skip_share"]
+            span = int(rng.integers(context, phase["span"] + 1)) if skip else context
+            positions.append(tasks.skip_positions(rng, context, span, int(rng.integers(2, 6))))
+        ids = torch.from_numpy(np.stack([s.ids for s in samples]))
+        weights = torch.from_numpy(np.stack([s.weights for s in samples]))
+        return ids[:, :-1], torch.from_numpy(np.stack(positions)), ids[:, 1:], weights[:, 1:]
+
+
+def make_optimizers(model: torch.nn.Module, settings: dict[str, Any]) -> list[Any]:
+    """Return Muon for the layers' matrices and AdamW for the embedding and the norms."""
+    named = list(model.named_parameters())
+    matrices = [p for n, p in named if p.dim() == 2 and "embed" not in n]
+    rest = [p for n, p in named if p.dim() != 2 or "embed" in n]
+    muon = Muon(
+        matrices,
+        momentum=settings["muon_momentum"],
+        weight_decay=settings["muon_weight_decay"],
+    )
+    adam = torch.optim.AdamW(
+        rest, lr=1.0, betas=tuple(settings["adam_betas"]), weight_decay=0.0, fused=True
+    )
+    return [muon, adam]
+
+
+def train_step(
+    model: Any, batch: tuple[Tensor, ...], exits: dict[int, float], keep: Tensor, layer_fn: Any
+) -> tuple[float, float]:
+    """Run forward and backward; return the last layer's loss and the total loss."""
+    ids, positions, targets, weights = batch
+    states = lab.forward_hidden(model, ids, positions, keep, layer_fn)
+    picked = (weights.reshape(-1) > 0).nonzero().squeeze(1)
+    flat_targets, flat_weights = targets.reshape(-1)[picked], weights.reshape(-1)[picked]
+    total, last = torch.zeros(()), 0.0
+    for index, weight in exits.items():
+        hidden = states[index].reshape(-1, states[index].shape[-1])[picked]
+        loss = lab.head_loss(model, hidden, flat_targets, flat_weights)
+        total = total + weight * loss
+        last = float(loss.detach())
+    total.backward()
+    return last, float(total.detach())
+
+
+def locate(phases: list[dict[str, Any]], step: int) -> tuple[dict[str, Any], float] | None:
+    """Return the phase a global step falls into and the progress within it."""
+    for phase in phases:
+        if step < phase["steps"]:
+            return phase, step / phase["steps"]
+        step -= phase["steps"]
+    return None
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint so that a stop at any moment leaves the old or the new one whole."""
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.replace(path)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train until the recipe's phases are through."""
+    torch.set_num_threads(args.threads)
+    recipe = json.loads(args.recipe.read_text())
+    tokenizer, corpus = prepare(args.work)
+    arch, skip, settings = recipe["architecture"], recipe["layerskip"], recipe["optimizer"]
+    torch.manual_seed(recipe["seed"])
+    model = lab.build_model(arch)
+    optimizers = make_optimizers(model, settings)
+    batches = Batches(tokenizer, corpus["train"], arch["vocab_size"])
+    step, tokens, seconds = 0, 0, 0.0
+    checkpoint = args.work / "checkpoint.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        step, tokens, seconds = state["step"], state["tokens"], state["seconds"]
+        print(f"resumed at step {step}", flush=True)
+    layer_fn = torch.compile(lab.layer_forward, dynamic=False) if args.compile else None
+    total_steps = sum(phase["steps"] for phase in recipe["phases"])
+    layers = arch["layers"]
+    last_eval = last_save = clock = time.time()
+    stopping: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, frame: stopping.append(received))
+    with (args.work / "log.jsonl").open("a") as log:
+        while (found := locate(recipe["phases"], step)) is not None:
+            phase, within = found
+            rng = np.random.default_rng([recipe["seed"], step])
+            start, end = phase["lr"]
+            lr = start + (end - start) * within
+            lr *= min(1.0, (step + 1) / settings["warmup_steps"])
+            for optimizer, scale in zip(optimizers, (1.0, settings["adam_lr_scale"]), strict=True):
+                optimizer.param_groups[0]["lr"] = lr * scale
+            rates = np.asarray(lab.layer_dropout(layers, skip["p_max"], step / total_steps))
+            kept = rng.random((layers, phase["batch"])) >= rates[:, None]
+            exits = lab.exit_weights(
+                layers, skip["exit_scale"], [1 + step % (layers - 2), layers - 1]
+            )
+            batch = batches.draw(rng, phase)
+            keep = torch.from_numpy(kept.astype(np.float32))
+            last, total = train_step(model, batch, exits, keep, layer_fn or lab.layer_forward)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings["clip_norm"])
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            if not math.isfinite(total):
+                raise RuntimeError(f"the loss is {total} at step {step}; lower the learning rate")
+            now = time.time()
+            step, tokens = step + 1, tokens + batch[0].numel()
+            seconds, clock = seconds + now - clock, now
+            record: dict[str, Any] = {
+                "step": step, "phase": phase["name"], "tokens": tokens, "lr": round(lr, 6),
+                "loss": round(last, 4), "total": round(total, 4), "norm": round(float(norm), 3),
+                "seconds": round(seconds, 1),
+            }  # fmt: skip
+            finished = step == total_steps
+            if now - last_eval > args.eval_minutes * 60 or finished:
+                record |= measure.quick(model, tokenizer, corpus["heldout"], args.eval_lengths)
+                last_eval = time.time()
+            if step % args.log_every == 0 or "passkey" in record:
+                log.write(json.dumps(record) + "\n")
+                log.flush()
+                print(json.dumps(record), flush=True)
+            if time.time() - last_save > args.save_minutes * 60 or finished or stopping:
+                state = {
+                    "model": model.state_dict(), "step": step, "tokens": tokens,
+                    "optimizers": [o.state_dict() for o in optimizers], "seconds": seconds,
+                }  # fmt: skip
+                save_checkpoint(checkpoint, state)
+                last_save = time.time()
+            if stopping:
+                print(f"stopped at step {step}; the same command goes on from here", flush=True)
+                return
+
+
+def thin_log(source: Path, target: Path, keep: int = 400) -> None:
+    """Copy a training log, leaving out rows until about ``keep`` and the evaluations remain."""
+    rows = source.read_text().splitlines()
+    stride = max(1, len(rows) // keep)
+    kept = [r for i, r in enumerate(rows) if i % stride == 0 or '"passkey"' in r]
+    target.write_text("\n".join(kept) + "\n", encoding="utf-8")
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write the checkpoint as a Hugging Face model folder, with tokenizer, log and file list."""
+    recipe = json.loads(args.recipe.read_text())
+    tokenizer, _ = prepare(args.work)
+    model = lab.build_model(recipe["architecture"])
+    state = torch.load(args.work / "checkpoint.pt", weights_only=True)
+    model.load_state_dict(state["model"])
+    model.generation_config = GenerationConfig(
+        do_sample=False, bos_token_id=0, eos_token_id=1, pad_token_id=2
+    )
+    model.save_pretrained(args.out)
+    (args.out / "model.safetensors").chmod(0o644)
+    save_for_transformers(tokenizer, args.out, recipe["architecture"]["max_positions"])
+    thin_log(args.work / "log.jsonl", args.out.parent / "log.jsonl")
+    data.write_list(args.out.parent / "data_list.json")
+    print(f"step {state['step']}, {state['tokens']:,} tokens -> {args.out}")
+
+
+def main() -> None:
+    """Read the command line and train or export."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.lab.train", description=__doc__, epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--work", type=Path, required=True, help="folder for checkpoint, caches and the log")
+    add("--recipe", type=Path, default=HERE / "recipe.json", help="hyper-parameters and phases")
+    add("--out", type=Path, default=HERE / "model", help="where --export writes the model")
+    add("--export", action="store_true", help="write the model folder and stop")
+    add("--threads", type=int, default=1, help="CPU threads (default 1)")
+    add("--compile", action="store_true", help="compile the layer (needs a C++ compiler)")
+    add("--log-every", type=int, default=20, metavar="N", help="log each N-th step (default 20)")
+    add("--eval-minutes", type=float, default=5.0, help="minutes between quick evaluations")
+    add("--eval-lengths", type=int, nargs="+", default=[512, 2048, 8192], metavar="TOKENS",
+        help="prompt lengths of the quick passkey evaluation")  # fmt: skip
+    add("--save-minutes", type=float, default=3.0, help="minutes between checkpoints")
+    args = parser.parse_args()
+    (export if args.export else train)(args)
+
+
+if __name__ == "__main__":
+    main()
