@@ -1,0 +1,33 @@
+# Types of the native module; adaptive.ops documents what the functions do.
+from torch import Tensor
+
+cuda: bool
+
+def advise_huge_pages(tensor: Tensor) -> None: ...
+def best_cpu_level() -> str: ...
+def calls() -> dict[str, int]: ...
+def cpu_level() -> str: ...
+def set_cpu_level(level: str) -> None: ...
+def decode_attention(
+    out: Tensor,
+    lse: Tensor,
+    workspace: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    causal: bool = True,
+) -> None: ...
+def decode_attention_workspace_bytes(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    causal: bool = True,
+) -> int: ...

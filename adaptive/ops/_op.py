@@ -1,0 +1,141 @@
+"""Declares operators. The only module that talks to torch.library and to the native module.
+
+An op is declared once, as a typed PyTorch function: the *reference*. From it come the schema, the
+fallback for devices without a kernel, and the oracle that native kernels are tested against. The
+op's ``outputs`` function allocates what the kernel fills; on fake tensors it is what torch.compile
+needs to know. A kernel is found by name: ``adaptive._native.<name>``.
+
+An eager call outside autograd goes straight to the kernel. Under torch.compile, under autograd and
+for tensor subclasses it goes through the dispatcher. Arguments that are not torch tensors but speak
+DLPack (NumPy, CuPy) are viewed as tensors, and the results come back as the caller's kind.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from adaptive import _native
+from adaptive.ops import interop
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Sizes = dict[str, Any]
+MakeInputs = Callable[..., tuple[Any, ...]]
+
+_library = torch.library.Library("adaptive", "DEF")
+
+OPS: dict[str, Any] = {}
+"""Every declared op by name. Tests and benchmarks iterate over this."""
+
+
+class Op(Generic[P, R]):
+    """A callable operator, and what its tests and benchmarks need to know about it.
+
+    Attributes:
+        name: Name in ``torch.ops.adaptive`` and in ``adaptive._native``.
+        reference: Plain PyTorch implementation.
+        outputs: Allocates the outputs for the same arguments; what they hold is undefined.
+        make_inputs: Builds valid arguments from sizes, ``dtype``, ``device`` and ``seed``.
+        edges: Sizes at which implementations tend to break. Tests sweep them.
+        models: Sizes found in published models. Benchmarks time them.
+        native: Device types that have a native kernel in this build, such as ``("cpu", "cuda")``.
+    """
+
+    def __init__(
+        self,
+        reference: Callable[P, R],
+        outputs: Callable[..., Any],
+        make_inputs: MakeInputs,
+        edges: Sequence[Sizes],
+        models: Sequence[Sizes],
+    ) -> None:
+        self.name = reference.__name__
+        self.reference = reference
+        self.outputs = outputs
+        self.make_inputs = make_inputs
+        self.edges = edges
+        self.models = models
+        self.__doc__ = reference.__doc__
+        self.native: tuple[str, ...] = ("cpu", "cuda") if _native.cuda else ("cpu",)
+
+        self._kernel = getattr(_native, self.name)
+        self._workspace_bytes = getattr(_native, f"{self.name}_workspace_bytes")
+        _library.define(self.name + torch.library.infer_schema(reference, mutates_args=()))
+        _library.impl(self.name, reference, "CompositeExplicitAutograd")
+        _library.impl(self.name, self._refuse_gradient, "Autograd")
+        for device in self.native:
+            _library.impl(self.name, self._run, device.upper())
+        torch.library.register_fake(f"adaptive::{self.name}", outputs, lib=_library)
+        self._overload: Callable[P, R] = getattr(torch.ops.adaptive, self.name).default
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the native kernel of the arguments' device, or the reference if it has none."""
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        if torch.compiler.is_compiling():
+            return self._overload(*args, **kwargs)
+        if type(first) is Tensor and not torch.is_grad_enabled():
+            return self._run(*args, **kwargs)
+        if isinstance(first, Tensor):
+            return self._overload(*args, **kwargs)
+        if first is None:
+            raise TypeError(f"adaptive::{self.name}: the first argument must be a tensor, got None")
+        tensors, named, restore = interop.to_torch(self.reference, args, kwargs)
+        with torch.no_grad():
+            return restore(self._run(*tensors, **named))  # type: ignore[no-any-return]
+
+    def __repr__(self) -> str:
+        """Return the name under which users import this op."""
+        return f"adaptive.ops.{self.name}"
+
+    def into(self, *outputs: Tensor, **arguments: Any) -> None:  # noqa: ANN401
+        """Run the native kernel into ``outputs``, which the caller allocated like ``outputs()``.
+
+        CPU only: a CUDA kernel also wants a workspace, which an ordinary call allocates.
+        """
+        self._kernel(*outputs, None, **arguments)
+
+    def _run(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        outputs = self.outputs(*args, **kwargs)
+        first: Tensor = outputs[0]
+        workspace = None
+        if first.is_cuda:
+            wanted = self._workspace_bytes(*args, **kwargs)
+            workspace = torch.empty(wanted, dtype=torch.uint8, device=first.device)
+        self._kernel(*outputs, workspace, *args, **kwargs)
+        return outputs  # type: ignore[no-any-return]
+
+    def _refuse_gradient(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            raise NotImplementedError(
+                f"adaptive::{self.name}: has no backward, but an argument requires a gradient. "
+                "Call it under torch.no_grad(), or use its .reference, which is differentiable."
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._overload(*args, **kwargs)
+
+
+def op(
+    *,
+    outputs: Callable[..., Any],
+    inputs: MakeInputs,
+    edges: Sequence[Sizes],
+    models: Sequence[Sizes],
+) -> Callable[[Callable[P, R]], Op[P, R]]:
+    """Turn a reference function into an operator of the same name.
+
+    Args:
+        outputs: Allocates the outputs for given arguments; see :class:`Op`.
+        inputs: Builds valid arguments; ``make_inputs`` of :class:`Op`.
+        edges: See :class:`Op`.
+        models: See :class:`Op`.
+    """
+
+    def declare(reference: Callable[P, R]) -> Op[P, R]:
+        declared: Op[P, R] = Op(reference, outputs, inputs, edges, models)
+        OPS[reference.__name__] = declared
+        return declared
+
+    return declare

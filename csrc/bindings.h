@@ -1,0 +1,14 @@
+// What the binding files share: the call counters, and one bind function per op.
+
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace adaptive {
+
+/// Counts one call of a kernel, named "<op>:<device>". The GIL must be held.
+void count_call(const char* kernel);
+
+void bind_decode_attention(pybind11::module_& m);
+
+}  // namespace adaptive

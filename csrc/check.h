@@ -1,0 +1,154 @@
+// Argument checks of the bindings. Every message reads
+// `adaptive::<op>: <argument> must <condition>, got <value>`.
+
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <initializer_list>
+#include <string>
+
+#include "common.h"
+#include "tensor_view.h"
+
+namespace adaptive {
+
+/// The checks of one call of one op.
+class Check {
+ public:
+  explicit Check(const char* op) : op_(op) {}
+
+  [[noreturn]] void fail(PyObject* error, const char* argument, const std::string& condition,
+                         const std::string& got) const {
+    const std::string message =
+        std::string("adaptive::") + op_ + ": " + argument + " must " + condition + ", got " + got;
+    PyErr_SetString(error, message.c_str());
+    throw pybind11::error_already_set();
+  }
+
+  /// A tensor of `rank` axes that has memory on the CPU or a CUDA device.
+  void tensor(const TensorView& view, const char* argument, int rank) const {
+    if (view.api == nullptr) {
+      const auto got = pybind11::str(pybind11::type::of(view.object).attr("__name__"));
+      fail(PyExc_TypeError, argument, "be a torch.Tensor with data on cpu or cuda",
+           std::string(got) + (view.object.is_none() ? "" : device_suffix(view)));
+    }
+    if (rank >= 0 && view.tensor.ndim != rank) {
+      fail(PyExc_ValueError, argument, "have " + std::to_string(rank) + " dimensions", shape(view));
+    }
+    if (view.tensor.data == nullptr && view.numel() > 0) {
+      fail(PyExc_ValueError, argument, "have data", "a tensor without memory (fake or meta)");
+    }
+  }
+
+  /// `view` lies on the device of `other`.
+  void same_device(const TensorView& view, const char* argument, const TensorView& other) const {
+    if (view.tensor.device.type != other.tensor.device.type ||
+        view.tensor.device.id != other.tensor.device.id) {
+      fail(PyExc_ValueError, argument, "be on " + device(other), device(view));
+    }
+  }
+
+  DType dtype(const TensorView& view, const char* argument,
+              std::initializer_list<DType> allowed) const {
+    std::string names;
+    for (const DType type : allowed) {
+      if (is(view, type)) return type;
+      names += (names.empty() ? "" : " or ") + std::string(name(type));
+    }
+    fail(PyExc_TypeError, argument, "be " + names,
+         std::string(pybind11::str(view.object.attr("dtype"))));
+  }
+
+  void size(const TensorView& view, const char* argument, int axis, int64_t expected) const {
+    if (view.size(axis) != expected) {
+      fail(PyExc_ValueError, argument,
+           "have size " + std::to_string(expected) + " in dimension " + std::to_string(axis),
+           shape(view));
+    }
+  }
+
+  void last_contiguous(const TensorView& view, const char* argument) const {
+    const int last = view.tensor.ndim - 1;
+    if (view.size(last) > 1 && view.stride(last) != 1) {
+      fail(PyExc_ValueError, argument, "be contiguous in its last dimension",
+           "stride " + std::to_string(view.stride(last)));
+    }
+  }
+
+  void contiguous(const TensorView& view, const char* argument) const {
+    int64_t expected = 1;
+    for (int axis = view.tensor.ndim - 1; axis >= 0 && view.numel() > 0; --axis) {
+      if (view.size(axis) > 1 && view.stride(axis) != expected) {
+        fail(PyExc_ValueError, argument, "be contiguous",
+             "stride " + std::to_string(view.stride(axis)) + " in dimension " +
+                 std::to_string(axis));
+      }
+      expected *= view.size(axis);
+    }
+  }
+
+  /// Strides of `view` as seen from the shape `full`: axes are aligned to the right, and one that
+  /// is missing or of size 1 has stride 0.
+  template <int kRank>
+  void broadcast(const TensorView& view, const char* argument, const int64_t (&full)[kRank],
+                 int64_t (&strides)[kRank]) const {
+    const int missing = kRank - view.tensor.ndim;
+    std::string wanted;
+    bool fits = missing >= 0;
+    for (int axis = 0; axis < kRank; ++axis) {
+      wanted += (axis ? ", " : "") + std::to_string(full[axis]);
+      const int own = axis - missing;
+      const int64_t size = fits && own >= 0 ? view.size(own) : 1;
+      fits = fits && (size == full[axis] || size == 1);
+      strides[axis] = fits && size == full[axis] && own >= 0 ? view.stride(own) : 0;
+    }
+    if (!fits) fail(PyExc_ValueError, argument, "broadcast to [" + wanted + "]", shape(view));
+  }
+
+  static std::string shape(const TensorView& view) {
+    std::string text = "shape [";
+    for (int axis = 0; axis < view.tensor.ndim; ++axis) {
+      text += (axis ? ", " : "") + std::to_string(view.size(axis));
+    }
+    return text + "]";
+  }
+
+ private:
+  static const char* name(DType type) {
+    switch (type) {
+      case DType::kFloat32: return "float32";
+      case DType::kFloat16: return "float16";
+      case DType::kBfloat16: return "bfloat16";
+      case DType::kBool: return "bool";
+      case DType::kInt32: return "int32";
+      case DType::kInt64: return "int64";
+    }
+    return "?";
+  }
+
+  static bool is(const TensorView& view, DType type) {
+    const auto [code, bits, lanes] = view.tensor.dtype;
+    switch (type) {
+      case DType::kFloat32: return code == dlpack::kFloat && bits == 32;
+      case DType::kFloat16: return code == dlpack::kFloat && bits == 16;
+      case DType::kBfloat16: return code == dlpack::kBfloat && bits == 16;
+      case DType::kBool: return code == dlpack::kBool && bits == 8;
+      case DType::kInt32: return code == dlpack::kInt && bits == 32;
+      case DType::kInt64: return code == dlpack::kInt && bits == 64;
+    }
+    return false;
+  }
+
+  static std::string device(const TensorView& view) {
+    return std::string(pybind11::str(view.object.attr("device")));
+  }
+
+  static std::string device_suffix(const TensorView& view) {
+    return pybind11::hasattr(view.object, "device") ? " on " + device(view) : "";
+  }
+
+  const char* op_;
+};
+
+}  // namespace adaptive
