@@ -1,0 +1,1 @@
+"""Benchmarks: python -m bench.ops, python -m bench.models; see README.md here."""

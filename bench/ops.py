@@ -1,0 +1,220 @@
+"""Times every op against its stock PyTorch forms: python -m bench.ops [--device cuda] [--json OUT].
+
+Each form first proves itself against float64; then all forms take turns in this process with
+cold caches. Prints microseconds, GB/s, share of the read bandwidth measured in the same run, the
+relative error, and the ratio to the fastest stock form. About six minutes on two slow cores.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from adaptive import _native
+from adaptive.ops import OPS, Op
+from bench.machine import last_level_cache_bytes, read_bandwidth
+from bench.overhead import call_overhead
+from bench.record import Recorder
+from bench.stock import Sizes, Suite, first, suite_for
+from bench.timing import TOLERANCE, WrongResultError, cache_flusher, interleave, prove, speedup
+
+LEVELS = ("avx512", "avx2", "baseline")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One op at one size and dtype; measured at each number of threads."""
+
+    op: Op[..., Any]
+    suite: Suite
+    sizes: Sizes
+    dtype: str
+
+    @property
+    def label(self) -> str:
+        """Short name for people."""
+        return f"{self.op.name} {self.dtype} " + " ".join(f"{k}={v}" for k, v in self.sizes.items())
+
+
+@dataclass
+class Bench:
+    """What the cells of one CPU run share."""
+
+    recorder: Recorder
+    threads: Sequence[int]
+    ends: float
+    bandwidth: dict[int, float] = field(default_factory=dict)
+    flush: Callable[[], object] = field(
+        default_factory=lambda: cache_flusher(2 * last_level_cache_bytes())
+    )
+
+    def measure(self, cell: Cell, budget_s: float) -> Iterator[dict[str, Any]]:
+        """Prove and time one cell, one row per number of threads."""
+        arguments = cell.op.make_inputs(
+            **cell.sizes, dtype=getattr(torch, cell.dtype), device="cpu"
+        )
+        truth = cell.suite.truth(*arguments)
+        moved_bytes = sum(a.nbytes for a in arguments if isinstance(a, Tensor)) + 4 * truth.numel()
+        for threads in self.threads:
+            torch.set_num_threads(threads)
+            variants = self._variants(cell, arguments, threads)
+            began = time.monotonic()
+            errors = prove(variants, truth, TOLERANCE[cell.dtype])
+            left = max(0.0, budget_s / len(self.threads) - (time.monotonic() - began))
+            timings = interleave(
+                variants, threads=threads, budget_s=left, at_least=3, before=self.flush
+            )
+            row: dict[str, Any] = {
+                "op": cell.op.name,
+                "sizes": cell.sizes,
+                "dtype": cell.dtype,
+                "threads": threads,
+                "moved_bytes": moved_bytes,
+                "variants": {},
+            }
+            for name, timing in timings.items():
+                speed = moved_bytes / (timing.median_us * 1e3)
+                row["variants"][name] = {
+                    "kind": "stock" if name in cell.suite.forms else "native",
+                    **timing.to_dict(),
+                    "gb_s": round(speed, 3),
+                    "share": round(speed / self.bandwidth[threads], 3),
+                    "error": errors[name],
+                }
+            stock = [name for name in timings if name in cell.suite.forms]
+            best = min(stock, key=lambda name: timings[name].median_us)
+            row["best_stock"] = best
+            row["ratio_to_best_stock"] = {
+                name: round(speedup(timings[best], timings[name]), 3) for name in timings
+            }
+            yield row
+
+    def _variants(
+        self, cell: Cell, arguments: tuple[Any, ...], threads: int
+    ) -> dict[str, Callable[[], Tensor]]:
+        best = _native.best_cpu_level()
+        levels = LEVELS[LEVELS.index(best) :] if threads == 1 else (best,)
+        variants = {f"adaptive {level}": _at_level(cell.op, arguments, level) for level in levels}
+        for name, form in cell.suite.forms.items():
+            if threads == 1 or name not in cell.suite.single_thread_only:
+                variants[name] = lambda form=form: form(*arguments)
+        return variants
+
+
+def _at_level(op: Op[..., Any], arguments: tuple[Any, ...], level: str) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        _native.set_cpu_level(level)
+        return first(op(*arguments))
+
+    return run
+
+
+def cells(options: argparse.Namespace) -> list[Cell]:
+    """Everything to measure, the most wanted first: sizes by sweep, then dtypes."""
+    found = []
+    for name, op in sorted(OPS.items()):
+        suite = suite_for(op)
+        sweep = suite.cuda_sweep if options.device == "cuda" else suite.sweep
+        for sizes, dtype in product(sweep or op.models, options.dtype):
+            wanted = options.tokens is None or sizes.get("capacity") in options.tokens
+            if options.op in (None, name) and wanted:
+                found.append(Cell(op, suite, sizes, dtype))
+    return found
+
+
+def print_row(console: Console, row: dict[str, Any]) -> None:
+    """One line per variant, the error beside the speed."""
+    sizes = " ".join(f"{k}={v}" for k, v in row["sizes"].items())
+    console.print(
+        f"\n{row['op']} {row['dtype']} {sizes} threads={row['threads']}",
+        style="bold",
+        soft_wrap=True,
+    )
+    for name, v in row["variants"].items():
+        share = f"{v['share']:6.0%}" if "share" in v else " " * 6
+        console.print(
+            f"  {name:22} {v['us']:11.1f} us  {v['gb_s']:7.2f} GB/s {share}  error {v['error']:.1e}"
+            f"  {row['ratio_to_best_stock'][name]:6.2f}x best stock"
+            f"  ({v['clean']} clean, {v['dropped']} dropped)",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def run_cpu(options: argparse.Namespace, recorder: Recorder, console: Console) -> None:
+    """Measure all cells; one that fails is noted and does not stop the others."""
+    todo = cells(options)
+    bench = Bench(recorder, options.threads, time.monotonic() + options.budget_s)
+    level_before = _native.cpu_level()
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        console=console,
+        auto_refresh=False,  # a refreshing thread would preempt what is being timed
+    ) as progress:
+        task = progress.add_task("bandwidth, call overhead", total=len(todo))
+        progress.refresh()
+        bench.bandwidth = {n: read_bandwidth(n) for n in options.threads}
+        recorder.document["bandwidth_gb_s"] = {str(n): b for n, b in bench.bandwidth.items()}
+        recorder.document["overhead"] = call_overhead()
+        for number, cell in enumerate(todo):
+            progress.update(task, description=cell.label)
+            progress.refresh()
+            budget_s = max(0.0, bench.ends - time.monotonic()) / (len(todo) - number)
+            try:
+                for row in bench.measure(cell, budget_s):
+                    recorder.add(row)
+                    print_row(console, row)
+            except (WrongResultError, RuntimeError, ValueError, TypeError, MemoryError) as error:
+                recorder.fail(cell.label, error)
+                console.print(f"[red]{cell.label}: {error}")
+            progress.advance(task)
+        progress.update(task, description="done")
+    _native.set_cpu_level(level_before)
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.ops", description=__doc__)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--op", choices=sorted(OPS), help="one op (default: all)")
+    parser.add_argument(
+        "--dtype", nargs="+", default=["bfloat16", "float32"], choices=sorted(TOLERANCE)
+    )
+    parser.add_argument("--tokens", nargs="+", type=int, help="only these cache capacities")
+    parser.add_argument(
+        "--threads", nargs="+", type=int, default=sorted({1, torch.get_num_threads()})
+    )
+    parser.add_argument("--budget-s", type=float, default=330.0, help="wall time to aim at")
+    parser.add_argument("--json", type=Path, help="result file, written after every row")
+    return parser
+
+
+def main() -> None:
+    """Measure, print, write."""
+    options = arguments().parse_args()
+    console = Console()
+    settings = {k: v for k, v in vars(options).items() if k != "json"}
+    recorder = Recorder("ops", options.json, settings)
+    with torch.inference_mode():
+        if options.device == "cuda":
+            from bench.cuda import run_cuda
+
+            run_cuda(cells(options), recorder, console)
+        else:
+            run_cpu(options, recorder, console)
+    recorder.save()
+
+
+if __name__ == "__main__":
+    main()

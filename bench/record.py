@@ -1,0 +1,85 @@
+"""Result files: one JSON document per run, written after every row: a crash loses one row."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from bench.machine import facts
+
+SCHEMA = 1
+ROW_FIELDS: dict[str, frozenset[str]] = {
+    "ops": frozenset({"op", "sizes", "dtype", "threads", "moved_bytes", "variants"}),
+    "models": frozenset({"model", "context", "dtype", "threads", "kv_bytes", "variants"}),
+}
+VARIANT_FIELDS: dict[str, frozenset[str]] = {
+    "ops": frozenset({"kind", "us", "us_min", "clean", "dropped", "gb_s", "error"}),
+    "models": frozenset({"ms", "ms_min", "clean", "dropped", "error", "argmax_agreement"}),
+}
+
+
+class Recorder:
+    """Collects the rows of one run and keeps the file on disk up to date."""
+
+    def __init__(self, benchmark: str, path: Path | None, settings: dict[str, Any]) -> None:
+        """Start a document of kind ``benchmark`` (``ops`` or ``models``); no path: memory only."""
+        self.path = path
+        self.document: dict[str, Any] = {
+            "schema": SCHEMA,
+            "benchmark": benchmark,
+            "machine": facts(),
+            "settings": settings,
+            "rows": [],
+            "failures": [],
+        }
+
+    def add(self, row: dict[str, Any], section: str = "rows") -> None:
+        """Append ``row`` to a section and write the file."""
+        self.document.setdefault(section, []).append(row)
+        self.save()
+
+    def fail(self, what: str, error: BaseException) -> None:
+        """Note that ``what`` could not be measured, and why."""
+        self.add({"what": what, "error": f"{type(error).__name__}: {error}"}, "failures")
+
+    def save(self) -> None:
+        """Write the document; a reader never sees half of one."""
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".partial")
+        temporary.write_text(json.dumps(self.document, indent=1) + "\n")
+        os.replace(temporary, self.path)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a result file and check it.
+
+    Raises:
+        ValueError: Not a result file of this schema, or a speed in it has no error beside it.
+    """
+    document: dict[str, Any] = json.loads(path.read_text())
+    validate(document)
+    return document
+
+
+def validate(document: dict[str, Any]) -> None:
+    """Raise ValueError, naming the field, unless ``document`` is a whole result document."""
+    if document.get("schema") != SCHEMA:
+        raise ValueError(f"bench: schema must be {SCHEMA}, got {document.get('schema')!r}")
+    kind = document.get("benchmark")
+    if kind not in ROW_FIELDS:
+        raise ValueError(f"bench: benchmark must be one of {sorted(ROW_FIELDS)}, got {kind!r}")
+    for field in ("machine", "settings", "rows", "failures"):
+        if field not in document:
+            raise ValueError(f"bench: {field} must be in a result document, got {list(document)}")
+    for number, row in enumerate(document["rows"]):
+        _require(row, ROW_FIELDS[kind], f"rows[{number}]")
+        for name, variant in row["variants"].items():
+            _require(variant, VARIANT_FIELDS[kind], f"rows[{number}].variants[{name!r}]")
+
+
+def _require(found: dict[str, Any], fields: frozenset[str], where: str) -> None:
+    missing = sorted(fields - found.keys())
+    if missing:
+        raise ValueError(f"bench: {where} must have {', '.join(missing)}, got {sorted(found)}")

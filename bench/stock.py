@@ -1,0 +1,131 @@
+"""What each op is measured against: its stock PyTorch forms, its truth, and the sizes to sweep.
+
+Ops come from ``adaptive.ops.OPS``. One without a suite here is timed against its own reference at
+its own ``models`` sizes, so a new op is benchmarked from the day it is declared.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from adaptive.ops import Op
+
+Sizes = dict[str, int]
+Form = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """How one op is benchmarked.
+
+    Attributes:
+        forms: Stock PyTorch forms by name; each takes the op's arguments and returns its first
+            output. The ratio is quoted against the fastest of them.
+        single_thread_only: Forms too slow to repeat at every thread count.
+        truth: The same in float64.
+        sweep: Sizes to measure, the most wanted first; empty: the op's ``models``.
+        cuda_sweep: The same for a GPU, which smaller sizes would not fill.
+    """
+
+    forms: Mapping[str, Form]
+    truth: Form
+    single_thread_only: frozenset[str] = frozenset()
+    sweep: Sequence[Sizes] = ()
+    cuda_sweep: Sequence[Sizes] = ()
+
+
+def fold(query: Tensor, key: Tensor) -> Tensor:
+    """Query heads of one KV head as query tokens: [batch, kv_heads, group, head_dim]."""
+    batch, heads, tokens, head_dim = query.shape
+    group = heads // key.shape[1]
+    return query.reshape(batch, key.shape[1], group * tokens, head_dim)
+
+
+def decode_folded(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
+    """Fold the query group, two matmuls and a softmax: the fastest stock form on CPUs."""
+    scores = torch.matmul(fold(query, key) * query.shape[-1] ** -0.5, key.transpose(-1, -2))
+    return torch.matmul(torch.softmax(scores, -1), value).view(query.shape)
+
+
+def decode_sdpa_folded(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
+    """Fold the query group, one scaled_dot_product_attention."""
+    out = functional.scaled_dot_product_attention(fold(query, key), key, value)
+    return out.view(query.shape)
+
+
+def decode_sdpa_gqa(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
+    """scaled_dot_product_attention(enable_gqa=True): what a decoding step runs by default."""
+    return functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+
+
+def decode_repeat_kv(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
+    """Copy every KV head to each of its query heads, then scaled_dot_product_attention."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(group, dim=1) for t in (key, value))
+    return functional.scaled_dot_product_attention(query, key, value)
+
+
+def decode_truth(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
+    """One query token's attention in float64, one KV head at a time to stay small."""
+    folded = fold(query, key).double() * query.shape[-1] ** -0.5
+    out = torch.empty_like(folded)
+    for head in range(key.shape[1]):
+        scores = folded[:, head] @ key[:, head].double().transpose(-1, -2)
+        out[:, head] = torch.softmax(scores, -1) @ value[:, head].double()
+    return out.view(query.shape)
+
+
+DECODE = Suite(
+    forms={
+        "folded matmuls": decode_folded,
+        "SDPA folded": decode_sdpa_folded,
+        "SDPA enable_gqa": decode_sdpa_gqa,
+        "repeat_kv + SDPA": decode_repeat_kv,
+    },
+    truth=decode_truth,
+    single_thread_only=frozenset({"repeat_kv + SDPA"}),
+    sweep=[
+        {"batch": 1, "heads": 32, "kv_heads": 8, "capacity": tokens, "head_dim": head_dim}
+        for tokens in (16384, 32768, 1024, 4096, 65536)
+        for head_dim in (128, 64)
+    ],
+    cuda_sweep=[
+        {"batch": batch, "heads": 32, "kv_heads": 8, "capacity": tokens, "head_dim": head_dim}
+        for batch, tokens in ((8, 32768), (1, 131072), (1, 16384), (64, 4096))
+        for head_dim in (128, 64)
+    ],
+)
+
+SUITES: dict[str, Suite] = {"decode_attention": DECODE}
+
+
+def _as_double(reference: Callable[..., Any]) -> Form:
+    def truth(*arguments: object) -> Tensor:
+        return first(
+            reference(
+                *(
+                    a.double() if isinstance(a, Tensor) and a.is_floating_point() else a
+                    for a in arguments
+                )
+            )
+        )
+
+    return truth
+
+
+def first(result: Tensor | Sequence[Tensor]) -> Tensor:
+    """The first output of an op that may return several."""
+    return result if isinstance(result, Tensor) else result[0]
+
+
+def suite_for(op: Op[..., Any]) -> Suite:
+    """The op's suite, or one that compares it with its own reference."""
+    if op.name in SUITES:
+        return SUITES[op.name]
+    return Suite(
+        forms={"reference": lambda *a: first(op.reference(*a))}, truth=_as_double(op.reference)
+    )
