@@ -34,8 +34,8 @@ lint: $(VENV)/.dev ## Check style, types and C++ formatting
 	$(BIN)/mypy
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
-compile-checks: $(VENV)/.dev ## CUDA for sm_80 and sm_90a if nvcc is found; baseline objects without AVX
-	.ci/compile-checks $(BIN) $(NVCC)
+compile-checks: ## CUDA for sm_80 and sm_90a if nvcc is found; baseline objects without AVX
+	.ci/compile-checks $(NVCC)
 
 bench: $(VENV)/.dev ## Measure this machine; writes bench/results/*.json and the README tables
 	$(BIN)/python -m bench.ops
