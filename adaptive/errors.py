@@ -10,10 +10,10 @@ class AdaptiveError(Exception):
 
 
 class UnsupportedModel(AdaptiveError, NotImplementedError):  # noqa: N818
-    """The model, or how it is set up, cannot be patched; the message says why and what would help."""
+    """The model, or how it is set up, cannot be patched; the message says why."""
 
 
-class UnknownFamily(UnsupportedModel, LookupError):
+class UnknownFamily(UnsupportedModel, LookupError):  # noqa: N818
     """No family is registered for the model's ``config.model_type``."""
 
 

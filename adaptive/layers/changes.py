@@ -28,6 +28,10 @@ class AttributeChange:
     before: Any
     after: Any
 
+    def apply(self, module: nn.Module) -> None:
+        """Make the change."""
+        module.__dict__[self.key] = self.after
+
     def conflict(self, module: nn.Module) -> str | None:
         """Say what someone else did to the attribute since, if anything."""
         if module.__dict__.get(self.key) is self.after:
@@ -49,6 +53,13 @@ class HookChange:
     name: str
     table: str
     function: Callable[..., Any]
+
+    def apply(self, module: nn.Module) -> None:
+        """Make the change."""
+        if self.table == "_forward_pre_hooks":
+            module.register_forward_pre_hook(self.function, with_kwargs=True)
+        else:
+            module.register_forward_hook(self.function, with_kwargs=True)
 
     def conflict(self, module: nn.Module) -> str | None:
         """Say what someone else did to the hook since, if anything."""
@@ -79,13 +90,8 @@ class ChangeLog:
         Use it for an instance-level ``forward`` too, with a `types.MethodType` of a module-level
         function: a closure would run the original's weights in a deepcopy.
         """
-        module = root.get_submodule(name)
-        self._witness(name, module)
-        had = key in module.__dict__
-        self.entries.append(AttributeChange(name, key, had, module.__dict__.get(key), value))
-        module.__dict__[key] = value
-        if key == "forward":
-            self.witnesses[name] = (type(module), value)
+        values = root.get_submodule(name).__dict__
+        self.make(root, AttributeChange(name, key, key in values, values.get(key), value))
 
     def hook(self, root: nn.Module, name: str, table: str, function: Callable[..., Any]) -> None:
         """Add a module-level function to a hook table of the module, undoably.
@@ -97,13 +103,16 @@ class ChangeLog:
             function: Called with keyword arguments: ``(module, args, kwargs)`` before a forward,
                 ``(module, args, kwargs, output)`` after one. Not a closure.
         """
-        module = root.get_submodule(name)
-        self._witness(name, module)
-        self.entries.append(HookChange(name, table, function))
-        if table == "_forward_pre_hooks":
-            module.register_forward_pre_hook(function, with_kwargs=True)
-        else:
-            module.register_forward_hook(function, with_kwargs=True)
+        self.make(root, HookChange(name, table, function))
+
+    def make(self, root: nn.Module, change: AttributeChange | HookChange) -> None:
+        """Make ``change``, undoably."""
+        module = root.get_submodule(change.name)
+        self.witnesses.setdefault(change.name, (type(module), module.__dict__.get("forward")))
+        self.entries.append(change)
+        change.apply(module)
+        if isinstance(change, AttributeChange) and change.key == "forward":
+            self.witnesses[change.name] = (type(module), change.after)
 
     def conflicts(self, root: nn.Module) -> list[str]:
         """Say, naming the module, what someone else changed since. Empty: all can be put back."""
@@ -130,6 +139,3 @@ class ChangeLog:
             entry.undo(root.get_submodule(entry.name))
             self.entries.pop()
         self.witnesses.clear()
-
-    def _witness(self, name: str, module: nn.Module) -> None:
-        self.witnesses.setdefault(name, (type(module), module.__dict__.get("forward")))

@@ -29,13 +29,11 @@ would run the original's weights); nothing but these dicts holds state; no count
 `torch.compiler.is_compiling()`.
 """
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
 
 from adaptive.layers.changes import ChangeLog
-
-if TYPE_CHECKING:
-    from adaptive.policy.plan import Plan
+from adaptive.policy import ModelShape, Plan, Policy
 
 RECORD = "_adaptive_record"
 """Key of the PatchRecord in the ``__dict__`` of the patched model."""
@@ -72,7 +70,9 @@ class Survey:
     Attributes:
         family: Name of the model family, or of the kind of model for plain PyTorch.
         sites: In execution order.
-        have: What is supported, as (part, what was found) for people to read.
+        shape: What a plan must know about the model.
+        known: Whether a family (or the plain PyTorch backend) knows this model at all.
+        have: What is supported, in lines for people to read.
         problems: Why patch() would refuse, each by name; empty if it would not.
         advice: What the user can do about the problems.
         base: Name of the module whose forward is the whole pass, for the time share.
@@ -80,8 +80,10 @@ class Survey:
     """
 
     family: str
+    shape: ModelShape
+    known: bool = True
     sites: tuple[Site, ...] = ()
-    have: tuple[tuple[str, str], ...] = ()
+    have: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
     advice: tuple[str, ...] = ()
     base: str = ""
@@ -96,25 +98,31 @@ class PatchRecord:
         policies: As given, for reports; a tuple of Policy.
         plan: Which layer and head does what.
         family: Name of the model family.
-        sites: The attention modules, in execution order.
+        states: The state of each attention module, in execution order.
+        base: Name of the module whose forward is the whole pass.
         log: The changes, and how to undo them.
         enabled: False inside `Patched.disabled()`.
         forward_calls: Forward passes of the base module since the counters were reset.
-        forward_seconds: Time in them, on CPU; on CUDA it would need a synchronisation, and is 0.
+        forward_seconds: Time in them; 0 where nothing is timed.
+        timed: Whether calls are timed: not on CUDA, where that would need a synchronisation.
         forward_start: `time.perf_counter()` at the start of the pass now running.
         want_weights: The pass now running must return attention weights.
         native_start: Process-wide native call counts when the counters were reset.
         notes: Things to say in the report once: what was left alone and why -> how often.
     """
 
-    policies: tuple[Any, ...]
-    plan: "Plan"
+    COUNTERS: ClassVar[tuple[str, ...]] = ("forward_calls", "forward_seconds", "timed", "notes")
+
+    policies: tuple[Policy, ...]
+    plan: Plan
     family: str
-    sites: tuple[Site, ...]
+    states: "list[LayerState]" = field(default_factory=list)
+    base: str = ""
     log: ChangeLog = field(default_factory=ChangeLog)
     enabled: bool = True
     forward_calls: int = 0
     forward_seconds: float = 0.0
+    timed: bool = True
     forward_start: float = 0.0
     want_weights: bool = False
     native_start: dict[str, int] = field(default_factory=dict)
@@ -125,7 +133,13 @@ class PatchRecord:
         self.notes[text] = self.notes.get(text, 0) + 1
 
     def reset(self, native_calls: dict[str, int]) -> None:
-        """Set the counters of the record to zero."""
+        """Set all counters to zero.
+
+        Args:
+            native_calls: What `adaptive._native.calls()` says now.
+        """
+        for state in self.states:
+            state.reset()
         self.forward_calls = 0
         self.forward_seconds = 0.0
         self.native_start = dict(native_calls)
@@ -141,10 +155,11 @@ class LayerState:
         site: The module this belongs to.
         row: This layer's row of the plan: one mode per KV head.
         native_calls: Calls that a native kernel answered.
+        torch_calls: Calls answered with less work, but in PyTorch's operators.
         stock_calls: Calls that the stock implementation answered, by reason.
         query_tokens: Query tokens of all calls, ``batch * query_tokens`` each.
-        kv_tokens: Keys read by native calls: ``batch * length`` each.
-        kv_bytes: Bytes of keys and values read by native calls.
+        kv_tokens: Keys read by native and torch calls: ``batch * length`` each.
+        kv_bytes: Bytes of keys and values read by native and torch calls.
         seconds: Time in attention, native and stock, on CPU.
         held_bytes: Most bytes this layer's KV cache held allocated.
         used_bytes: Of those, bytes that held tokens at that time.
@@ -155,6 +170,7 @@ class LayerState:
     site: Site
     row: tuple[str, ...]
     native_calls: int = 0
+    torch_calls: int = 0
     stock_calls: dict[str, int] = field(default_factory=dict)
     query_tokens: int = 0
     kv_tokens: int = 0
@@ -174,6 +190,12 @@ class LayerState:
         self.kv_bytes += kv_bytes
         self.seconds += seconds
 
+    def count_torch(self, query_tokens: int, kv_tokens: int, kv_bytes: int, seconds: float) -> None:
+        """Count one call that was answered with less work, but without a native kernel."""
+        self.count_native(query_tokens, kv_tokens, kv_bytes, seconds)
+        self.native_calls -= 1
+        self.torch_calls += 1
+
     def count_stock(self, reason: str, query_tokens: int, seconds: float = 0.0) -> None:
         """Count one call that the stock implementation answered, and why."""
         self.stock_calls[reason] = self.stock_calls.get(reason, 0) + 1
@@ -187,10 +209,15 @@ class LayerState:
             self.held_bytes = held_bytes
             self.used_bytes = used_bytes
 
+    def restore(self, saved: "LayerState") -> None:
+        """Set the counters to those of ``saved``."""
+        for counter in COUNTERS:
+            setattr(self, counter, getattr(saved, counter))
+
     def reset(self) -> None:
         """Set the counters to zero."""
-        self.native_calls = self.query_tokens = self.kv_tokens = self.kv_bytes = 0
-        self.held_bytes = self.used_bytes = 0
-        self.seconds = 0.0
-        self.stock_calls = {}
-        self.cache = ""
+        self.restore(LayerState(record=self.record, site=self.site, row=self.row))
+
+
+COUNTERS = tuple(f.name for f in fields(LayerState) if f.name not in ("record", "site", "row"))
+"""Names of the counters of a LayerState."""
