@@ -10,6 +10,7 @@ import torch
 
 from adaptive import _native
 from adaptive.ops import OPS
+from bench.stock import smallest
 
 
 def _nothing(*_: object, **__: object) -> None:
@@ -36,11 +37,7 @@ def call_overhead(calls: int = 1000, rounds: int = 15) -> dict[str, dict[str, fl
     torch.set_num_threads(1)
     found = {}
     for name, op in sorted(OPS.items()):
-        sizes = min(
-            (edge for edge in op.edges if all(edge.values())),
-            key=lambda edge: edge.get("capacity", 1) * edge.get("head_dim", 1),
-        )
-        given = op.make_inputs(**sizes, dtype=torch.float32, device="cpu")
+        given = op.make_inputs(**smallest(op), dtype=torch.float32, device="cpu")
         outputs = op.outputs(*given)
         named = dict(zip(inspect.signature(op.outputs).parameters, given, strict=False))
         filled = (*outputs, None, *given)

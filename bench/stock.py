@@ -129,3 +129,11 @@ def suite_for(op: Op[..., Any]) -> Suite:
     return Suite(
         forms={"reference": lambda *a: first(op.reference(*a))}, truth=_as_double(op.reference)
     )
+
+
+def smallest(op: Op[..., Any]) -> dict[str, Any]:
+    """The op's smallest sizes at which there is anything to compute."""
+    return min(
+        (sizes for sizes in op.edges if all(sizes.values())),
+        key=lambda sizes: sizes.get("capacity", 1) * sizes.get("head_dim", 1),
+    )

@@ -1,0 +1,330 @@
+"""The benchmarks themselves: they refuse what is wrong, count right and say what they measured."""
+
+import copy
+import itertools
+import json
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from adaptive.ops import OPS
+from bench import ops, record, stock, table
+from bench.machine import facts, read_bandwidth
+from bench.overhead import call_overhead
+from bench.timing import (
+    Timing,
+    WrongResultError,
+    cache_flusher,
+    interleave,
+    prove,
+    relative_error,
+    speedup,
+)
+
+MACHINE = {
+    "cpu": "A Processor",
+    "cores": 2,
+    "huge_pages": "madvise",
+    "commit": "0123456789ab",
+    "date": "2026-01-02T03:04:05+00:00",
+    "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
+}
+
+
+def models_document():
+    def variant(ms):
+        return {
+            "ms": ms,
+            "ms_min": ms,
+            "clean": 5,
+            "dropped": 1,
+            "error": 0.0042,
+            "argmax_agreement": 1.0,
+        }
+
+    row = {
+        "model": "llama-3.2-1b",
+        "context": 32768,
+        "dtype": "bfloat16",
+        "threads": 2,
+        "kv_bytes": 1 << 30,
+        "error_against": "float32",
+        "variants": {
+            "stock default": variant(6000.0),
+            "stock StaticCache": variant(900.0),
+            "patched": variant(500.0),
+        },
+        "speedup_over": {"stock default": 12.0, "stock StaticCache": 1.8},
+    }
+    return {
+        "schema": record.SCHEMA,
+        "benchmark": "models",
+        "machine": MACHINE,
+        "settings": {},
+        "bandwidth_gb_s": {"1": 10.5, "2": 20.0},
+        "rows": [row, {**copy.deepcopy(row), "context": 256}],
+        "failures": [],
+    }
+
+
+def test_a_wrong_variant_is_refused_by_name_and_never_timed():
+    truth = torch.ones(4)
+    with pytest.raises(WrongResultError, match=r"'off' must be at most 0.01 .* got 0.5"):
+        prove({"right": lambda: truth, "off": lambda: truth * 1.5}, truth, 0.01)
+
+
+def test_nan_is_wrong_and_so_is_another_shape():
+    assert relative_error(torch.tensor([1.0, float("nan")]), torch.ones(2)) == float("inf")
+    with pytest.raises(WrongResultError, match="shape"):
+        relative_error(torch.ones(3), torch.ones(2))
+
+
+def test_error_is_relative_to_the_largest_true_value():
+    assert relative_error(torch.tensor([1.0, 4.4]), torch.tensor([1.0, 4.0])) == pytest.approx(0.1)
+
+
+def test_a_wrong_op_is_noted_as_a_failure_and_the_others_are_measured(tmp_path, monkeypatch):
+    sizes = {"batch": 1, "heads": 4, "kv_heads": 2, "capacity": 64, "head_dim": 32}
+    wrong = stock.Suite(forms={"folded": stock.decode_folded}, truth=lambda q, *_: q.double() + 9)
+    right = stock.Suite(forms={"folded": stock.decode_folded}, truth=stock.decode_truth)
+    op = OPS["decode_attention"]
+    todo = [ops.Cell(op, suite, sizes, "float32") for suite in (wrong, right)]
+    monkeypatch.setattr(ops, "cells", lambda _: todo)
+    monkeypatch.setattr(ops, "read_bandwidth", lambda _: 10.0)
+    monkeypatch.setattr(ops, "call_overhead", dict)
+    out = tmp_path / "ops.json"
+    monkeypatch.setattr(
+        "sys.argv", ["ops", "--threads", "1", "--budget-s", "0", "--json", str(out)]
+    )
+    ops.main()
+    document = record.load(out)
+    assert len(document["rows"]) == 1
+    assert "must be at most" in document["failures"][0]["error"]
+    row = document["rows"][0]
+    assert row["best_stock"] == "folded"
+    assert row["ratio_to_best_stock"]["folded"] == 1.0
+    assert all(v["error"] < 1e-4 for v in row["variants"].values())
+    native = {name for name, v in row["variants"].items() if v["kind"] == "native"}
+    assert "adaptive baseline" in native
+
+
+def test_speedup_pairs_rounds_and_ignores_those_without_a_partner():
+    slow = Timing({0: 10.0, 1: 40.0, 2: 30.0, 3: 1000.0}, clean=4, dropped=0)
+    fast = Timing({0: 5.0, 1: 10.0, 2: 10.0, 7: 1.0}, clean=4, dropped=0)
+    assert speedup(slow, fast) == 3.0  # of 2, 4 and 3
+    assert speedup(slow, Timing({9: 20.0}, clean=1, dropped=0)) == 35.0 / 20.0
+
+
+def test_one_thread_is_measured_in_cpu_time_so_waiting_costs_nothing():
+    timing = interleave({"sleep": lambda: time.sleep(0.02)}, threads=1, repetitions=3)["sleep"]
+    assert timing.median_us < 5_000
+    assert (timing.clean, timing.dropped) == (3, 0)
+
+
+def test_several_threads_are_measured_in_wall_time():
+    timing = interleave({"sleep": lambda: time.sleep(0.02)}, threads=2, repetitions=3)["sleep"]
+    assert timing.minimum_us > 19_000
+
+
+def preempted_every_second_time():
+    """Readings before and after each repetition, for getrusage."""
+    for repetition in itertools.count():
+        yield repetition // 2
+        yield repetition // 2 + repetition % 2
+
+
+@pytest.mark.parametrize(("repetitions", "clean", "dropped", "used"), [(4, 4, 3, 4), (2, 2, 0, 3)])
+def test_preempted_repetitions_are_dropped_where_enough_are_clean(
+    monkeypatch, repetitions, clean, dropped, used
+):
+    readings = preempted_every_second_time()
+    usage = lambda _: SimpleNamespace(ru_nivcsw=next(readings))  # noqa: E731
+    monkeypatch.setattr("bench.timing.resource.getrusage", usage)
+    timing = interleave({"a": lambda: None}, threads=2, repetitions=repetitions)["a"]
+    assert (timing.clean, timing.dropped, len(timing.rounds)) == (clean, dropped, used)
+
+
+def test_a_slow_variant_leaves_early_and_a_fast_one_gets_its_repetitions():
+    timings = interleave(
+        {"slow": lambda: time.sleep(0.05), "fast": lambda: None},
+        threads=2,
+        repetitions=50,
+        at_least=2,
+        budget_s=0.1,
+    )
+    assert len(timings["slow"].rounds) == 2
+    assert timings["fast"].clean + timings["fast"].dropped > 2
+
+
+def test_before_runs_before_every_repetition_and_outside_the_clock():
+    flushed = []
+
+    def flush():
+        flushed.append(1)
+        time.sleep(0.01)
+
+    timing = interleave({"a": lambda: None}, threads=2, repetitions=3, before=flush)["a"]
+    assert len(flushed) >= 3
+    assert timing.minimum_us < 5_000
+    cache_flusher(1 << 16)()
+
+
+def test_facts_name_no_host_user_or_path():
+    import getpass
+    import platform
+
+    text = json.dumps(facts())
+    assert platform.node() not in text.split('"')
+    assert "/root" not in text
+    assert "/home" not in text
+    assert getpass.getuser() not in text.split('"')
+    assert facts()["versions"]["torch"] == torch.__version__
+
+
+def test_read_bandwidth_is_of_this_world_and_leaves_the_threads_alone():
+    before = torch.get_num_threads()
+    assert 0.5 < read_bandwidth(1, size_bytes=1 << 22, repetitions=3) < 1000
+    assert torch.get_num_threads() == before
+
+
+def test_call_overhead_covers_every_op_and_grows_with_the_layers_called_through():
+    found = call_overhead(calls=50, rounds=3)
+    assert found.keys() == OPS.keys()
+    for cost in found.values():
+        assert 0 < cost["empty function"] < cost["op"]
+
+
+def test_every_op_has_something_to_measure_and_a_truth_that_its_reference_meets():
+    options = ops.arguments().parse_args([])
+    assert {cell.op.name for cell in ops.cells(options)} == OPS.keys()
+    for op in OPS.values():
+        sizes = {"batch": 2, "heads": 8, "kv_heads": 2, "capacity": 70, "head_dim": 32}
+        arguments = op.make_inputs(**sizes, dtype=torch.float32, device="cpu")
+        suite = stock.suite_for(op)
+        truth = suite.truth(*arguments)
+        assert truth.dtype == torch.float64
+        forms = {"reference": lambda op=op, a=arguments: stock.first(op.reference(*a))}
+        forms |= {n: lambda f=f, a=arguments: f(*a) for n, f in suite.forms.items()}
+        assert max(prove(forms, truth, 1e-4).values()) > 0
+
+
+def test_an_op_without_a_suite_is_measured_against_its_reference():
+    class Plain:
+        name = "plain"
+
+        @staticmethod
+        def reference(x):
+            return x * 2, x.dtype
+
+    suite = stock.suite_for(Plain())
+    assert suite.truth(torch.ones(2)).dtype == torch.float64
+    assert suite.forms["reference"](torch.ones(2)).tolist() == [2.0, 2.0]
+
+
+def test_recorder_writes_after_every_row_and_what_it_writes_is_valid(tmp_path):
+    path = tmp_path / "new" / "run.json"
+    recorder = record.Recorder("models", path, {"budget_s": 1})
+    recorder.add(models_document()["rows"][0])
+    assert len(record.load(path)["rows"]) == 1
+    recorder.fail("context 4096", ValueError("no"))
+    document = record.load(path)
+    assert document["failures"] == [{"what": "context 4096", "error": "ValueError: no"}]
+    assert [p.name for p in path.parent.iterdir()] == ["run.json"]
+
+
+def test_a_result_without_the_error_is_refused():
+    document = models_document()
+    del document["rows"][0]["variants"]["patched"]["error"]
+    with pytest.raises(ValueError, match=r"rows\[0\].variants\['patched'\] must have error"):
+        record.validate(document)
+    with pytest.raises(ValueError, match="schema must be 1"):
+        record.validate({"schema": 0})
+    with pytest.raises(ValueError, match="benchmark must be one of"):
+        record.validate({"schema": 1, "benchmark": "other"})
+
+
+def test_table_shows_speed_and_error_sorted_by_context():
+    text = table.models_table(models_document())
+    rows = [line for line in text.splitlines() if line.startswith("| ")][2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| 256", "| 32k"]
+    assert "500 ms (error 4.2e-03) | 12.00x | 1.80x | 100%" in rows[0]
+    assert "A Processor" in text
+    assert "huge pages: madvise" in text
+
+
+def test_tables_go_between_their_markers_and_nothing_else_changes():
+    text = "before\n<!-- table:begin decode -->\nold\n<!-- table:end decode -->\nafter\n"
+    updated = table.update(text, [models_document()])
+    assert updated.startswith("before\n<!-- table:begin decode -->\n| context |")
+    assert updated.endswith("<!-- table:end decode -->\nafter\n")
+    assert "old" not in updated
+    assert table.update(updated, [models_document()]) == updated
+
+
+def test_missing_or_broken_markers_are_a_clear_error():
+    with pytest.raises(LookupError, match="markers for one of these tables: decode, memory"):
+        table.update("no markers here", [models_document()])
+    with pytest.raises(LookupError, match=r"table:end decode.*got 1 and 0"):
+        table.update("<!-- table:begin decode -->", [models_document()])
+    with pytest.raises(ValueError, match="memory must be in the result document"):
+        table.update("<!-- table:begin memory --><!-- table:end memory -->", [models_document()])
+
+
+def test_chart_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    from bench.chart import draw, subtitle
+
+    draw(models_document(), tmp_path / "img" / "decode.png")
+    assert (tmp_path / "img" / "decode.png").read_bytes()[:4] == b"\x89PNG"
+    assert "4.2e-03 patched" in subtitle(models_document()["rows"])
+
+
+def test_the_model_benchmark_runs_end_to_end_on_a_tiny_model(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    from bench import models
+
+    monkeypatch.setattr(models, "read_bandwidth", lambda _: 10.0)
+    out = tmp_path / "models.json"
+    options = ["--shape", "tiny", "--contexts", "96", "--memory-context", "0", "--threads", "1"]
+    monkeypatch.setattr("sys.argv", ["models", *options, "--budget-s", "2", "--json", str(out)])
+    models.main()
+    document = record.load(out)
+    assert document["failures"] == []
+    variants = document["rows"][0]["variants"]
+    assert variants.keys() == {"stock default", "stock StaticCache", "patched"}
+    assert all(v["error"] < 0.05 and v["steps_compared"] >= 4 for v in variants.values())
+    assert document["rows"][0]["error_against"] == "float32"
+
+
+def test_a_patched_model_that_computes_something_else_is_not_timed(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    from bench import models
+
+    real = models.step
+
+    def off(model, cache, token, position):
+        logits = real(model, cache, token, position)
+        return logits.flip(0) if type(cache).__name__ == "StaticCache" else logits
+
+    monkeypatch.setattr(models, "step", off)
+    monkeypatch.setattr(models, "read_bandwidth", lambda _: 10.0)
+    out = tmp_path / "models.json"
+    options = ["--shape", "tiny", "--contexts", "64", "--memory-context", "0", "--no-truth"]
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "models",
+            *options,
+            "--variants",
+            "stock default",
+            "stock StaticCache",
+            "--json",
+            str(out),
+        ],
+    )
+    models.main()
+    document = record.load(out)
+    assert document["rows"] == []
+    assert "'stock StaticCache' must be at most" in document["failures"][0]["error"]
