@@ -20,14 +20,4 @@ def decode_attention(
     scale: float | None = None,
     softcap: float = 0.0,
     causal: bool = True,
-) -> None: ...
-def decode_attention_workspace_bytes(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: Tensor | None = None,
-    mask: Tensor | None = None,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    causal: bool = True,
 ) -> int: ...

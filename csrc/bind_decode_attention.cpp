@@ -21,8 +21,7 @@ namespace {
 namespace py = pybind11;
 
 constexpr int64_t kMaxQueryTokens = 16;
-constexpr int64_t kMinHeadDim = 32;
-constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kMinHeadDim = 32, kMaxHeadDim = 256;
 constexpr int64_t kHeadDimStep = 8;
 
 void set_strides(const TensorView& view, int64_t (&strides)[3]) {
@@ -145,10 +144,13 @@ void check_outputs(const Check& check, const TensorView& out, const TensorView& 
   check.contiguous(lse, "lse");
 }
 
-void decode_attention(const TensorView& out, const TensorView& lse, const TensorView& workspace,
-                      const TensorView& query, const TensorView& key, const TensorView& value,
-                      const TensorView& lengths, const TensorView& mask,
-                      std::optional<double> scale, double softcap, bool causal) {
+// Fills `out` and `lse` and returns 0; or returns the bytes of workspace that it must be called
+// again with, which is what a CUDA kernel that splits the keys asks for.
+int64_t decode_attention(const TensorView& out, const TensorView& lse,
+                         [[maybe_unused]] const TensorView& workspace, const TensorView& query,
+                         const TensorView& key, const TensorView& value, const TensorView& lengths,
+                         const TensorView& mask, std::optional<double> scale, double softcap,
+                         bool causal) {
   DecodeAttentionArgs args =
       decode_attention_args(query, key, value, lengths, mask, scale, softcap, causal);
   const Check check("decode_attention");
@@ -156,48 +158,34 @@ void decode_attention(const TensorView& out, const TensorView& lse, const Tensor
   args.out = out.data<float>();
   args.lse = lse.data<float>();
   set_strides(out, args.out_stride);
-  if (lse.numel() == 0) return;
+  if (lse.numel() == 0) return 0;
 
   if (query.tensor.device.type == dlpack::kCpu) {
     count_call("decode_attention:cpu");
     const py::gil_scoped_release release;
     cpu::decode_attention(args);
-    return;
+    return 0;
   }
 #ifdef ADAPTIVE_CUDA
   if (query.tensor.device.type == dlpack::kCuda) {
-    check.tensor(workspace, "workspace", 1);
-    args.workspace = workspace.data<void>();
-    args.workspace_bytes = workspace.numel();
+    const cuda::DeviceGuard guard(query.tensor.device.id);
+    const int64_t wanted = cuda::decode_attention_workspace_bytes(args);
+    if (workspace.given()) {
+      check.tensor(workspace, "workspace", 1);
+      check.same_device(workspace, "workspace", query);
+      args.workspace = workspace.data<void>();
+      args.workspace_bytes = workspace.numel() * workspace.tensor.dtype.bits / 8;
+    }
+    if (args.workspace_bytes < wanted) return wanted;
     const Stream stream = current_stream(query);
     count_call("decode_attention:cuda");
     const py::gil_scoped_release release;
-    const cuda::DeviceGuard guard(query.tensor.device.id);
     cuda::decode_attention(args, stream);
-    return;
+    return 0;
   }
-#else
-  (void)workspace;
 #endif
   check.fail(PyExc_NotImplementedError, "query", "be on a device that this build has kernels for",
              std::string(py::str(query.object.attr("device"))));
-}
-
-// Bytes of workspace that the same call wants; 0 on the CPU.
-int64_t decode_attention_workspace_bytes(const TensorView& query, const TensorView& key,
-                                         const TensorView& value, const TensorView& lengths,
-                                         const TensorView& mask, std::optional<double> scale,
-                                         double softcap, bool causal) {
-  const DecodeAttentionArgs args =
-      decode_attention_args(query, key, value, lengths, mask, scale, softcap, causal);
-#ifdef ADAPTIVE_CUDA
-  if (query.tensor.device.type == dlpack::kCuda) {
-    const cuda::DeviceGuard guard(query.tensor.device.id);
-    return cuda::decode_attention_workspace_bytes(args);
-  }
-#endif
-  (void)args;
-  return 0;
 }
 
 }  // namespace
@@ -205,10 +193,6 @@ int64_t decode_attention_workspace_bytes(const TensorView& query, const TensorVi
 void bind_decode_attention(py::module_& m) {
   m.def("decode_attention", &decode_attention, py::arg("out"), py::arg("lse"), py::arg("workspace"),
         py::arg("query"), py::arg("key"), py::arg("value"), py::arg("lengths") = py::none(),
-        py::arg("mask") = py::none(), py::arg("scale") = py::none(), py::arg("softcap") = 0.0,
-        py::arg("causal") = true);
-  m.def("decode_attention_workspace_bytes", &decode_attention_workspace_bytes, py::arg("query"),
-        py::arg("key"), py::arg("value"), py::arg("lengths") = py::none(),
         py::arg("mask") = py::none(), py::arg("scale") = py::none(), py::arg("softcap") = 0.0,
         py::arg("causal") = true);
 }

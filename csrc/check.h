@@ -30,7 +30,7 @@ class Check {
   void tensor(const TensorView& view, const char* argument, int rank) const {
     if (view.api == nullptr) {
       const auto got = pybind11::str(pybind11::type::of(view.object).attr("__name__"));
-      fail(PyExc_TypeError, argument, "be a torch.Tensor with data on cpu or cuda",
+      fail(PyExc_TypeError, argument, "be a strided torch.Tensor with data on cpu or cuda",
            std::string(got) + (view.object.is_none() ? "" : device_suffix(view)));
     }
     if (rank >= 0 && view.tensor.ndim != rank) {

@@ -61,7 +61,6 @@ class Op(Generic[P, R]):
         self.native: tuple[str, ...] = ("cpu", "cuda") if _native.cuda else ("cpu",)
 
         self._kernel = getattr(_native, self.name)
-        self._workspace_bytes = getattr(_native, f"{self.name}_workspace_bytes")
         _library.define(self.name + torch.library.infer_schema(reference, mutates_args=()))
         _library.impl(self.name, reference, "CompositeExplicitAutograd")
         _library.impl(self.name, self._refuse_gradient, "Autograd")
@@ -89,22 +88,20 @@ class Op(Generic[P, R]):
         """Return the name under which users import this op."""
         return f"adaptive.ops.{self.name}"
 
-    def into(self, *outputs: Tensor, **arguments: Any) -> None:  # noqa: ANN401
-        """Run the native kernel into ``outputs``, which the caller allocated like ``outputs()``.
-
-        CPU only: a CUDA kernel also wants a workspace, which an ordinary call allocates.
-        """
-        self._kernel(*outputs, None, **arguments)
+    def into(self, *outputs: Tensor, **arguments: Any) -> None:
+        """Run the native kernel into ``outputs``, which the caller allocated like ``outputs()``."""
+        self._fill(outputs, (), arguments)
 
     def _run(self, *args: P.args, **kwargs: P.kwargs) -> R:
         outputs = self.outputs(*args, **kwargs)
-        first: Tensor = outputs[0]
-        workspace = None
-        if first.is_cuda:
-            wanted = self._workspace_bytes(*args, **kwargs)
-            workspace = torch.empty(wanted, dtype=torch.uint8, device=first.device)
-        self._kernel(*outputs, workspace, *args, **kwargs)
+        self._fill(outputs, args, kwargs)
         return outputs  # type: ignore[no-any-return]
+
+    def _fill(self, outputs: tuple[Tensor, ...], args: Any, kwargs: Any) -> None:
+        wanted = self._kernel(*outputs, None, *args, **kwargs)
+        if wanted:  # bytes of workspace, without which nothing ran
+            workspace = torch.empty(wanted, dtype=torch.uint8, device=outputs[0].device)
+            self._kernel(*outputs, workspace, *args, **kwargs)
 
     def _refuse_gradient(self, *args: P.args, **kwargs: P.kwargs) -> R:
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]

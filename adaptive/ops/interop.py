@@ -94,7 +94,7 @@ class _Writable:
 def _view(array: Any, where: str) -> Tensor:  # noqa: ANN401
     if not _is_numpy(array):
         try:
-            return torch.from_dlpack(array)
+            return torch.utils.dlpack.from_dlpack(array)
         except (BufferError, RuntimeError, TypeError, ValueError) as error:
             raise TypeError(f"{where} be an array that torch can view, got {error}") from error
     numpy = sys.modules["numpy"]

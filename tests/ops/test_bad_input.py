@@ -1,0 +1,198 @@
+"""Wrong arguments of decode_attention: the error names the argument and its value."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from adaptive.ops import decode_attention
+
+
+def arguments(**changes):
+    rng = torch.Generator().manual_seed(0)
+    good = {
+        "query": torch.randn(2, 4, 3, 64, generator=rng),
+        "key": torch.randn(2, 2, 10, 64, generator=rng),
+        "value": torch.randn(2, 2, 10, 64, generator=rng),
+    }
+    return {**good, **{k: v(good) if callable(v) else v for k, v in changes.items()}}
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+BAD = {
+    "query is None": ({"query": None}, TypeError, "first argument must be a tensor, got None"),
+    "query of rank 3": (
+        {"query": lambda g: g["query"][0]},
+        ValueError,
+        r"query must have 4 dim.*\[4, 3, 64\]",
+    ),
+    "key of rank 3": (
+        {"key": lambda g: g["key"][0]},
+        ValueError,
+        r"key must have 4 dimensions.*\[2, 10, 64\]",
+    ),
+    "17 query tokens": (
+        {"query": torch.randn(2, 4, 17, 64)},
+        ValueError,
+        r"at most 16 query.*\[2, 4, 17, 64\]",
+    ),
+    "head_dim 24": (
+        {k: (lambda g, k=k: g[k][..., :24]) for k in ("query", "key", "value")},
+        ValueError,
+        r"head_dim of 32\.\.256 that is a multiple of 8.*24\]",
+    ),
+    "head_dim 44": (
+        {k: (lambda g, k=k: g[k][..., :44]) for k in ("query", "key", "value")},
+        ValueError,
+        r"head_dim of 32\.\.256 that is a multiple of 8.*44\]",
+    ),
+    "heads no multiple": (
+        {"query": torch.randn(2, 5, 1, 64)},
+        ValueError,
+        "multiple of key's 2 heads, got 5",
+    ),
+    "no key heads": (
+        {k: (lambda g, k=k: g[k][:, :0]) for k in ("key", "value")},
+        ValueError,
+        "multiple of key's 0 heads, got 4",
+    ),
+    "batch differs": (
+        {"key": lambda g: g["key"][:1]},
+        ValueError,
+        r"key must have size 2 in dimension 0",
+    ),
+    "head_dim differs": (
+        {"key": lambda g: g["key"][..., :32]},
+        ValueError,
+        r"key must have size 64 in dimension 3",
+    ),
+    "value shorter": (
+        {"value": lambda g: g["value"][:, :, :9]},
+        ValueError,
+        r"value must have size 10",
+    ),
+    "key float64": (
+        {"key": lambda g: g["key"].double()},
+        TypeError,
+        "key must be float32, got torch.float64",
+    ),
+    "query int": (
+        {"query": lambda g: g["query"].int()},
+        TypeError,
+        "query must be float32 or float16 or",
+    ),
+    "value float16": ({"value": lambda g: g["value"].half()}, TypeError, "value must be float32"),
+    "float8": (
+        {"query": lambda g: g["query"].to(torch.float8_e4m3fn)},
+        TypeError,
+        "query must be float32",
+    ),
+    "key transposed": (
+        {"key": lambda g: g["key"].repeat(1, 1, 1, 2)[..., ::2]},
+        ValueError,
+        "key must be contiguous in its last dimension, got stride 2",
+    ),
+    "key meta": ({"key": lambda g: g["key"].to("meta")}, (TypeError, ValueError), "key must"),
+    "key sparse": (
+        {"key": lambda g: g["key"].to_sparse()},
+        TypeError,
+        "key must be a strided torch.Tensor",
+    ),
+    "key is a list": ({"key": [1.0]}, TypeError, "key must be a strided .*got list"),
+    "key is numpy": (
+        {"key": np.zeros((2, 2, 10, 64), np.float32)},
+        TypeError,
+        "key must be .*got ndarray",
+    ),
+    "lengths int64": (
+        {"lengths": torch.tensor([1, 2])},
+        TypeError,
+        "lengths must be int32, got torch.int64",
+    ),
+    "lengths of one row": (
+        {"lengths": int32(1)},
+        ValueError,
+        "lengths must have size 2 in dimension 0",
+    ),
+    "lengths of rank 2": (
+        {"lengths": int32(1, 2)[None]},
+        ValueError,
+        "lengths must have 1 dimensions",
+    ),
+    "length beyond capacity": (
+        {"lengths": int32(1, 11)},
+        IndexError,
+        r"lengths\[1\] must be in 0\.\.10, got 11",
+    ),
+    "negative length": (
+        {"lengths": int32(-1, 3)},
+        IndexError,
+        r"lengths\[0\] must be in 0\.\.10, got -1",
+    ),
+    "mask of another length": (
+        {"mask": torch.ones(9, dtype=torch.bool)},
+        ValueError,
+        r"mask must broadcast to \[2, 4, 3, 10\], got shape \[9\]",
+    ),
+    "mask of rank 5": (
+        {"mask": torch.ones(1, 1, 1, 1, 10, dtype=torch.bool)},
+        ValueError,
+        "mask must broadcast",
+    ),
+    "mask of bfloat16": (
+        {"mask": torch.zeros(10, dtype=torch.bfloat16)},
+        TypeError,
+        "mask must be bool or float32",
+    ),
+    "scale is NaN": ({"scale": math.nan}, ValueError, "scale must be finite, got nan"),
+    "softcap negative": ({"softcap": -1.0}, ValueError, "softcap must be 0 .*got -1"),
+    "softcap infinite": ({"softcap": math.inf}, ValueError, "softcap must be 0 .*got inf"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_is_refused_by_name(name):
+    changes, error, message = BAD[name]
+    with torch.no_grad(), pytest.raises(error, match=message):
+        decode_attention(**arguments(**changes))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        ((0, 4, 1, 64), (0, 2, 10, 64)),
+        ((2, 4, 0, 64), (2, 2, 10, 64)),
+        ((2, 0, 1, 64), (2, 0, 10, 64)),
+    ],
+    ids=["no row", "no query token", "no head"],
+)
+def test_nothing_to_do_gives_the_empty_result(shape):
+    query, cache = (torch.randn(*sizes) for sizes in shape)
+    out, lse = decode_attention(query, cache, cache)
+    assert out.shape == query.shape
+    assert lse.shape == query.shape[:3]
+
+
+def test_empty_cache_and_empty_rows_give_zeros_and_minus_infinity():
+    good = arguments()
+    out, lse = decode_attention(good["query"], good["key"][:, :, :0], good["value"][:, :, :0])
+    assert torch.equal(out, torch.zeros_like(good["query"]))
+    assert (lse == -math.inf).all()
+    out, lse = decode_attention(**good, lengths=int32(0, 10), causal=False)
+    assert torch.equal(out[0], torch.zeros_like(out[0]))
+    assert (lse[0] == -math.inf).all()
+    assert lse[1].isfinite().all()
+
+
+def test_a_refused_call_writes_nothing():
+    good = arguments()
+    outputs = decode_attention.outputs(**good)
+    for tensor in outputs:
+        tensor.fill_(7.0)
+    with pytest.raises(IndexError):
+        decode_attention.into(*outputs, **good, lengths=int32(3, 99))
+    assert all((tensor == 7).all() for tensor in outputs)

@@ -1,0 +1,97 @@
+"""The op mechanism: which way a call takes, what it costs, what it refuses."""
+
+import statistics
+import time
+
+import pytest
+import torch
+
+from adaptive import _native
+from adaptive.ops import OPS, decode_attention
+
+SIZES = {"batch": 1, "heads": 4, "kv_heads": 2, "capacity": 70, "head_dim": 64}
+
+
+def inputs(**changes):
+    return decode_attention.make_inputs(**{**SIZES, **changes}, dtype=torch.float32, device="cpu")
+
+
+def test_ops_are_listed_by_name():
+    assert OPS["decode_attention"] is decode_attention
+    assert repr(decode_attention) == "adaptive.ops.decode_attention"
+    assert "Flash-Decoding" in decode_attention.__doc__
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiles_without_a_graph_break(backend):
+    def step(query, key, value):
+        out, lse = decode_attention(query, key, value, causal=False)
+        return out * 2, lse
+
+    query, key, value, *_ = inputs()
+    compiled = torch.compile(step, fullgraph=True, backend=backend, dynamic=True)
+    with torch.no_grad():
+        before = _native.calls()["decode_attention:cpu"]
+        out, lse = compiled(query, key, value)
+        assert _native.calls()["decode_attention:cpu"] == before + 1
+        expected, expected_lse = decode_attention(query, key, value)
+    assert torch.equal(out, 2 * expected)
+    assert torch.equal(lse, expected_lse)
+
+
+def test_grad_mode_without_gradients_gives_the_same_bits():
+    arguments = inputs()
+    with torch.no_grad():
+        expected = decode_attention(*arguments)
+    assert all(map(torch.equal, decode_attention(*arguments), expected))
+    with torch.inference_mode():
+        inside = [a.clone() if a is not None else a for a in arguments]
+        assert all(map(torch.equal, decode_attention(*inside), expected))
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_a_gradient_is_refused_not_dropped(position):
+    arguments = list(inputs())
+    arguments[position].requires_grad_()
+    with pytest.raises(NotImplementedError, match="has no backward"):
+        decode_attention(*arguments)
+    out, _ = decode_attention.reference(*arguments)
+    out.sum().backward()
+    assert arguments[position].grad is not None
+
+
+def test_parameters_and_named_arguments_are_taken():
+    query, key, value, *_ = inputs()
+    frozen = torch.nn.Parameter(query, requires_grad=False)
+    expected = decode_attention(query, key, value)
+    assert all(map(torch.equal, decode_attention(frozen, key, value), expected))
+    named = decode_attention(query=query, value=value, key=key)
+    assert all(map(torch.equal, named, expected))
+
+
+def test_a_device_without_a_kernel_says_shapes_only():
+    out, lse = decode_attention(*(a if a is None else a.to("meta") for a in inputs()))
+    assert out.shape == (1, 4, 1, 64)
+    assert lse.device.type == "meta"
+
+
+def test_overhead_of_an_eager_call_is_about_that_of_an_allocation():
+    """The call itself, outputs given: views of 5 tensors and checks. torch.empty is the yardstick,
+    because absolute times say more about the machine than about the call."""
+    query, key, value, *_ = inputs(capacity=0)
+    lengths = torch.zeros(1, dtype=torch.int32)
+    out, lse = decode_attention.outputs(query, key, value)
+    fill = _native.decode_attention
+
+    def median_ns(call, count=400):
+        times = []
+        for _ in range(15):
+            start = time.thread_time_ns()
+            for _ in range(count):
+                call()
+            times.append((time.thread_time_ns() - start) / count)
+        return statistics.median(times)
+
+    native = median_ns(lambda: fill(out, lse, None, query, key, value, lengths))
+    allocation = median_ns(lambda: torch.empty(64))
+    assert native < 3 * allocation, f"{native:.0f} ns against {allocation:.0f} ns"
