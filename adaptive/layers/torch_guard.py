@@ -1,0 +1,48 @@
+"""What the attention paths for plain PyTorch share: when to keep away, and what time to count."""
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch._C import _functorch
+from torch.autograd import forward_ad
+
+from adaptive.layers.state import LayerState
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def why_not_plain(tensors: Sequence[Tensor | None]) -> str | None:
+    """Why these tensors must stay with PyTorch's own operators; None if they need not.
+
+    A native kernel reads memory. It is invisible to whoever records operations or puts another
+    meaning on tensors: gradients, `torch.func`, tracing, dispatch modes, tensor subclasses.
+    """
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN or tensor.is_nested:
+            return "tensor subclass"
+        if tensor.requires_grad and torch.is_grad_enabled():
+            return "gradient"
+    if not torch.compiler.is_compiling() and (
+        torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or _functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    ):
+        return "operations are recorded"
+    return None
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What autocast would make of the tensor's device here; None outside autocast."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def seconds_since(start: float, state: LayerState, query: Tensor) -> float:
+    """Time since ``start``; 0 on CUDA, where it would say nothing without a synchronisation."""
+    state.record.timed = query.is_cpu
+    return time.perf_counter() - start if query.is_cpu else 0.0
