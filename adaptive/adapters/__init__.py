@@ -1,0 +1,6 @@
+"""Adapters: where each model family keeps its parts. Data, read by `adaptive.patch`."""
+
+from adaptive.adapters import decoders as decoders
+from adaptive.adapters._family import FAMILIES, Family, family_for, register_family
+
+__all__ = ["FAMILIES", "Family", "family_for", "register_family"]

@@ -1,0 +1,263 @@
+"""Takes hold of a transformers model: what is there, and the changes that patch() makes to it."""
+
+import copy
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from adaptive.layers import hf_attention, hf_cache
+from adaptive.layers.changes import AttributeChange
+from adaptive.layers.state import PatchRecord, Site, Survey
+from adaptive.ops import decode_attention
+from adaptive.ops.decode_attention import (
+    DTYPES,
+    HEAD_DIM_STEP,
+    MAX_HEAD_DIM,
+    MIN_HEAD_DIM,
+    supports,
+)
+from adaptive.policy import ModelShape
+
+FORWARD = "_adaptive_forward"
+"""Key of the PatchRecord in the ``__dict__`` of the base module, whose forward is hooked."""
+
+OLDEST, NEWEST = (4, 57), 5
+_IMPLEMENTATION = "_attn_implementation_internal"
+_MISSING = object()
+
+
+@dataclass
+class ConfigChange(AttributeChange):
+    """A module's ``config`` was swapped for a copy that asks for our attention.
+
+    What the user sets on the copy while the model is patched goes back to the original: undoing
+    takes back what patch() did, nothing else.
+    """
+
+    at_patch: dict[str, Any] = field(default_factory=dict)
+
+    def undo(self, module: nn.Module) -> None:
+        """Put the original back, with what was set on the copy since."""
+        ours = self.at_patch[_IMPLEMENTATION]
+        for key, value in self.after.__dict__.items():
+            if value is not self.at_patch.get(key, _MISSING) and value != ours:
+                self.before.__dict__[key] = value
+        super().undo(module)
+
+
+def survey(
+    root: nn.Module, family: str, base: str, attention: Sequence[str], problems: Sequence[str]
+) -> Survey:
+    """Say what is there and why patch() would refuse. Changes nothing.
+
+    Args:
+        root: A ``PreTrainedModel``.
+        family: Name of its family.
+        base: Dotted name of the module that holds the layers.
+        attention: Dotted names of the attention modules, in execution order.
+        problems: What the family says is wrong already.
+    """
+    config: Any = root.config
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    modules = {name: root.get_submodule(name) for name in attention}
+    sites = tuple(
+        Site(
+            name=name,
+            kind="hf",
+            layer=layer,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=_head_dim(module, config),
+        )
+        for layer, (name, module) in enumerate(modules.items())
+    )
+    shape = ModelShape(
+        model_type=config.model_type,
+        heads=tuple(site.heads for site in sites),
+        kv_heads=tuple(site.kv_heads for site in sites),
+        head_dim=tuple(site.head_dim for site in sites),
+    )
+    found = [*problems, *_version_problems(), *_implementation_problems(root, modules)]
+    found += _tensor_problems(root)
+    sizes = sorted({site.head_dim for site in sites})
+    found += [
+        f"head size {size} is not supported: the kernels take {MIN_HEAD_DIM}..{MAX_HEAD_DIM} "
+        f"in steps of {HEAD_DIM_STEP}"
+        for size in sizes
+        if not supports(size, torch.float32)
+    ]
+    if heads % kv_heads:
+        found.append(f"{heads} query heads are no multiple of {kv_heads} KV heads")
+    if not getattr(config, "is_causal", True):
+        found.append("config.is_causal=False is not supported: an encoder has no decoding")
+    return Survey(
+        family=family,
+        shape=shape,
+        sites=sites,
+        base=base,
+        have=(
+            f"attention: {len(sites)} layers, {heads} query heads, {kv_heads} KV heads, "
+            f"head size {', '.join(map(str, sizes))}",
+            f"implementation: {config._attn_implementation}",
+            f"dtype {root.dtype}, device {root.device.type}",
+        ),
+        problems=tuple(found),
+        advice=tuple(_advice(found)),
+    )
+
+
+def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
+    """Make the changes: one config copy per distinct config, and two hooks on the base module."""
+    hf_attention.register()
+    original: Any = root.config
+    name = hf_attention.NAMES[original._attn_implementation]
+    copies: dict[int, Any] = {}
+    for module_name, module in root.named_modules():
+        config = module.__dict__.get("config")
+        if _IMPLEMENTATION not in getattr(config, "__dict__", {}):
+            continue
+        if id(config) not in copies:
+            copied = copies[id(config)] = copy.copy(config)
+            copied.__dict__[_IMPLEMENTATION] = name
+        after = copies[id(config)]
+        record.log.make(
+            root,
+            ConfigChange(module_name, "config", True, config, after, dict(after.__dict__)),
+        )
+    record.log.set(root, survey.base, FORWARD, record)
+    record.log.hook(root, survey.base, "_forward_pre_hooks", before_forward)
+    record.log.hook(root, survey.base, "_forward_hooks", after_forward)
+
+
+def before_forward(
+    base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Before a pass of the base module: take over an empty cache, note what the pass must return.
+
+    The cache that the model would make for itself is made here, so that it can be taken over.
+    """
+    record: PatchRecord = base.__dict__[FORWARD]
+    if not record.enabled:
+        return None
+    config: Any = base.config
+    wanted = kwargs.get("output_attentions")
+    record.want_weights = bool(config.output_attentions if wanted is None else wanted)
+    if torch.compiler.is_compiling():
+        return None
+    changed = None
+    if not torch.is_grad_enabled():
+        cache = kwargs.get("past_key_values")
+        if cache is None and len(args) <= 1 and _uses_cache(base, kwargs):
+            cache = DynamicCache(config=config)
+            changed = (args, {**kwargs, "past_key_values": cache})
+        if isinstance(cache, Cache):
+            hf_cache.adopt(cache)
+    record.forward_start = perf_counter()
+    return changed
+
+
+def after_forward(
+    base: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: object,
+) -> None:
+    """After a pass of the base module: count it, and what each layer of the cache holds."""
+    record: PatchRecord = base.__dict__[FORWARD]
+    if not record.enabled or torch.compiler.is_compiling():
+        return
+    record.forward_calls += 1
+    if record.timed:
+        record.forward_seconds += perf_counter() - record.forward_start
+    cache = kwargs.get("past_key_values")
+    for state, layer in zip(record.states, getattr(cache, "layers", ()), strict=False):
+        state.count_held(*_held(layer))
+
+
+def _uses_cache(base: nn.Module, kwargs: dict[str, Any]) -> bool:
+    asked = kwargs.get("use_cache")
+    uses = getattr(base.config, "use_cache", False) if asked is None else asked
+    return bool(uses) and not base.training
+
+
+def _held(layer: Any) -> tuple[str, int, int]:
+    """Return class name, bytes allocated and bytes in use of one cache layer."""
+    name = type(layer).__name__
+    if hasattr(layer, "held_bytes"):
+        return name, layer.held_bytes(), layer.used_bytes()
+    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+    if not isinstance(keys, Tensor) or not isinstance(values, Tensor):
+        return name, 0, 0
+    held = keys.nbytes + values.nbytes
+    return name, held, held
+
+
+def _head_dim(module: nn.Module, config: Any) -> int:
+    for name in ("head_dim", "head_size"):
+        size = getattr(module, name, None)
+        if isinstance(size, int):
+            return size
+    return int(config.hidden_size // config.num_attention_heads)
+
+
+def _version_problems() -> list[str]:
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if version >= OLDEST and version[0] <= NEWEST:
+        return []
+    return [
+        f"transformers {transformers.__version__} is not supported: "
+        f">={OLDEST[0]}.{OLDEST[1]},<{NEWEST + 1} is"
+    ]
+
+
+def _implementation_problems(root: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
+    configs: list[Any] = [module.config for module in (root, *modules.values())]
+    used = {config._attn_implementation for config in configs}
+    if len(used) > 1:
+        return [f"attention implementations differ between layers: {sorted(map(str, used))}"]
+    name = used.pop()
+    if name not in hf_attention.NAMES:
+        return [f"attention implementation {name!r} is not supported: 'sdpa' and 'eager' are"]
+    problems = []
+    for path, module in modules.items():
+        try:
+            source = inspect.getsource(inspect.unwrap(type(module).forward))
+        except (OSError, TypeError):
+            continue  # defined where there is no source to read: the report will tell
+        if "ALL_ATTENTION_FUNCTIONS" not in source:
+            problems.append(f"{path} ({type(module).__name__}) does not use AttentionInterface")
+    return problems
+
+
+def _tensor_problems(root: nn.Module) -> list[str]:
+    problems = []
+    if root.dtype not in DTYPES:
+        names = ", ".join(str(dtype) for dtype in DTYPES)
+        problems.append(f"dtype {root.dtype} is not supported: {names} are")
+    devices = {parameter.device.type for parameter in root.parameters()}
+    for device in sorted(devices - set(decode_attention.native)):
+        here = ", ".join(decode_attention.native)
+        problems.append(f"device {device!r} is not supported: this build has kernels for {here}")
+    return problems
+
+
+def _advice(problems: list[str]) -> list[str]:
+    advice = []
+    for problem in problems:
+        if problem.startswith("attention implementation"):
+            advice.append("model.set_attn_implementation('sdpa') first")
+        elif problem.startswith("device 'cuda'"):
+            advice.append("build with CUDA: ADAPTIVE_CUDA=1 pip install .")
+        elif problem.startswith("device 'meta'"):
+            advice.append("load the weights first; a model on the meta device has none")
+        elif problem.startswith("dtype"):
+            advice.append("model.to(torch.float32) or model.to(torch.bfloat16)")
+    return advice

@@ -1,0 +1,184 @@
+"""What a patched model did, as data and as a table that a person reads."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from adaptive.layers.state import LayerState, PatchRecord
+
+WIDTH = 100
+"""Columns that the printed table fits in."""
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+_STEP = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """What one layer did; the counters of `LayerState`."""
+
+    layer: int
+    name: str
+    mode: str
+    native_calls: int
+    torch_calls: int
+    stock_calls: dict[str, int]
+    query_tokens: int
+    kv_tokens: int
+    kv_bytes: int
+    held_bytes: int
+    used_bytes: int
+    cache: str
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a patched model did since the counters were reset.
+
+    ``str()`` is a table of 100 columns; ``to_dict()`` is JSON. Rich prints it in colour.
+
+    Attributes:
+        model: Class of the model.
+        family: Its family.
+        policies: The policies in force.
+        exact: Whether all of them compute the same mathematics as the stock model.
+        plan: The plan, as a map.
+        layers: In execution order.
+        forward_calls: Passes of the model.
+        forward_seconds: Time in them; None where it was not measured, as on CUDA.
+        native_calls: Calls of each native kernel in this process meanwhile, counted by the native
+            module itself: the proof that they ran.
+        notes: What else happened, and how often.
+    """
+
+    model: str
+    family: str
+    policies: tuple[str, ...]
+    exact: bool
+    plan: str
+    layers: tuple[LayerReport, ...]
+    forward_calls: int
+    forward_seconds: float | None
+    native_calls: dict[str, int]
+    notes: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        values = asdict(self)
+        return {**values, "policies": list(self.policies), "layers": list(values["layers"])}
+
+    def __str__(self) -> str:
+        """Return the table as plain text."""
+        console = Console(width=WIDTH, file=io.StringIO(), color_system=None)
+        console.print(self.__rich__())
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        return "\n".join(line.rstrip() for line in text.rstrip().splitlines())
+
+    def __rich__(self) -> Table:
+        """Return the table, layers that did the same in one row."""
+        exact = "exact" if self.exact else "approximate"
+        title = f"{self.model} ({self.family}), {exact}: {', '.join(self.policies)}"
+        table = Table(title=title, title_justify="left", caption=self._caption(), box=SIMPLE_HEAD)
+        table.caption_justify = "left"
+        for heading in ("layers", "native", "stock, why", "queries", "KV read", "KV held", "time"):
+            left = heading in ("layers", "stock, why")
+            table.add_column(heading, justify="left" if left else "right")
+        for group in _groups(self.layers):
+            one = group[0]
+            first, last = one.layer, group[-1].layer
+            why = ", ".join(f"{count} {reason}" for reason, count in one.stock_calls.items())
+            spared = f" + {one.torch_calls} torch" if one.torch_calls else ""
+            table.add_row(
+                str(first) if first == last else f"{first}-{last}",
+                str(one.native_calls) + spared,
+                why or "-",
+                str(one.query_tokens),
+                _bytes(sum(layer.kv_bytes for layer in group)),
+                _bytes(sum(layer.held_bytes for layer in group)),
+                self._share(sum(layer.seconds for layer in group)),
+            )
+        return table
+
+    def _share(self, seconds: float) -> str:
+        return f"{seconds / self.forward_seconds:.0%}" if self.forward_seconds else "-"
+
+    def _caption(self) -> str:
+        kernels = ", ".join(f"{name} x{n}" for name, n in self.native_calls.items() if n) or "none"
+        lines = [f"{self.forward_calls} passes; native kernels run: {kernels}"]
+        caches = {layer.cache for layer in self.layers if layer.cache}
+        if caches:
+            lines.append(f"cache: {', '.join(sorted(caches))}")
+        lines += [f"{count} x {note}" for note, count in self.notes.items()]
+        return "\n".join(lines)
+
+
+def report(model: str, record: PatchRecord, native_calls: dict[str, int]) -> Report:
+    """Make the report of one patched model.
+
+    Args:
+        model: Class of the model.
+        record: What patch() left in it.
+        native_calls: What `adaptive._native.calls()` says now.
+    """
+    start = record.native_start
+    return Report(
+        model=model,
+        family=record.family,
+        policies=tuple(str(policy) for policy in record.policies),
+        exact=all(policy.exact for policy in record.policies),
+        plan=str(record.plan),
+        layers=tuple(_layer(state) for state in record.states),
+        forward_calls=record.forward_calls,
+        forward_seconds=record.forward_seconds if record.timed and record.forward_calls else None,
+        native_calls={name: n - start.get(name, 0) for name, n in native_calls.items()},
+        notes=dict(record.notes),
+    )
+
+
+def _layer(state: LayerState) -> LayerReport:
+    return LayerReport(
+        layer=state.site.layer,
+        name=state.site.name,
+        mode=", ".join(sorted(set(state.row))),
+        native_calls=state.native_calls,
+        torch_calls=state.torch_calls,
+        stock_calls=dict(state.stock_calls),
+        query_tokens=state.query_tokens,
+        kv_tokens=state.kv_tokens,
+        kv_bytes=state.kv_bytes,
+        held_bytes=state.held_bytes,
+        used_bytes=state.used_bytes,
+        cache=state.cache,
+        seconds=state.seconds,
+    )
+
+
+def _groups(layers: Sequence[LayerReport]) -> list[list[LayerReport]]:
+    """Runs of neighbours that differ in nothing but name and time."""
+    groups: list[list[LayerReport]] = []
+    for layer in layers:
+        if groups and _alike(groups[-1][-1]) == _alike(layer):
+            groups[-1].append(layer)
+        else:
+            groups.append([layer])
+    return groups
+
+
+def _alike(layer: LayerReport) -> dict[str, Any]:
+    return {k: v for k, v in asdict(layer).items() if k not in ("layer", "name", "seconds")}
+
+
+def _bytes(count: float) -> str:
+    for unit in _UNITS[:-1]:
+        if count < _STEP:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= _STEP
+    return f"{count:.1f} {_UNITS[-1]}"

@@ -1,0 +1,146 @@
+"""Compares a patched model with its own stock path, token by token, on real input."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """How far the patched model is from the stock one. Prints as one line.
+
+    Attributes:
+        max_logit_error: Largest absolute difference of a logit (or output), over all steps.
+        max_logit: Largest absolute stock logit, the scale for it.
+        token_agreement: Share of tokens, over rows and steps, that greedy decoding chose alike.
+        tokens: How many tokens that is a share of; 0 for a model without tokens.
+        first_disagreement: The first step with a different token, counted from 0; None: none.
+    """
+
+    max_logit_error: float
+    max_logit: float
+    token_agreement: float
+    tokens: int
+    first_disagreement: int | None
+
+    def __str__(self) -> str:
+        """Return the comparison in one line."""
+        logits = f"max logit error {self.max_logit_error:.3g} (logits up to {self.max_logit:.3g})"
+        if not self.tokens:
+            return logits
+        first = self.first_disagreement
+        where = "" if first is None else f", first at step {first}"
+        return f"{self.token_agreement:.1%} of {self.tokens} greedy tokens agree{where}; {logits}"
+
+
+def verify(
+    model: nn.Module,
+    disabled: Callable[[], AbstractContextManager[Any]],
+    inputs: Mapping[str, Any] | Tensor,
+    new_tokens: int,
+) -> Verification:
+    """Run ``model`` stock, inside ``disabled()``, and patched; see `Patched.verify`."""
+    if new_tokens < 1:
+        raise ValueError(f"adaptive: new_tokens must be at least 1, got {new_tokens}")
+    given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            if "input_ids" not in given:
+                return _compare_outputs(model, disabled, given)
+            with disabled():
+                stock, chosen = _decode(model, given, new_tokens, None)
+            ours, _ = _decode(model, given, new_tokens, chosen)
+    finally:
+        model.train(training)
+    agree = torch.stack([(a.argmax(-1) == b.argmax(-1)) for a, b in zip(stock, ours, strict=True)])
+    wrong = (~agree).any(dim=1).nonzero()
+    return Verification(
+        max_logit_error=_error(stock, ours),
+        max_logit=max(float(logits.abs().max()) for logits in stock),
+        token_agreement=float(agree.float().mean()),
+        tokens=agree.numel(),
+        first_disagreement=int(wrong[0]) if len(wrong) else None,
+    )
+
+
+def _decode(
+    model: nn.Module, inputs: dict[str, Any], steps: int, forced: list[Tensor] | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Prefill, then decode greedily, or along ``forced`` tokens.
+
+    Returns:
+        For each step the logits of the next token, ``[batch, vocabulary]`` in float32, and the
+        token that was appended, ``[batch, 1]``.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    ids = inputs["input_ids"]
+    mask = inputs.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask
+    extra = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
+    if "logits_to_keep" in accepted:
+        extra["logits_to_keep"] = 1
+    logits, tokens = [], []
+    cache = None
+    for step in range(steps):
+        places = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        out = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=places,
+            past_key_values=cache,
+            use_cache=True,
+            **extra,
+        )
+        cache = out.past_key_values
+        logits.append(out.logits[:, -1].float())
+        ids = logits[-1].argmax(-1, keepdim=True) if forced is None else forced[step]
+        tokens.append(ids)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    return logits, tokens
+
+
+def _compare_outputs(
+    model: nn.Module,
+    disabled: Callable[[], AbstractContextManager[Any]],
+    inputs: dict[str, Any],
+) -> Verification:
+    with disabled():
+        stock = _tensors(model(**inputs))
+    ours = _tensors(model(**inputs))
+    return Verification(
+        max_logit_error=_error(stock, ours),
+        max_logit=max((float(t.abs().max()) for t in stock if t.numel()), default=0.0),
+        token_agreement=1.0,
+        tokens=0,
+        first_disagreement=None,
+    )
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """All floating tensors of a model's output, in order."""
+    if isinstance(output, Tensor):
+        return [output.float()] if output.is_floating_point() else []
+    if isinstance(output, Mapping):
+        output = output.values()
+    elif not isinstance(output, (tuple, list)):
+        return []
+    return [tensor for part in output for tensor in _tensors(part)]
+
+
+def _error(stock: list[Tensor], ours: list[Tensor]) -> float:
+    """Largest absolute difference; infinity where one is not a number and the other is."""
+    worst = 0.0
+    for a, b in zip(stock, ours, strict=True):
+        same = (a == b) | (a.isnan() & b.isnan())
+        difference = (a - b).abs().masked_fill(same, 0.0).nan_to_num(nan=torch.inf)
+        worst = max(worst, float(difference.max()) if difference.numel() else 0.0)
+    return worst

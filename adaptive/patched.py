@@ -1,0 +1,155 @@
+"""The handle of a patched model: report, switch off, verify, and put back."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+
+from adaptive import _native
+from adaptive.errors import PatchConflict
+from adaptive.layers.report import Report, report
+from adaptive.layers.state import RECORD, STATE, PatchRecord
+from adaptive.layers.verify import Verification, verify
+
+
+class Patched:
+    """What `adaptive.patch` did to one model, for as long as it lasts.
+
+    A thin view: all that is remembered lies in the model, so losing the handle loses nothing
+    (`adaptive.patched(model)` makes another). As a context manager it unpatches at the end::
+
+        with adaptive.patch(model) as patched:
+            model.generate(**inputs)
+            print(patched.report())
+
+    Attributes:
+        model: The model as it was given to patch().
+    """
+
+    def __init__(self, model: nn.Module, root: nn.Module, record: PatchRecord) -> None:
+        """Hold the model as given, the module that was patched, and what patch() left in it."""
+        self.model = model
+        self._root = root
+        self._record = record
+        self._last: Report | None = None
+
+    def __enter__(self) -> Patched:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.unpatch()
+
+    def __repr__(self) -> str:
+        """Return the model's class, its family, and whether it is still patched."""
+        state = "patched" if self.active else "unpatched"
+        return f"<{state} {type(self.model).__name__}, {len(self._record.states)} layers>"
+
+    @property
+    def active(self) -> bool:
+        """Whether the model is still patched by the patch() that this handle belongs to."""
+        return self._root.__dict__.get(RECORD) is self._record
+
+    def report(self) -> Report:
+        """Say per layer what ran, and how often, since the patch or the last `reset_stats()`.
+
+        After `unpatch()` it is the last report before it.
+        """
+        if self._last is not None:
+            return self._last
+        return report(type(self.model).__name__, self._record, _native.calls())
+
+    def reset_stats(self) -> None:
+        """Set all counters to zero."""
+        self._record.reset(_native.calls())
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[nn.Module]:
+        """Run the stock path inside the block, bit for bit, uncounted. Blocks can be nested.
+
+        A cache that was filled by the patched model can be used inside, and the other way round.
+        """
+        before = self._record.enabled
+        self._record.enabled = False
+        try:
+            yield self.model
+        finally:
+            self._record.enabled = before
+
+    def verify(self, inputs: Mapping[str, Any] | Tensor, new_tokens: int = 32) -> Verification:
+        """Compare the patched model with the stock path on ``inputs``.
+
+        Stock decodes greedily; then the patched model is fed the same tokens, step by step, so that
+        one early difference cannot hide or cause the next. Counters are left as they were.
+
+        Args:
+            inputs: Token ids ``[batch, tokens]``, or the keyword arguments of the model's forward
+                with "input_ids" and, for padded batches (on the left), "attention_mask". For a
+                model without "input_ids": its keyword arguments, and outputs are compared.
+            new_tokens: Tokens to decode, at least 1.
+
+        Raises:
+            ValueError: ``new_tokens`` is below 1.
+            PatchConflict: The model is not patched any more.
+        """
+        self._require_active("verify")
+        record = self._record
+        before, states = copy.copy(record), [copy.copy(state) for state in record.states]
+        start = _native.calls()
+        self.reset_stats()
+        try:
+            return verify(self.model, self.disabled, inputs, new_tokens)
+        finally:
+            spent = _minus(_native.calls(), start)
+            for counter in PatchRecord.COUNTERS:
+                setattr(record, counter, getattr(before, counter))
+            record.native_start = _minus(before.native_start, spent, sign=1)
+            for state, saved in zip(record.states, states, strict=True):
+                state.restore(saved)
+
+    def unpatch(self) -> nn.Module:
+        """Put the model back as it was before patch(), and return it.
+
+        Verified: everything that patch() installed must still be in place before anything is
+        undone, and nothing of it is left afterwards. What others changed meanwhile (weights,
+        adapters, settings in the config) stays. Calling it again does nothing.
+
+        Raises:
+            PatchConflict: Someone wrapped or replaced a module that patch() touched; it is named.
+                Nothing is undone then. Undo that first, and call again.
+        """
+        if not self.active:
+            return self.model
+        conflicts = self._record.log.conflicts(self._root)
+        if conflicts:
+            raise PatchConflict(
+                "adaptive: cannot unpatch, someone changed the model since patch(): "
+                + "; ".join(conflicts)
+            )
+        self._last = self.report()
+        self._record.log.undo(self._root)
+        left = [
+            name or "the model"
+            for name, module in self._root.named_modules()
+            if STATE in module.__dict__ or RECORD in module.__dict__
+        ]
+        if left:
+            raise PatchConflict(f"adaptive: unpatched, but {', '.join(left)} still has our state")
+        return self.model
+
+    def _require_active(self, verb: str) -> None:
+        if not self.active:
+            raise PatchConflict(f"adaptive: cannot {verb}: this model is not patched any more")
+
+
+def _minus(calls: dict[str, int], other: dict[str, int], sign: int = -1) -> dict[str, int]:
+    return {name: calls.get(name, 0) + sign * other.get(name, 0) for name in {**calls, **other}}

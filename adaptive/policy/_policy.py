@@ -1,0 +1,68 @@
+"""What every policy is: a frozen value that turns one plan into another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from adaptive.policy.plan import Plan
+
+_KINDS: dict[str, type[Policy]] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Numbers a user chose, and what they mean for each layer and head.
+
+    A policy is a keyword-only frozen dataclass that checks its fields in ``__post_init__``. It
+    prints, hashes, compares, pickles, and makes the round trip through JSON.
+
+    Attributes:
+        exact: Whether the model computes the same mathematics as without it.
+    """
+
+    exact: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _KINDS[cls.__name__] = cls
+
+    def plan(self, table: Plan) -> Plan:
+        """Return ``table`` with what this policy decides.
+
+        Raises:
+            ValueError: A field does not fit the model that the table is for.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement plan(table)")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values, with the class under "kind"."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {
+            "kind": type(self).__name__,
+            **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()},
+        }
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Policy:
+        """Return the policy that `to_dict` described.
+
+        Raises:
+            TypeError: ``values`` is not a dict.
+            ValueError: An unknown kind, an unknown key, or what the policy refuses itself.
+        """
+        if not isinstance(values, dict):
+            raise TypeError(f"adaptive: policy must be an object, got {type(values).__name__}")
+        kind = values.get("kind")
+        if kind not in _KINDS:
+            raise ValueError(
+                f"adaptive: policy kind must be one of {', '.join(sorted(_KINDS))}, got {kind!r}"
+            )
+        known = {f.name for f in fields(_KINDS[kind])}
+        unknown = sorted(values.keys() - known - {"kind"})
+        if unknown:
+            raise ValueError(f"adaptive: {kind} has no field {', '.join(map(repr, unknown))}")
+        return _KINDS[kind](
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k != "kind"}
+        )
