@@ -7,8 +7,39 @@
 import torch  # noqa: F401  (first: its OpenMP runtime is the one that the kernels share)
 
 from adaptive import _native
+from adaptive.adapters import Family, register_family
 from adaptive.cpu_level import cpu_level, set_cpu_level
+from adaptive.errors import (
+    AdaptiveError,
+    PatchConflict,
+    PlanMismatch,
+    UnknownFamily,
+    UnsupportedModel,
+)
+from adaptive.patch import Support, check, patch, patched
+from adaptive.patched import Patched
+from adaptive.policy import Exact, Plan, Policy
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "_native", "cpu_level", "set_cpu_level"]
+__all__ = [
+    "AdaptiveError",
+    "Exact",
+    "Family",
+    "PatchConflict",
+    "Patched",
+    "Plan",
+    "PlanMismatch",
+    "Policy",
+    "Support",
+    "UnknownFamily",
+    "UnsupportedModel",
+    "__version__",
+    "_native",
+    "check",
+    "cpu_level",
+    "patch",
+    "patched",
+    "register_family",
+    "set_cpu_level",
+]
