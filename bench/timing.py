@@ -119,6 +119,7 @@ def interleave(
     threads: int,
     repetitions: int = 11,
     at_least: int = 3,
+    at_most: int = 40,
     budget_s: float = 10.0,
     before: Call | None = None,
 ) -> dict[str, Timing]:
@@ -129,6 +130,7 @@ def interleave(
         threads: Threads the variants use. 1: CPU time of this thread; more: wall time.
         repetitions: Counted repetitions after which a variant is done.
         at_least: Repetitions each variant gets even when the budget is spent.
+        at_most: Repetitions, counted or dropped, after which a variant is done anyway.
         budget_s: Wall time to spend, shared equally: a slow variant leaves the rounds early and
             cannot starve a fast one.
         before: Runs before every repetition, outside the clock; a cache flusher, for example.
@@ -153,8 +155,9 @@ def interleave(
             kept = clean if threads == 1 or preempted == 0 else dirty
             kept[name][turn] = elapsed / 1e3
             spent[name] += time.perf_counter() - began
-            ran = len(clean[name]) + len(dirty[name])
-            if len(clean[name]) >= repetitions or (ran >= at_least and spent[name] >= share):
+            ran = turn + 1
+            enough = len(clean[name]) >= repetitions or ran >= at_most
+            if enough or (ran >= at_least and spent[name] >= share):
                 waiting.remove(name)
         turn += 1
     return {name: _counted(clean[name], dirty[name]) for name in variants}

@@ -158,6 +158,14 @@ def test_a_slow_variant_leaves_early_and_a_fast_one_gets_its_repetitions():
     assert timings["fast"].clean + timings["fast"].dropped > 2
 
 
+def test_repetitions_are_limited_even_when_none_is_clean(monkeypatch):
+    readings = itertools.count()
+    usage = lambda _: SimpleNamespace(ru_nivcsw=next(readings))  # noqa: E731
+    monkeypatch.setattr("bench.timing.resource.getrusage", usage)
+    timing = interleave({"a": lambda: None}, threads=2, repetitions=3, at_most=5)["a"]
+    assert (timing.clean, timing.dropped, len(timing.rounds)) == (0, 0, 5)
+
+
 def test_before_runs_before_every_repetition_and_outside_the_clock():
     flushed = []
 
@@ -249,7 +257,7 @@ def test_table_shows_speed_and_error_sorted_by_context():
     text = table.models_table(models_document())
     rows = [line for line in text.splitlines() if line.startswith("| ")][2:]
     assert [row.split(" | ")[0] for row in rows] == ["| 256", "| 32k"]
-    assert "500 ms (error 4.2e-03) | 12.00x | 1.80x | 100%" in rows[0]
+    assert "500 ms (error 4.2e-03) | 12.00x | 1.80x | 100% / 100%" in rows[0]
     assert "A Processor" in text
     assert "huge pages: madvise" in text
 
