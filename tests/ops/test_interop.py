@@ -147,7 +147,7 @@ def test_a_tensor_among_arrays_and_an_array_among_tensors_are_refused():
     named, query = arrays(), torch.from_numpy(arrays()["query"])
     with pytest.raises(TypeError, match=r"value must be a numpy\.ndarray like query, got torch"):
         decode_attention(**{**named, "value": torch.from_numpy(named["value"])})
-    refused = pytest.raises(TypeError, match=r"key must be a torch\.Tensor.* got ndarray")
+    refused = pytest.raises(TypeError, match=r"key must be a .*torch\.Tensor.* got ndarray")
     with torch.no_grad(), refused:
         decode_attention(query, named["key"], named["value"])
 
