@@ -117,7 +117,7 @@ class KVStore:
         self._check("value", value, key, self._values)
         tokens = key.shape[2]
         needed = self._length + tokens
-        if needed > self.capacity:
+        if self._keys is None or needed > self.capacity:
             self._grow(key, value, needed)
         keys, values = self._tensors()
         keys.narrow(2, self._length, tokens).copy_(key)
