@@ -22,9 +22,7 @@ def exit_logits(model: Any, hidden: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def passkey_exits(
-    model: Any, tokenizer: Any, length: int, depth: float, seed: int
-) -> np.ndarray:
+def passkey_exits(model: Any, tokenizer: Any, length: int, depth: float, seed: int) -> np.ndarray:
     """Return for every exit layer whether greedy decoding gives the five digits.
 
     All digits are scored in one forward pass: greedy decoding gives the right answer exactly

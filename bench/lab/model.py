@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bench.lab.start import initialise
+
 
 def build_config(architecture: dict[str, Any]) -> LlamaConfig:
     """Return the configuration for the ``architecture`` section of a recipe."""
@@ -24,7 +26,7 @@ def build_config(architecture: dict[str, Any]) -> LlamaConfig:
         max_position_embeddings=architecture["max_positions"],
         rope_parameters={"rope_type": "default", "rope_theta": architecture["rope_theta"]},
         rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
@@ -34,51 +36,8 @@ def build_config(architecture: dict[str, Any]) -> LlamaConfig:
 def build_model(architecture: dict[str, Any]) -> LlamaForCausalLM:
     """Return a freshly initialised model in float32."""
     model = LlamaForCausalLM(build_config(architecture)).float()
-    layers = architecture["layers"]
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() < 2:
-                continue
-            std = 0.02 if "embed" in name else weight.shape[1] ** -0.5
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                std /= math.sqrt(2 * layers)
-            nn.init.normal_(weight, std=std)
-    if architecture.get("previous_token_init"):
-        plant_previous_token_heads(model)
+    initialise(model, architecture["induction_layers"])
     return model
-
-
-@torch.no_grad()
-def plant_previous_token_heads(
-    model: LlamaForCausalLM, constant: float = 0.1, strength: float = 8.0, pairs: int = 6
-) -> None:
-    """Start the first layer's first group of heads as previous-token heads.
-
-    Every embedding gets the same value in its first dimension; queries and keys of that group
-    read only this constant, so their rotary phases alone decide where head ``j`` looks: the
-    token ``j + 1`` places back. Induction heads need such a head below them, and finding it is
-    what takes a small model longest. Everything stays trainable.
-    """
-    config = model.config
-    dim, groups = config.head_dim, config.num_attention_heads // config.num_key_value_heads
-    embedding = model.model.embed_tokens.weight
-    embedding[:, 0] = constant
-    after_norm = constant / embedding.square().mean().sqrt()
-    amplitude = strength / after_norm
-    theta = config.rope_parameters["rope_theta"]
-    frequencies = theta ** (-torch.arange(pairs) * 2.0 / dim)
-    attn = model.model.layers[0].self_attn
-    half = dim // 2
-    attn.k_proj.weight[:dim] = 0.0
-    attn.k_proj.weight[:pairs, 0] = amplitude
-    for head in range(groups):
-        rows = attn.q_proj.weight[head * dim : (head + 1) * dim]
-        rows.zero_()
-        phase = frequencies * (head + 1)
-        rows[:pairs, 0] = amplitude * phase.cos()
-        rows[half : half + pairs, 0] = -amplitude * phase.sin()
-    attn.v_proj.weight[:dim, 0] = 0.0
-    attn.o_proj.weight[:, : groups * dim] *= 2.0
 
 
 def rope_tables(

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-NAMES = (
+_NAMES = (
     "amber birch cedar delta ember fjord garnet harbor indigo jasper kernel lagoon maple nickel "
     "olive pepper quartz raven silver timber umber velvet willow xenon yellow zephyr"
-).split()
+)
+NAMES = _NAMES.split()
 NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
 QUESTION = "\n\nWhat is the pass key? The pass key is "
 NAMED_NEEDLE = "\n\nThe pass key of {name} is {key}. Remember it.\n\n"
@@ -139,7 +141,7 @@ def variables_sample(
     names = rng.permutation(NAMES)[: hops + 1]
     value = random_key(rng)
     needles = [encode(f"\n{names[0]} = {value}\n")]
-    needles += [encode(f"\n{b} = {a}\n") for a, b in zip(names[:-1], names[1:], strict=True)]
+    needles += [encode(f"\n{b} = {a}\n") for a, b in pairwise(names)]
     depths = np.sort(rng.random(hops + 1)).tolist()
     order = rng.permutation(hops + 1)[:2]
     asked = [(encode(VARIABLE_QUESTION.format(name=names[i])), encode(value)) for i in order]

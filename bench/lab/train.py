@@ -50,6 +50,7 @@ class Batches:
     """Draws training batches: a mixture of text and synthetic tasks with skip-wise positions."""
 
     def __init__(self, tokenizer: Any, corpus: np.ndarray, vocab: int) -> None:
+        """Take the tokenizer, the encoded training text and the size of the vocabulary."""
         self.encode = tasks.encoder(tokenizer)
         self.bos = tasks.bos_id(tokenizer)
         self.corpus = corpus
@@ -87,17 +88,25 @@ class Batches:
 
 
 def make_optimizers(model: torch.nn.Module, settings: dict[str, Any]) -> list[Any]:
-    """Return Muon for the layers' matrices and AdamW for the embedding and the norms."""
+    """Return Muon for the layers' matrices and AdamW for embedding, head and norms.
+
+    Each parameter group carries ``scale``, its share of the phase's learning rate.
+    """
     named = list(model.named_parameters())
-    matrices = [p for n, p in named if p.dim() == 2 and "embed" not in n]
-    rest = [p for n, p in named if p.dim() != 2 or "embed" in n]
+    matrices = [p for n, p in named if p.dim() == 2 and "layers" in n]
+    scales = settings["adam_lr_scales"]
+    groups = [
+        {"params": [p for n, p in named if "embed" in n], "scale": scales["embedding"]},
+        {"params": [p for n, p in named if "lm_head" in n], "scale": scales["head"]},
+        {"params": [p for n, p in named if p.dim() == 1], "scale": scales["norms"]},
+    ]
     muon = Muon(
-        matrices,
+        [{"params": matrices, "scale": 1.0}],
         momentum=settings["muon_momentum"],
         weight_decay=settings["muon_weight_decay"],
     )
     adam = torch.optim.AdamW(
-        rest, lr=1.0, betas=tuple(settings["adam_betas"]), weight_decay=0.0, fused=True
+        groups, lr=1.0, betas=tuple(settings["adam_betas"]), weight_decay=0.0, fused=True
     )
     return [muon, adam]
 
@@ -129,88 +138,107 @@ def locate(phases: list[dict[str, Any]], step: int) -> tuple[dict[str, Any], flo
     return None
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint so that a stop at any moment leaves the old or the new one whole."""
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(path)
+class Trainer:
+    """One training run: the model, its optimizers, and how far they have come."""
 
+    def __init__(self, args: argparse.Namespace) -> None:
+        """Build everything from the recipe and take up the checkpoint, if there is one."""
+        self.args = args
+        self.recipe = json.loads(args.recipe.read_text())
+        self.tokenizer, self.corpus = prepare(args.work)
+        self.phases: list[dict[str, Any]] = self.recipe["phases"]
+        self.total_steps = sum(phase["steps"] for phase in self.phases)
+        torch.manual_seed(self.recipe["seed"])
+        self.model = lab.build_model(self.recipe["architecture"])
+        self.optimizers = make_optimizers(self.model, self.recipe["optimizer"])
+        vocab = self.recipe["architecture"]["vocab_size"]
+        self.batches = Batches(self.tokenizer, self.corpus["train"], vocab)
+        forward = lab.layer_forward
+        self.layer_fn = torch.compile(forward, dynamic=False) if args.compile else forward
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.checkpoint = args.work / "checkpoint.pt"
+        if self.checkpoint.exists():
+            self._resume()
 
-def train(args: argparse.Namespace) -> None:
-    """Train until the recipe's phases are through."""
-    torch.set_num_threads(args.threads)
-    recipe = json.loads(args.recipe.read_text())
-    tokenizer, corpus = prepare(args.work)
-    arch, skip, settings = recipe["architecture"], recipe["layerskip"], recipe["optimizer"]
-    torch.manual_seed(recipe["seed"])
-    model = lab.build_model(arch)
-    optimizers = make_optimizers(model, settings)
-    batches = Batches(tokenizer, corpus["train"], arch["vocab_size"])
-    step, tokens, seconds = 0, 0, 0.0
-    checkpoint = args.work / "checkpoint.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+    def _resume(self) -> None:
+        state = torch.load(self.checkpoint, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        step, tokens, seconds = state["step"], state["tokens"], state["seconds"]
-        print(f"resumed at step {step}", flush=True)
-    layer_fn = torch.compile(lab.layer_forward, dynamic=False) if args.compile else None
-    total_steps = sum(phase["steps"] for phase in recipe["phases"])
-    layers = arch["layers"]
-    last_eval = last_save = clock = time.time()
-    stopping: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda received, frame: stopping.append(received))
-    with (args.work / "log.jsonl").open("a") as log:
-        while (found := locate(recipe["phases"], step)) is not None:
-            phase, within = found
-            rng = np.random.default_rng([recipe["seed"], step])
-            start, end = phase["lr"]
-            lr = start + (end - start) * within
-            lr *= min(1.0, (step + 1) / settings["warmup_steps"])
-            for optimizer, scale in zip(optimizers, (1.0, settings["adam_lr_scale"]), strict=True):
-                optimizer.param_groups[0]["lr"] = lr * scale
-            rates = np.asarray(lab.layer_dropout(layers, skip["p_max"], step / total_steps))
-            kept = rng.random((layers, phase["batch"])) >= rates[:, None]
-            exits = lab.exit_weights(
-                layers, skip["exit_scale"], [1 + step % (layers - 2), layers - 1]
-            )
-            batch = batches.draw(rng, phase)
-            keep = torch.from_numpy(kept.astype(np.float32))
-            last, total = train_step(model, batch, exits, keep, layer_fn or lab.layer_forward)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings["clip_norm"])
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            if not math.isfinite(total):
-                raise RuntimeError(f"the loss is {total} at step {step}; lower the learning rate")
-            now = time.time()
-            step, tokens = step + 1, tokens + batch[0].numel()
-            seconds, clock = seconds + now - clock, now
-            record: dict[str, Any] = {
-                "step": step, "phase": phase["name"], "tokens": tokens, "lr": round(lr, 6),
-                "loss": round(last, 4), "total": round(total, 4), "norm": round(float(norm), 3),
-                "seconds": round(seconds, 1),
-            }  # fmt: skip
-            finished = step == total_steps
-            if now - last_eval > args.eval_minutes * 60 or finished:
-                record |= measure.quick(model, tokenizer, corpus["heldout"], args.eval_lengths)
-                last_eval = time.time()
-            if step % args.log_every == 0 or "passkey" in record:
-                log.write(json.dumps(record) + "\n")
-                log.flush()
-                print(json.dumps(record), flush=True)
-            if time.time() - last_save > args.save_minutes * 60 or finished or stopping:
-                state = {
-                    "model": model.state_dict(), "step": step, "tokens": tokens,
-                    "optimizers": [o.state_dict() for o in optimizers], "seconds": seconds,
-                }  # fmt: skip
-                save_checkpoint(checkpoint, state)
-                last_save = time.time()
-            if stopping:
-                print(f"stopped at step {step}; the same command goes on from here", flush=True)
-                return
+        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        print(f"resumed at step {self.step} of {self.total_steps}", flush=True)
+
+    def save(self) -> None:
+        """Write the checkpoint; a stop at any moment leaves the old or the new one whole."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+        }
+        partial = self.checkpoint.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(self.checkpoint)
+
+    def update(self, phase: dict[str, Any], within: float) -> dict[str, Any]:
+        """Take one optimizer step and return its log record.
+
+        The step's number seeds all of its randomness, so a resumed run draws the same batches.
+        """
+        skip, settings = self.recipe["layerskip"], self.recipe["optimizer"]
+        layers = self.recipe["architecture"]["layers"]
+        rng = np.random.default_rng([self.recipe["seed"], self.step])
+        start, end = phase["lr"]
+        lr = (start + (end - start) * within) * min(1.0, (self.step + 1) / settings["warmup_steps"])
+        for group in (group for o in self.optimizers for group in o.param_groups):
+            group["lr"] = lr * group["scale"]
+        rates = np.asarray(lab.layer_dropout(layers, skip["p_max"], self.step / self.total_steps))
+        kept = rng.random((layers, phase["batch"])) >= rates[:, None]
+        active = [1 + self.step % (layers - 2), layers - 1]
+        exits = lab.exit_weights(layers, skip["exit_scale"], active)
+        batch = self.batches.draw(rng, phase)
+        keep = torch.from_numpy(kept.astype(np.float32))
+        last, total = train_step(self.model, batch, exits, keep, self.layer_fn)
+        if not math.isfinite(total):
+            raise RuntimeError(f"the loss is {total} at step {self.step}: lower the learning rate")
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings["clip_norm"])
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step, self.tokens = self.step + 1, self.tokens + batch[0].numel()
+        return {
+            "step": self.step, "phase": phase["name"], "tokens": self.tokens, "lr": round(lr, 6),
+            "loss": round(last, 4), "total": round(total, 4), "norm": round(float(norm), 3),
+        }  # fmt: skip
+
+    def run(self) -> None:
+        """Train until the phases are through, or until interrupted; log, evaluate and save."""
+        args = self.args
+        stopping: list[int] = []
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda received, frame: stopping.append(received))
+        last_eval = last_save = clock = time.time()
+        with (args.work / "log.jsonl").open("a") as log:
+            while not stopping and (found := locate(self.phases, self.step)) is not None:
+                record = self.update(*found)
+                now = time.time()
+                self.seconds, clock = self.seconds + now - clock, now
+                record["seconds"] = round(self.seconds, 1)
+                finished = self.step == self.total_steps
+                if now - last_eval > args.eval_minutes * 60 or finished:
+                    heldout = self.corpus["heldout"]
+                    record |= measure.quick(self.model, self.tokenizer, heldout, args.eval_lengths)
+                    last_eval = time.time()
+                if self.step % args.log_every == 0 or "passkey" in record:
+                    log.write(json.dumps(record) + "\n")
+                    log.flush()
+                    print(json.dumps(record), flush=True)
+                if time.time() - last_save > args.save_minutes * 60:
+                    self.save()
+                    last_save = time.time()
+        self.save()
+        print(f"stopped at step {self.step} of {self.total_steps}", flush=True)
 
 
 def thin_log(source: Path, target: Path, keep: int = 400) -> None:
@@ -233,6 +261,10 @@ def export(args: argparse.Namespace) -> None:
     )
     model.save_pretrained(args.out)
     (args.out / "model.safetensors").chmod(0o644)
+    settings = args.out / "config.json"
+    content = json.loads(settings.read_text(encoding="utf-8"))
+    content["rope_theta"] = recipe["architecture"]["rope_theta"]  # where older readers look
+    settings.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     save_for_transformers(tokenizer, args.out, recipe["architecture"]["max_positions"])
     thin_log(args.work / "log.jsonl", args.out.parent / "log.jsonl")
     data.write_list(args.out.parent / "data_list.json")
@@ -258,7 +290,11 @@ def main() -> None:
         help="prompt lengths of the quick passkey evaluation")  # fmt: skip
     add("--save-minutes", type=float, default=3.0, help="minutes between checkpoints")
     args = parser.parse_args()
-    (export if args.export else train)(args)
+    torch.set_num_threads(args.threads)
+    if args.export:
+        export(args)
+    else:
+        Trainer(args).run()
 
 
 if __name__ == "__main__":
