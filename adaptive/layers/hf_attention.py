@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adaptive.errors import AdaptiveError, PatchConflict
 from adaptive.layers.state import STATE, LayerState
+from adaptive.layers.torch_guard import autocast_dtype, why_not_plain
 from adaptive.ops import decode_attention
 from adaptive.ops.decode_attention import DTYPES, MAX_QUERY_TOKENS, supports
 from adaptive.policy.plan import STOCK
@@ -240,23 +241,24 @@ def _why_stock(call: Call, state: LayerState) -> str | None:
     if state.row[0] == STOCK:
         return "plan"
     if query.shape[2] > MAX_QUERY_TOKENS:
-        return "prefill" if key.shape[2] == query.shape[2] else "long chunk"
+        fresh = call.mask is None or key.shape[2] == query.shape[2]
+        return "prefill" if fresh else "long chunk"
     if state.record.want_weights:
         return "output_attentions"
-    if torch.is_grad_enabled() and (
-        query.requires_grad or key.requires_grad or value.requires_grad
-    ):
-        return "gradient"
     if call.dropout > 0:
         return "dropout"
-    return _why_not_tensors(query, key, value) or _why_not_arguments(call)
+    return (
+        why_not_plain((query, key, value))
+        or _why_not_tensors(query, key, value)
+        or _why_not_arguments(call)
+    )
 
 
 def _why_not_tensors(query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    if not (type(query) is type(key) is type(value) is Tensor):
-        return "tensor subclass"
     if not (query.dtype == key.dtype == value.dtype):
         return "mixed dtypes"
+    if autocast_dtype(query) not in (None, query.dtype):
+        return "autocast"
     if query.shape[3] != value.shape[3]:
         return "value head size"
     if not supports(query.shape[3], query.dtype):

@@ -28,6 +28,13 @@ class Policy:
         super().__init_subclass__(**kwargs)
         _KINDS[cls.__name__] = cls
 
+    def __str__(self) -> str:
+        """Return the policy with the fields that are not at their defaults."""
+        values = [(f.name, getattr(self, f.name)) for f in fields(self) if f.repr]
+        default = {f.name: f.default for f in fields(self)}
+        chosen = [f"{name}={value!r}" for name, value in values if value != default[name]]
+        return f"{type(self).__name__}({', '.join(chosen)})"
+
     def plan(self, table: Plan) -> Plan:
         """Return ``table`` with what this policy decides.
 
