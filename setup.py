@@ -134,7 +134,10 @@ class NinjaBuild(build_ext):
             )
         ]
         outputs = []
-        sources = [*CSRC.glob("*.cpp"), *(CSRC / "cpu").glob("*.cpp")]
+        # pybind11's headers cost more than all else in a binding: compile the bindings as one.
+        bindings = objects / "all_bindings.cpp"
+        bindings.write_text("".join(f'#include "{s.name}"\n' for s in sorted(CSRC.glob("*.cpp"))))
+        sources = [bindings, *(CSRC / "cpu").glob("*.cpp")]
         if nvcc:
             sources += (CSRC / "cuda").glob("*.cu")
         for source in sorted(sources):

@@ -76,8 +76,11 @@ def test_a_device_without_a_kernel_says_shapes_only():
 
 
 def test_overhead_of_an_eager_call_is_about_that_of_an_allocation():
-    """The call itself, outputs given: views of 5 tensors and checks. torch.empty is the yardstick,
-    because absolute times say more about the machine than about the call."""
+    """The call with its outputs given: views of five tensors, and checks.
+
+    torch.empty is the yardstick,
+    because absolute times say more about the machine than about the call.
+    """
     query, key, value, *_ = inputs(capacity=0)
     lengths = torch.zeros(1, dtype=torch.int32)
     out, lse = decode_attention.outputs(query, key, value)
