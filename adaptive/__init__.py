@@ -16,6 +16,8 @@ from adaptive.errors import (
     UnknownFamily,
     UnsupportedModel,
 )
+from adaptive.layers.torch_attention import register_attention
+from adaptive.layers.torch_sdpa import attention
 from adaptive.patch import Support, check, patch, patched
 from adaptive.patched import Patched
 from adaptive.policy import Exact, Plan, Policy
@@ -36,10 +38,12 @@ __all__ = [
     "UnsupportedModel",
     "__version__",
     "_native",
+    "attention",
     "check",
     "cpu_level",
     "patch",
     "patched",
+    "register_attention",
     "register_family",
     "set_cpu_level",
 ]

@@ -7,6 +7,7 @@ cycle keeps weights alive.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -34,7 +35,7 @@ class AttributeChange:
 
     def conflict(self, module: nn.Module) -> str | None:
         """Say what someone else did to the attribute since, if anything."""
-        if module.__dict__.get(self.key) is self.after:
+        if _same(module.__dict__.get(self.key), self.after):
             return None
         return f"{self.key!r} of {self.name or 'the model'!r} was replaced"
 
@@ -125,7 +126,7 @@ class ChangeLog:
                 continue
             if type(module) is not kind:
                 found.append(f"module {name!r} was replaced by a {type(module).__name__}")
-            elif module.__dict__.get("forward") is not forward:
+            elif not _same(module.__dict__.get("forward"), forward):
                 found.append(f"'forward' of {name or 'the model'!r} was wrapped")
         if not found:
             checks = (entry.conflict(root.get_submodule(entry.name)) for entry in self.entries)
@@ -139,3 +140,8 @@ class ChangeLog:
             entry.undo(root.get_submodule(entry.name))
             self.entries.pop()
         self.witnesses.clear()
+
+
+def _same(found: object, installed: object) -> bool:
+    """Whether nobody replaced ``installed``; deepcopy makes bound methods anew in each place."""
+    return found is installed or (isinstance(found, MethodType) and found == installed)

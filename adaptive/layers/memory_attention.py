@@ -21,6 +21,10 @@ from torch import Tensor
 
 from adaptive.ops.decode_attention import decode_attention, supports
 
+MAX_NATIVE_ROWS = 16
+"""Query rows (heads x tokens) up to which reading the memory, not multiplying, takes the time. The
+kernel reads it once; beyond, PyTorch's matrix product is as fast or faster."""
+
 
 class Projections(NamedTuple):
     """Weights ``[width, *_width]`` and biases ``[width]`` of the three input projections.
@@ -70,7 +74,7 @@ def memory_attention(
 
     Returns:
         The context in float32, the weights or None, and whether the native kernel ran. It does for
-        a memory that `decode_attention` takes as it lies, when no weights are wanted.
+        few rows on a memory that `decode_attention` takes, when no weights are wanted.
     """
     batch, tokens, width = query.shape
     head_dim = width // heads
@@ -83,7 +87,7 @@ def memory_attention(
     absorbed = torch.einsum("bthd,hde->bhte", rows, key_weight)
 
     weights = blind = None
-    native = not need_weights and _native_takes(memory, values)
+    native = not need_weights and heads * tokens <= MAX_NATIVE_ROWS and _readable(memory, values)
     if native:
         found, lse = decode_attention(
             absorbed, memory.unsqueeze(1), values.unsqueeze(1), mask=mask, scale=1.0, causal=False
@@ -104,7 +108,7 @@ def _float(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float()
 
 
-def _native_takes(memory: Tensor, values: Tensor) -> bool:
+def _readable(memory: Tensor, values: Tensor) -> bool:
     """Whether the kernel reads this memory in place, each token as one head."""
     same = memory.shape == values.shape and memory.stride(-1) == values.stride(-1) == 1
     return same and supports(memory.shape[-1], torch.float32)

@@ -69,9 +69,7 @@ def register_attention(
         ValueError: The class is registered with other attributes already.
     """
     if not (isinstance(module_class, type) and issubclass(module_class, nn.Module)):
-        raise TypeError(
-            f"adaptive: module_class must be a class of nn.Module, got {module_class!r}"
-        )
+        raise TypeError(f"adaptive: module_class must be an nn.Module class, got {module_class!r}")
     if issubclass(module_class, nn.MultiheadAttention):
         raise TypeError("adaptive: module_class must not be nn.MultiheadAttention, which is known")
     sizes = _Sizes(heads, kv_heads, head_dim)

@@ -19,13 +19,6 @@ def why_not_plain(tensors: Sequence[Tensor | None]) -> str | None:
     A native kernel reads memory. It is invisible to whoever records operations or puts another
     meaning on tensors: gradients, `torch.func`, tracing, dispatch modes, tensor subclasses.
     """
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if type(tensor) not in _PLAIN or tensor.is_nested:
-            return "tensor subclass"
-        if tensor.requires_grad and torch.is_grad_enabled():
-            return "gradient"
     if not torch.compiler.is_compiling() and (
         torch._C._is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -33,6 +26,13 @@ def why_not_plain(tensors: Sequence[Tensor | None]) -> str | None:
         or forward_ad._current_level >= 0
     ):
         return "operations are recorded"
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN or tensor.is_nested:
+            return "tensor subclass"
+        if tensor.requires_grad and torch.is_grad_enabled():
+            return "gradient"
     return None
 
 

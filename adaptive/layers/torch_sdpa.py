@@ -76,16 +76,25 @@ def why_stock(
     enable_gqa: bool,
 ) -> str | None:
     """Why PyTorch's function must answer, with its own errors too; None if it need not."""
-    tensors = (query, key, value)
-    rank = query.dim()
-    if rank not in (_ONE_HEAD, _PER_HEAD) or key.dim() != rank or value.dim() != rank:
-        return "number of dimensions"
-    tokens, head_dim = query.shape[-2:]
-    if not 1 <= tokens <= MAX_QUERY_TOKENS:
-        return "query tokens"
     if dropout_p != 0:
         return "dropout"
-    if not supports(head_dim, query.dtype):
+    reason = why_not_plain((query, key, value, attn_mask)) or _why_not_tensors(query, key, value)
+    if reason is not None:
+        return reason
+    if not _fits(query, key, value, is_causal, enable_gqa):
+        return "shape"
+    if attn_mask is not None and (is_causal or not _mask_fits(attn_mask, query, key)):
+        return "mask"
+    return None
+
+
+def _why_not_tensors(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    tensors, rank = (query, key, value), query.dim()
+    if rank not in (_ONE_HEAD, _PER_HEAD) or key.dim() != rank or value.dim() != rank:
+        return "number of dimensions"
+    if not 1 <= query.shape[-2] <= MAX_QUERY_TOKENS:
+        return "query tokens"
+    if not supports(query.shape[-1], query.dtype):
         return "head_dim or dtype"
     if query.device.type not in decode_attention.native:
         return "device"
@@ -93,11 +102,7 @@ def why_stock(
         return "mixed dtypes or devices"
     if any(t.shape[-1] > 1 and t.stride(-1) != 1 for t in tensors):
         return "memory layout"
-    if not _fits(query, key, value, is_causal, enable_gqa):
-        return "shape"
-    if attn_mask is not None and (is_causal or not _mask_fits(attn_mask, query, key)):
-        return "mask"
-    return why_not_plain((*tensors, attn_mask))
+    return None
 
 
 def _fits(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa: bool) -> bool:

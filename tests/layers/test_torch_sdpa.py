@@ -1,0 +1,402 @@
+"""F.scaled_dot_product_attention through decode_attention: the same answers, told which way."""
+
+import copy
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+import adaptive
+from adaptive import _native
+from adaptive.layers.torch_attention import register_attention
+from adaptive.layers.torch_sdpa import attention, why_stock
+
+EPS = {torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+def native_calls():
+    return _native.calls().get("decode_attention:cpu", 0)
+
+
+def assert_as_good_as_stock(found, query, key, value, **options):
+    """Error against float64 at most twice that of PyTorch in the same precision."""
+    mask = options.pop("attn_mask", None)
+    wide = mask if mask is None or mask.dtype == torch.bool else mask.double()
+    tensors = (query, key, value)
+    gold = F.scaled_dot_product_attention(*(t.double() for t in tensors), wide, **options)
+    stock = F.scaled_dot_product_attention(*tensors, mask, **options)
+    assert found.shape == stock.shape
+    assert found.dtype == stock.dtype
+    error = (found.double() - gold).abs().max().item() if found.numel() else 0.0
+    allowed = (stock.double() - gold).abs().max().item() if found.numel() else 0.0
+    assert error <= 2 * allowed + 4 * EPS[query.dtype], (error, allowed)
+
+
+@st.composite
+def calls(draw):
+    """Arguments that the native path takes: ranks, groups, layouts, masks, scales, dtypes."""
+    dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    batch, kv_heads, group = (draw(st.integers(1, 3)) for _ in range(3))
+    tokens, head_dim = draw(st.integers(1, 16)), draw(st.sampled_from([32, 40, 64]))
+    is_causal = draw(st.booleans())
+    keys = draw(st.integers(tokens if is_causal else 1, 80))
+    per_head = draw(st.booleans())
+    group = group if per_head else 1
+    heads = (kv_heads * group,) if per_head else ()
+
+    def tensor(heads, tokens):
+        made = torch.randn(batch, tokens, *heads, head_dim, generator=generator).to(dtype)
+        made = made.transpose(1, 2) if heads else made
+        return made if draw(st.booleans()) else made.contiguous()
+
+    query = tensor(heads, tokens)
+    key, value = (tensor((kv_heads,) if per_head else (), keys) for _ in range(2))
+    options = {"is_causal": is_causal, "scale": draw(st.sampled_from([None, 0.3, -1.0]))}
+    if group > 1:
+        options["enable_gqa"] = True
+    if not is_causal and draw(st.booleans()):
+        full = (batch, *heads, tokens, keys)
+        shape = [size if draw(st.booleans()) else 1 for size in full]
+        shape[-2:] = full[-2:]  # PyTorch's CPU kernels refuse other broadcasts at times
+        mask = torch.rand(*shape[draw(st.integers(0, len(full) - 2)) :], generator=generator)
+        kind = draw(st.sampled_from(["bool", "same", "float"]))
+        if kind == "bool":
+            mask = mask < 0.7
+        else:
+            mask = (4 * mask).to(dtype if kind == "same" else torch.float32)
+        options["attn_mask"] = mask
+    return (query, key, value), options
+
+
+@given(calls())
+def test_attention_equals_pytorch(call):
+    tensors, options = call
+    before = native_calls()
+    found = attention(*tensors, **options)
+    assert native_calls() == before + 1
+    assert_as_good_as_stock(found, *tensors, **options)
+
+
+def heads(*sizes, dtype=torch.float32):
+    return torch.randn(*sizes, 64, dtype=dtype)
+
+
+@pytest.mark.parametrize("keys", [1, 5, 90])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_is_causal_is_aligned_top_left(tokens, keys):
+    query, key = heads(1, 2, tokens), heads(1, 2, keys)
+    found = attention(query, key, key, is_causal=True)
+    expected = F.scaled_dot_product_attention(query, key, key, is_causal=True)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found[:, :, 0], key[:, :, 0])  # the first query sees one key
+
+
+def test_a_query_without_any_key_finds_zeros():
+    query, key = heads(1, 2, 3), heads(1, 2, 70)
+    mask = torch.ones(3, 70, dtype=torch.bool)
+    mask[1] = False
+    for given_mask in (mask, torch.zeros(3, 70).masked_fill(~mask, -torch.inf)):
+        found = attention(query, key, key, given_mask)
+        assert_as_good_as_stock(found, query, key, key, attn_mask=given_mask)
+        assert found[:, :, 1].eq(0).all()
+
+
+def test_an_empty_batch_and_a_cache_read_in_place():
+    assert attention(heads(0, 2, 1), heads(0, 2, 9), heads(0, 2, 9)).shape == (0, 2, 1, 64)
+    cache = torch.full((1, 2, 4096, 64), torch.nan)
+    cache[:, :, :70] = heads(1, 2, 70)
+    query, key = heads(1, 2, 1), cache[:, :, :70]
+    assert_as_good_as_stock(attention(query, key, key), query, key, key)
+
+
+QUERY, KEY, MASK = heads(2, 4, 3), heads(2, 4, 70), torch.randn(3, 70)
+STOCK = {
+    "long query": ("query tokens", (heads(2, 4, 17), KEY, KEY), {}),
+    "dropout": ("dropout", (QUERY, KEY, KEY), {"dropout_p": 0.5}),
+    "float64": ("head_dim or dtype", (QUERY.double(), KEY.double(), KEY.double()), {}),
+    "head size": ("head_dim or dtype", (QUERY[..., :20], KEY[..., :20], KEY[..., :20]), {}),
+    "value size": ("shape", (QUERY, KEY, KEY[..., :32]), {}),
+    "batch of one": ("shape", (QUERY, KEY[:1], KEY[:1]), {}),
+    "no keys": ("shape", (QUERY, KEY[:, :, :0], KEY[:, :, :0]), {}),
+    "causal, few keys": ("shape", (QUERY, KEY[:, :, :2], KEY[:, :, :2]), {"is_causal": True}),
+    "mask and causal": ("mask", (QUERY, KEY, KEY), {"attn_mask": MASK, "is_causal": True}),
+    "strided": ("memory layout", (QUERY, KEY.mT.contiguous().mT, KEY), {}),
+    "five axes": ("number of dimensions", (QUERY[None], KEY[None], KEY[None]), {}),
+    "gradient": ("gradient", (QUERY.clone().requires_grad_(), KEY, KEY), {}),
+    "meta": ("device", (QUERY.to("meta"), KEY.to("meta"), KEY.to("meta")), {}),
+}
+
+
+@pytest.mark.parametrize("case", STOCK)
+def test_other_calls_go_to_pytorch_and_the_reason_is_told(case):
+    reason, tensors, options = STOCK[case]
+    gqa = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "enable_gqa": False}
+    before = native_calls()
+    with torch.enable_grad():
+        assert why_stock(*tensors, **{**gqa, **options}) == reason
+        torch.manual_seed(0)
+        found = attention(*tensors, **options)
+        torch.manual_seed(0)
+        expected = F.scaled_dot_product_attention(*tensors, **options)
+    assert native_calls() == before
+    assert found.requires_grad == expected.requires_grad
+    if not found.is_meta:
+        assert torch.equal(found, expected) or found.isnan().equal(expected.isnan())
+
+
+@pytest.mark.parametrize(
+    ("tensors", "options"),
+    [
+        ((QUERY, KEY, KEY), {"attn_mask": torch.ones(3, 71)}),
+        ((QUERY, KEY, KEY), {"attn_mask": torch.ones(3, 70, dtype=torch.int32)}),
+        ((QUERY, KEY.half(), KEY), {}),
+        ((QUERY[0, 0, 0], KEY, KEY), {}),
+    ],
+    ids=["mask size", "mask dtype", "dtypes", "one axis"],
+)
+def test_bad_calls_raise_the_errors_of_pytorch(tensors, options):
+    with pytest.raises((RuntimeError, ValueError, IndexError)) as stock:
+        F.scaled_dot_product_attention(*tensors, **options)
+    with pytest.raises(type(stock.value)) as ours:
+        attention(*tensors, **options)
+    assert str(ours.value) == str(stock.value)
+
+
+def test_transforms_and_recorders_see_the_operator():
+    before = native_calls()
+    batched = torch.vmap(attention)(QUERY[:, None], KEY[:, None], KEY[:, None])
+    torch.testing.assert_close(batched[:, 0], attention(QUERY, KEY, KEY))
+    assert native_calls() == before + 1
+    traced = torch.jit.trace(attention, (QUERY, KEY, KEY))
+    other = torch.randn_like(QUERY)
+    torch.testing.assert_close(traced(other, KEY, KEY), attention(other, KEY, KEY))
+
+
+def test_autocast_returns_what_pytorch_returns():
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = F.scaled_dot_product_attention(QUERY, KEY, KEY)
+        found = attention(QUERY, KEY, KEY)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+
+
+class Attention(nn.Module):
+    """What users write: one projection, SDPA on a cache that is handed in."""
+
+    def __init__(self, width=128, heads=2):
+        super().__init__()
+        self.heads = heads
+        self.project = nn.Linear(width, width)
+
+    def forward(self, x, key, value, mask=None):
+        batch, tokens, width = x.shape
+        query = self.project(x).view(batch, tokens, self.heads, -1).transpose(1, 2)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return out.transpose(1, 2).reshape(batch, tokens, width)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Attention(), Attention()
+
+    def forward(self, x, key, value, mask=None):
+        return self.second(self.first(x, key, value, mask), key, value, mask)
+
+
+register_attention(Attention, heads="heads")
+MODEL_INPUTS = (torch.randn(2, 3, 128), heads(2, 2, 200), heads(2, 2, 200))
+
+
+def stock_calls(patched):
+    return [layer["stock_calls"] for layer in patched.report().to_dict()["layers"]]
+
+
+def test_a_registered_class_is_reached_and_left_again():
+    model = Model().eval()
+    expected, keys = model(*MODEL_INPUTS), list(model.state_dict())
+    patched = adaptive.patch(model)
+    before = native_calls()
+    torch.testing.assert_close(model(*MODEL_INPUTS), expected)
+    assert native_calls() == before + 2
+    assert [layer["native_calls"] for layer in patched.report().to_dict()["layers"]] == [1, 1]
+    assert patched.report().layers[0].kv_bytes == 2 * MODEL_INPUTS[1].numel() * 4
+    with patched.disabled():
+        assert torch.equal(model(*MODEL_INPUTS), expected)
+    assert list(model.state_dict()) == keys
+    patched.unpatch()
+    assert torch.equal(model(*MODEL_INPUTS), expected)
+    assert native_calls() == before + 2
+
+
+def test_other_models_and_other_callers_are_untouched():
+    patched, other = Model().eval(), Model().eval()
+    adaptive.patch(patched)
+    before = native_calls()
+    other(*MODEL_INPUTS)
+    F.scaled_dot_product_attention(QUERY, KEY, KEY)
+    assert native_calls() == before
+
+
+def test_stock_calls_are_counted_with_their_reason():
+    model = Model().eval()
+    patched = adaptive.patch(model)
+    x, key, value = MODEL_INPUTS
+    model(torch.randn(2, 30, 128), key, value)
+    with torch.enable_grad():
+        model(x, key, value)
+    assert stock_calls(patched) == [{"query tokens": 1, "gradient": 1}] * 2
+
+
+def test_the_plan_decides_which_layers_take_part():
+    model = Model().eval()
+    patched = adaptive.patch(model, adaptive.Exact(stock_layers=(1,)))
+    model(*MODEL_INPUTS)
+    assert stock_calls(patched) == [{}, {"plan": 1}]
+
+
+class Outer(nn.Module):
+    """A registered class inside a registered class, and a call of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Attention()
+
+    def forward(self, x, key, value):
+        F.scaled_dot_product_attention(torch.randn(1, 1, 20, 64), key[:1, :1], value[:1, :1])
+        return self.inner(x, key, value)
+
+
+register_attention(Outer)
+
+
+@pytest.mark.parametrize("tokens", [3, 20])
+def test_nested_modules_count_each_call_once(tokens):
+    model = Outer().eval()
+    patched = adaptive.patch(model)
+    _, key, value = MODEL_INPUTS
+    model(torch.randn(2, tokens, 128), key, value)
+    outer, inner = patched.report().layers
+    assert outer.stock_calls == {"query tokens": 1}
+    assert outer.native_calls == 0
+    assert (inner.native_calls, inner.stock_calls) == (
+        (1, {}) if tokens == 3 else (0, {"query tokens": 1})
+    )
+
+
+def test_an_exception_leaves_no_mode_behind():
+    model = Model().eval()
+    adaptive.patch(model)
+    with pytest.raises(RuntimeError):
+        model(*MODEL_INPUTS, mask=torch.ones(5, 5))
+    before = native_calls()
+    F.scaled_dot_product_attention(QUERY, KEY, KEY)
+    assert native_calls() == before
+    model(*MODEL_INPUTS)
+    assert native_calls() == before + 2
+
+
+class Seen(TorchFunctionMode):
+    """A user's own mode, which must keep seeing what it saw."""
+
+    def __init__(self):
+        self.functions = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.functions.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_of_others_see_stock_calls_and_all_other_functions():
+    model = Model().eval()
+    adaptive.patch(model)
+    with Seen() as seen:
+        model(torch.randn(2, 30, 128), *MODEL_INPUTS[1:])
+    assert seen.functions.count(F.scaled_dot_product_attention) == 2
+    assert seen.functions.count(F.linear) == 2
+
+
+def test_threads_do_not_disturb_each_other():
+    models = [Model().eval() for _ in range(4)]
+    handles = [adaptive.patch(model) for model in models[:2]] + [None, None]
+    expected = [model(*MODEL_INPUTS) for model in models]
+    wrong = []
+
+    def run(model, result):
+        with torch.no_grad():
+            for _ in range(20):
+                if not torch.equal(model(*MODEL_INPUTS), result):
+                    wrong.append(model)
+
+    before = native_calls()
+    threads = [
+        threading.Thread(target=run, args=pair) for pair in zip(models, expected, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert native_calls() == before + 2 * 2 * 20
+    assert [layer.native_calls for h in handles[:2] for layer in h.report().layers] == [21] * 4
+
+
+def test_a_deepcopy_is_patched_with_weights_of_its_own():
+    model = Model().eval()
+    adaptive.patch(model)
+    expected = model(*MODEL_INPUTS)
+    twin = copy.deepcopy(model)
+    twin.first.project.weight.zero_()
+    assert torch.equal(model(*MODEL_INPUTS), expected)
+    assert not torch.equal(twin(*MODEL_INPUTS), expected)
+    handle = adaptive.patched(twin)
+    assert handle.report().layers[0].native_calls == 2
+    handle.unpatch()
+    assert adaptive.patched(model).report().layers[0].native_calls == 2
+
+
+def test_compiles_to_one_graph():
+    model = Model().eval()
+    expected = model(*MODEL_INPUTS)
+    adaptive.patch(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    before = native_calls()
+    torch.testing.assert_close(compiled(*MODEL_INPUTS), expected)
+    assert native_calls() == before + 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((torch.nn.functional,), TypeError, "module_class must be an nn.Module class"),
+        ((nn.MultiheadAttention,), TypeError, "must not be nn.MultiheadAttention"),
+        ((Attention,), ValueError, "Attention must be registered once"),
+    ],
+)
+def test_registration_refuses(arguments, error, message):
+    with pytest.raises(error, match=message):
+        register_attention(*arguments)
+
+
+def test_a_size_that_is_not_there_is_a_named_problem():
+    class Other(nn.Module):
+        pass
+
+    register_attention(Other, heads="num_heads")
+    found = adaptive.check(nn.Sequential(Other()))
+    assert not found.ok
+    assert "0 (Other) does not say its sizes" in str(found)
+    with pytest.raises(adaptive.UnsupportedModel, match="num_heads"):
+        adaptive.patch(nn.Sequential(Other()))
