@@ -6,6 +6,7 @@ VENV ?= .venv
 JOBS ?= 2
 TESTS ?= tests
 NVCC ?= nvcc
+RESULTS ?= bench/results/$(shell date +%F)-$(shell uname -m)
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -37,10 +38,9 @@ lint: $(VENV)/.dev ## Check style, types and C++ formatting
 compile-checks: ## CUDA for sm_80 and sm_90a if nvcc is found; baseline objects without AVX
 	.ci/compile-checks $(NVCC)
 
-bench: $(VENV)/.dev ## Measure this machine; writes bench/results/*.json and the README tables
-	$(BIN)/python -m bench.ops
-	$(BIN)/python -m bench.models
-	$(BIN)/python -m bench.table
+bench: $(VENV)/.dev ## Measure this machine and print the tables (15 minutes)
+	$(BIN)/python -m bench.ops --json $(RESULTS)-ops.json
+	$(BIN)/python -m bench.models --json $(RESULTS)-models.json
 
 docs-check: $(VENV)/.dev ## Run every code block and follow every link of the documentation
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_docs.py

@@ -94,8 +94,8 @@ def _config(model: str) -> tuple[str, Any]:
 def _build(config: Any, dtype: torch.dtype) -> nn.Module:
     """Return the model with its real shapes and no contents.
 
-    Built without memory, then given memory that is never touched: a model of any size costs
-    address space alone.
+    Built on the meta device; then every tensor becomes one number, seen through strides of zero.
+    So a model of any size costs nothing.
     """
     from transformers import AutoModelForCausalLM
 
@@ -107,5 +107,5 @@ def _build(config: Any, dtype: torch.dtype) -> nn.Module:
         raise UsageError(
             f"transformers cannot build a causal language model of it: {first}"
         ) from error
-    empty: nn.Module = model.to_empty(device="cpu").eval()
-    return empty
+    built: nn.Module = model._apply(lambda t: torch.zeros((), dtype=t.dtype).expand(t.shape))
+    return built.eval()
