@@ -20,6 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
+import adaptive
+from adaptive import _native
 from bench.llama import (
     SHAPES,
     adopted_cache,
@@ -87,8 +89,13 @@ class Bench:
             return run
 
         steps = {name: decode(name) for name in self.models}
-        for run in steps.values():
+        native_calls = {}
+        for name, run in steps.items():
+            before = sum(_native.calls().values())
             run()
+            native_calls[name] = sum(_native.calls().values()) - before
+        if native_calls.get("patched", 1) == 0:
+            raise RuntimeError("bench: the patched model must run the native kernel, got 0 calls")
         truth = self.truth.get(context, logits[BASELINE][0])
         errors = {name: relative_error(seen[0], truth) for name, seen in logits.items()}
         tolerance = TOLERANCE[str(self.dtype).removeprefix("torch.")]
@@ -121,6 +128,7 @@ class Bench:
                     "clean": timing.clean,
                     "dropped": timing.dropped,
                     "error": errors[name],
+                    "native_calls_per_step": native_calls[name],
                     **agreement(logits[name], logits[BASELINE]),
                 }
                 for name, timing in timings.items()
@@ -229,8 +237,6 @@ def run(options: argparse.Namespace, recorder: Recorder, console: Console) -> No
         first = build(options.shape, dtype)
         models = {name: first if name == BASELINE else twin(first) for name in variants}
         if "patched" in models:
-            import adaptive
-
             adaptive.patch(models["patched"])
         bench = Bench(options.shape, dtype, options.threads, models, truth)
         progress.advance(task)

@@ -303,6 +303,11 @@ def test_the_model_benchmark_runs_end_to_end_on_a_tiny_model(tmp_path, monkeypat
     variants = document["rows"][0]["variants"]
     assert variants.keys() == {"stock default", "stock StaticCache", "patched"}
     assert all(v["error"] < 0.05 and v["steps_compared"] >= 4 for v in variants.values())
+    assert {name: v["native_calls_per_step"] for name, v in variants.items()} == {
+        "stock default": 0,
+        "stock StaticCache": 0,
+        "patched": 2,  # layers
+    }
     assert document["rows"][0]["error_against"] == "float32"
 
 
