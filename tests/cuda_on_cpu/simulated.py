@@ -1,0 +1,178 @@
+"""Builds CUDA sources for the CPU and calls decode_attention in them, on torch CPU tensors."""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+FLAGS = [
+    "-std=c++20", "-O1", "-march=native", "-fPIC", "-fopenmp",
+    "-Wall", "-Wno-unknown-pragmas", "-Werror", f"-I{ROOT / 'csrc'}",
+]  # fmt: skip
+SANITIZERS = os.environ.get("ADAPTIVE_SIMT_CXXFLAGS", "").split()
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+POINTERS = ["query", "key", "value", "lengths", "mask", "out", "lse", "workspace"]
+SIZES = ["batch", "heads", "kv_heads", "query_tokens", "capacity", "head_dim"]
+
+
+class Args(ctypes.Structure):
+    """DecodeAttentionArgs of csrc/decode_attention.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        ("workspace_bytes", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+        ("mask_add", ctypes.c_bool),
+        ("causal", ctypes.c_bool),
+        *((name, ctypes.c_int64) for name in SIZES),
+        ("query_stride", ctypes.c_int64 * 3),
+        ("key_stride", ctypes.c_int64 * 3),
+        ("value_stride", ctypes.c_int64 * 3),
+        ("out_stride", ctypes.c_int64 * 3),
+        ("mask_stride", ctypes.c_int64 * 4),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+    )
+
+
+class Builder:
+    """Compiles to shared libraries, each object cached by the text the compiler sees."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.compiler = shutil.which(os.environ.get("CXX", "g++"))
+
+    def build(self, sources: list[Path], *includes: Path) -> ctypes.CDLL:
+        """Loads the library made of `sources`; `includes` shadow the real headers."""
+        with ThreadPoolExecutor(2) as pool:
+            objects = list(pool.map(lambda s: self._object(s, includes), sources))
+        name = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:24]
+        library = self.folder / f"{name}.so"
+        if not library.exists():
+            self._run(library, "-shared", "-fopenmp", *SANITIZERS, *map(str, objects))
+        return ctypes.CDLL(str(library))
+
+    def _object(self, source: Path, includes: tuple[Path, ...]) -> Path:
+        command = [*SANITIZERS, *(f"-I{i}" for i in includes), *FLAGS, "-x", "c++", str(source)]
+        text = subprocess.run(
+            [self.compiler, *command, "-E"], capture_output=True, check=True
+        ).stdout
+        path = self.folder / f"{hashlib.sha256(text + repr(FLAGS).encode()).hexdigest()[:24]}.o"
+        if not path.exists():
+            self._run(path, *command, "-c")
+        return path
+
+    def _run(self, target: Path, *arguments: str) -> None:
+        """Writes `target` at once, so that parallel test processes never see half a file."""
+        unfinished = target.with_suffix(f".{os.getpid()}")
+        done = subprocess.run(
+            [self.compiler, *arguments, "-o", str(unfinished)],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        unfinished.replace(target)
+
+
+class Simulated:
+    """The CUDA decode_attention on the CPU; `splits` records what the last call was cut into."""
+
+    def __init__(self, library: ctypes.CDLL):
+        self.library = library
+        library.args_bytes.restype = library.workspace_bytes.restype = ctypes.c_int64
+        assert library.args_bytes() == ctypes.sizeof(Args)
+        self.set_device()
+        self.set_seed(0)
+
+    def set_seed(self, seed: int) -> None:
+        self.library.set_seed(seed)
+
+    def set_device(self, multiprocessors: int = 4, block_kib: int = 227, kib: int = 228) -> None:
+        self.library.set_device(multiprocessors, block_kib << 10, kib << 10)
+
+    def __call__(
+        self, query, key, value, *, lengths=None, mask=None, causal=True, scale=None, softcap=0.0,
+        out=None, short_workspace=0,
+    ):  # fmt: skip
+        """As adaptive.ops.decode_attention; `out` may be given to choose its strides."""
+        batch, heads, query_tokens, head_dim = query.shape
+        capacity = key.shape[2]
+        out = torch.full(query.shape, torch.nan) if out is None else out
+        lse = torch.full(query.shape[:3], torch.nan)
+        strides = (0, 0, 0, 0)
+        if mask is not None:
+            mask = mask.expand(batch, heads, query_tokens, capacity)
+            strides = mask.stride()
+        pointer = lambda t: None if t is None else t.data_ptr()  # noqa: E731
+        args = Args(
+            pointer(query), pointer(key), pointer(value), pointer(lengths), pointer(mask),
+            pointer(out), pointer(lse), None, 0, DTYPES[query.dtype],
+            mask is not None and mask.dtype == torch.float32, causal,
+            batch, heads, key.shape[1], query_tokens, capacity, head_dim,
+            query.stride()[:3], key.stride()[:3], value.stride()[:3], out.stride()[:3], strides,
+            head_dim**-0.5 if scale is None else scale, softcap,
+        )  # fmt: skip
+        wanted = self.library.workspace_bytes(ctypes.byref(args))
+        rows = batch * heads * query_tokens
+        self.splits = wanted // (rows * (head_dim + 2) * 4) if wanted else 1
+        workspace = torch.full((max(wanted // 4, 1),), torch.nan)
+        args.workspace = workspace.data_ptr()
+        args.workspace_bytes = wanted - short_workspace
+        message = ctypes.create_string_buffer(1000)
+        if self.library.decode_attention(ctypes.byref(args), message, ctypes.c_int64(1000)):
+            raise RuntimeError(message.value.decode())
+        return out, lse
+
+
+def plain(query, key, value, lengths=None, mask=None, causal=True, scale=None, softcap=0.0):
+    """The formula of csrc/decode_attention.h, in the dtype of the query. Returns (out, lse).
+
+    Slots beyond the length may hold anything: they take no part in the arithmetic.
+    """
+    batch, heads, query_tokens, head_dim = query.shape
+    capacity = key.shape[2]
+    if lengths is None:
+        lengths = torch.full((batch,), capacity)
+    position = torch.arange(capacity)
+    used = position < lengths[:, None]
+    key, value = (
+        torch.where(used[:, None, :, None], t, 0).repeat_interleave(heads // t.shape[1], 1)
+        for t in (key, value)
+    )
+    scores = (query @ key.transpose(-1, -2)) * (head_dim**-0.5 if scale is None else scale)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    seen = used[:, None, None, :]
+    if causal:
+        last = lengths[:, None] - query_tokens + torch.arange(query_tokens)
+        seen = seen & (position <= last[..., None])[:, None]
+    if mask is not None and mask.dtype == torch.bool:
+        seen = seen & mask
+    elif mask is not None:
+        scores = scores + mask.to(scores.dtype)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    lse = torch.logsumexp(scores.double(), -1)
+    weights = torch.softmax(scores, -1).nan_to_num(0.0).to(query.dtype)
+    empty = torch.isneginf(lse)
+    out = torch.where(empty[..., None], 0.0, weights @ value)
+    return out, lse
+
+
+def assert_close(out, lse, query, key, value, **options):
+    """Error against float64 at most a small multiple of that of the same-precision reference."""
+    exact, exact_lse = plain(query.double(), key.double(), value.double(), **options)
+    rough, _ = plain(query, key, value, **options)
+    assert torch.equal(torch.isneginf(lse), torch.isneginf(exact_lse))
+    assert not torch.isnan(out).any()
+    factor = 4 if query.dtype == torch.float32 else 2
+    eps = torch.finfo(query.dtype).eps
+    reference_error = (rough.double() - exact).abs().max().item()
+    floor = eps * max(1.0, exact.abs().max().item())
+    assert (out - exact).abs().max().item() <= factor * (reference_error + floor)
+    finite = ~torch.isneginf(exact_lse)
+    assert torch.allclose(lse[finite].double(), exact_lse[finite], rtol=2e-6, atol=2e-5)
