@@ -104,7 +104,9 @@ void launch(const char* op, dim3 grid, dim3 block, size_t shared_bytes, Stream s
       raised |= device;
     }
   }
-  kKernel<<<grid, block, shared_bytes, stream> > >(args...);
+  // clang-format off
+  kKernel<<<grid, block, shared_bytes, stream>>>(args...);
+  // clang-format on
   check_launch(cudaGetLastError());
 }
 
