@@ -21,7 +21,7 @@
 namespace adaptive::cpu {
 namespace {
 
-constexpr int64_t kItemKeys = 512;
+constexpr int64_t kItemKeys = 1024;
 constexpr int64_t kItemsPerThread = 8;                 // taken at a time: total / (threads * this)
 constexpr int64_t kBytesPerThread = int64_t{1} << 17;  // below, waking a thread costs more
 constexpr size_t kAlignment = 64;

@@ -12,18 +12,6 @@
 namespace adaptive::cpu {
 namespace {
 
-constexpr int kCacheLine = 64;
-
-/// Prefetches the cache lines that begin in elements [begin, end) of a row.
-template <class E>
-ADAPTIVE_INLINE void prefetch(const E* row, int begin, int end) {
-  constexpr int kStep = kCacheLine / sizeof(E);
-  const char* bytes = reinterpret_cast<const char*>(row);
-  for (int i = (begin + kStep - 1) / kStep * kStep; i < end; i += kStep) {
-    __builtin_prefetch(bytes + i * sizeof(E), 0, 2);
-  }
-}
-
 template <class S, class E>
 class DecodeItemKernel {
  public:
@@ -51,7 +39,9 @@ class DecodeItemKernel {
       for (int64_t row = 0; row < rows_; ++row) softmax(block, row);
       keys_.find(block.first + kBlockKeys, next);
       for_tiles([&](auto tile, int64_t row) {
-        accumulate<decltype(tile)::kRows>(block, row, row == 0 ? &next : nullptr);
+        // What is in cache already costs nothing to fetch again.
+        const E* const* ahead = row == 0 && next.count > 0 ? next.key : block.value;
+        accumulate<decltype(tile)::kRows>(block, ahead, row);
       });
       current = 1 - current;
     }
@@ -109,34 +99,41 @@ class DecodeItemKernel {
     }
   }
 
-  // Dot products of R rows with the keys, 4 at a time; also fetches the values for accumulate.
+  // Dot products of R rows with the keys, N at a time; also fetches the values for accumulate.
   template <int R>
   void score(const Block<E>& block, int64_t row) {
-    constexpr int N = 4 / R;
+    constexpr int N = R == 1 ? 4 : S::kScoredKeys;
+    const E* const* ahead = row == 0 ? block.value : block.key;
     for (int i = 0; i < block.count; i += N) {
-      if (row == 0) {
-        for (int n = 0; n < N && i + n < block.count; ++n) {
-          prefetch(block.value[i + n], 0, head_dim_);
-        }
+      Vec sum[R * N];
+#pragma GCC unroll 16
+      for (int j = 0; j < R * N; ++j) sum[j] = S::zero();
+      for (int unit = 0; unit < units_; ++unit) {
+        add_products<R, N, false>(block.key + i, ahead + i, row, unit, sum);
       }
-      Vec sum[4] = {S::zero(), S::zero(), S::zero(), S::zero()};
-      for (int unit = 0; unit < units_; ++unit) add_products<R, false>(block, i, row, unit, sum);
-      if (tail_ != 0) add_products<R, true>(block, i, row, units_, sum);
-      float out[4];
-      S::reduce4(sum[0], sum[1], sum[2], sum[3], out);
+      if (tail_ != 0) add_products<R, N, true>(block.key + i, ahead + i, row, units_, sum);
+      float out[R * N];
+#pragma GCC unroll 4
+      for (int j = 0; j < R * N; j += 4) {
+        S::reduce4(sum[j], sum[j + 1], sum[j + 2], sum[j + 3], out + j);
+      }
+#pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        for (int n = 0; n < N; ++n) scores(row + r)[i + n] = out[r * N + n];
+        __builtin_memcpy(scores(row + r) + i, out + r * N, N * sizeof(float));
       }
     }
   }
 
-  template <int R, bool kTail>
-  ADAPTIVE_INLINE void add_products(const Block<E>& block, int i, int64_t row, int unit,
-                                    Vec (&sum)[4]) const {
-    constexpr int N = 4 / R;
+  // sum[r * N + n] += query row r * key n, over one unit of elements.
+  template <int R, int N, bool kTail>
+  ADAPTIVE_INLINE void add_products(const E* const* key, const E* const* ahead, int64_t row,
+                                    int unit, Vec (&sum)[R * N]) const {
     Vec low[N], high[N];
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) load<kTail>(block.key[i + n] + unit * kUnit, low[n], high[n]);
+    for (int n = 0; n < N; ++n) {
+      prefetch<kUnit>(ahead[n] + unit * kUnit);
+      load<kTail>(key[n] + unit * kUnit, low[n], high[n]);
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const Vec query_low = S::load(query(row + r) + unit * kUnit);
@@ -201,28 +198,29 @@ class DecodeItemKernel {
     }
   }
 
-  // acc += weights * values for R rows, as many columns at a time as the registers hold.
+  // acc += weights * values for R rows, as many columns at a time as the registers hold. Also
+  // fetches the next block's keys.
   template <int R>
-  void accumulate(const Block<E>& block, int64_t row, const Block<E>* next) {
+  void accumulate(const Block<E>& block, const E* const* ahead, int64_t row) {
+    constexpr int kMost = S::kAccumulators / (2 * R);
     int unit = 0;
-    if constexpr (S::kAccumulators / (2 * R) >= 4) accumulate_columns<R, 4>(block, row, unit, next);
-    if constexpr (S::kAccumulators / (2 * R) >= 2) accumulate_columns<R, 2>(block, row, unit, next);
-    accumulate_columns<R, 1>(block, row, unit, next);
-    if (tail_ != 0) accumulate_unit<R, 1, true>(block, row, unit, next);
+    if constexpr (kMost >= 4) unit = accumulate_columns<R, 4>(block, ahead, row, unit);
+    if constexpr (kMost >= 2) unit = accumulate_columns<R, 2>(block, ahead, row, unit);
+    unit = accumulate_columns<R, 1>(block, ahead, row, unit);
+    if (tail_ != 0) accumulate_units<R, 1, true>(block, ahead, row, unit);
   }
 
   template <int R, int U>
-  ADAPTIVE_INLINE void accumulate_columns(const Block<E>& block, int64_t row, int& unit,
-                                          const Block<E>* next) {
-    for (; unit + U <= units_; unit += U) accumulate_unit<R, U, false>(block, row, unit, next);
+  ADAPTIVE_INLINE int accumulate_columns(const Block<E>& block, const E* const* ahead, int64_t row,
+                                         int unit) {
+    for (; unit + U <= units_; unit += U) accumulate_units<R, U, false>(block, ahead, row, unit);
+    return unit;
   }
 
-  // Also fetches the same columns of the next block's keys.
   template <int R, int U, bool kTail>
-  ADAPTIVE_INLINE void accumulate_unit(const Block<E>& block, int64_t row, int unit,
-                                       const Block<E>* next) {
+  ADAPTIVE_INLINE void accumulate_units(const Block<E>& block, const E* const* ahead, int64_t row,
+                                        int unit) {
     const int column = unit * kUnit;
-    const int fetched = next ? next->count : 0;
     const float* weights = scores(row);
     Vec sum[R][2 * U];
 #pragma GCC unroll 4
@@ -231,7 +229,7 @@ class DecodeItemKernel {
       for (int u = 0; u < 2 * U; ++u) sum[r][u] = S::load(acc(row + r) + column + u * S::kWidth);
     }
     for (int i = 0; i < block.count; ++i) {
-      if (i < fetched) prefetch(next->key[i], column, column + U * kUnit);
+      prefetch<U * kUnit>(ahead[i] + column);
       Vec weight[R];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) weight[r] = S::set1(weights[r * kBlockKeys + i]);
@@ -256,11 +254,18 @@ class DecodeItemKernel {
   // Undoes the element order of load_pair.
   void store_acc() const {
     for (int64_t row = 0; row < rows_; ++row) {
-      const float* from = acc(row);
       float* to = item_.acc + row * head_dim_;
-      for (int i = 0; i < head_dim_; ++i) {
-        const int lane = i % kUnit;
-        to[i] = from[E::kInterleaved ? i - lane + lane / 2 + lane % 2 * S::kWidth : i];
+      for (int column = 0; column < head_dim_; column += kUnit) {
+        float unit[kUnit];
+        const float* low = acc(row) + column;
+        const float* high = low + S::kWidth;
+#pragma GCC unroll 16
+        for (int i = 0; i < S::kWidth; ++i) {
+          unit[E::kInterleaved ? 2 * i : i] = low[i];
+          unit[E::kInterleaved ? 2 * i + 1 : i + S::kWidth] = high[i];
+        }
+        const int count = head_dim_ - column < kUnit ? tail_ : kUnit;
+        __builtin_memcpy(to + column, unit, count * sizeof(float));
       }
     }
   }

@@ -12,10 +12,10 @@ namespace {
 template <class E>
 struct Block {
   int64_t first;
-  int count;                     // 0: there is no such block
-  bool whole;                    // every row sees all of them
-  uint8_t offset[kBlockKeys];    // of each key from `first`
-  const E* key[kBlockKeys + 3];  // the last is repeated, for loads of 4 keys at once
+  int count;                   // 0: there is no such block
+  bool whole;                  // every row sees all of them
+  uint8_t offset[kBlockKeys];  // of each key from `first`
+  const E* key[kBlockKeys];    // after `count`, the last is repeated
   const E* value[kBlockKeys];
 };
 
@@ -111,15 +111,23 @@ class KeyFinder {
                    item_.kv_head * key_stride[1] + block.first * key_stride[2];
     const E* value = static_cast<const E*>(args_.value) + item_.batch * value_stride[0] +
                      item_.kv_head * value_stride[1] + block.first * value_stride[2];
-    int count = 0;
-    for (; any != 0; any &= any - 1, ++count) {
-      const int offset = __builtin_ctzll(any);
-      block.offset[count] = static_cast<uint8_t>(offset);
-      block.key[count] = key + offset * key_stride[2];
-      block.value[count] = value + offset * value_stride[2];
+    if (any == ~uint64_t{0}) {
+      for (int i = 0; i < kBlockKeys; ++i) {
+        block.offset[i] = static_cast<uint8_t>(i);
+        block.key[i] = key + i * key_stride[2];
+        block.value[i] = value + i * value_stride[2];
+      }
+      block.count = kBlockKeys;
+      return;
     }
-    block.count = count;
-    for (int i = 0; i < 3; ++i) block.key[count + i] = block.key[count - 1];
+    block.count = __builtin_popcountll(any);
+    int offset = 0;
+    for (int i = 0; i < kBlockKeys; ++i, any &= any - 1) {
+      if (i < block.count) offset = __builtin_ctzll(any);
+      block.offset[i] = static_cast<uint8_t>(offset);
+      block.key[i] = key + offset * key_stride[2];
+      block.value[i] = value + offset * value_stride[2];
+    }
   }
 
   const DecodeAttentionArgs& args_;

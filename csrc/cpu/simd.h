@@ -39,6 +39,17 @@ struct Float32 {
 };
 
 constexpr float kInfinity = __builtin_inff();
+constexpr int kCacheLine = 64;
+
+/// Prefetches the cache lines of kCount elements.
+template <int kCount, class E>
+ADAPTIVE_INLINE void prefetch(const E* row) {
+  constexpr int kBytes = kCount * sizeof(E);
+#pragma GCC unroll 8
+  for (int i = 0; i < kBytes; i += kCacheLine) {
+    __builtin_prefetch(reinterpret_cast<const char*>(row) + i, 0, 2);
+  }
+}
 
 /// exp(x) to about one ulp for x up to 88; exactly 0 below -87, so also for -inf; NaN for NaN.
 /// Range reduction and polynomial of Cephes' expf (Moshier, 1992).

@@ -13,6 +13,7 @@ struct SimdAvx2 {
   using Vec = __m256;
   static constexpr int kWidth = 8;
   static constexpr int kAccumulators = 8;  // of 16 registers
+  static constexpr int kScoredKeys = 2;
 
   static ADAPTIVE_INLINE Vec zero() { return _mm256_setzero_ps(); }
   static ADAPTIVE_INLINE Vec set1(float x) { return _mm256_set1_ps(x); }

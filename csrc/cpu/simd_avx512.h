@@ -15,6 +15,7 @@ struct SimdAvx512 {
   using Vec = __m512;
   static constexpr int kWidth = 16;
   static constexpr int kAccumulators = 16;  // of 32 registers
+  static constexpr int kScoredKeys = 4;
 
   static ADAPTIVE_INLINE Vec zero() { return _mm512_setzero_ps(); }
   static ADAPTIVE_INLINE Vec set1(float x) { return _mm512_set1_ps(x); }

@@ -12,6 +12,7 @@ struct SimdBase {
   typedef float Vec __attribute__((vector_size(16)));
   static constexpr int kWidth = 4;
   static constexpr int kAccumulators = 8;  // of 16 registers
+  static constexpr int kScoredKeys = 2;
 
   static ADAPTIVE_INLINE Vec zero() { return Vec{}; }
   static ADAPTIVE_INLINE Vec set1(float x) { return Vec{x, x, x, x}; }
