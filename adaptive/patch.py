@@ -143,16 +143,17 @@ def _examine(
                 f"adaptive: policies must be Policy or Plan objects, got {type(policy).__name__}"
             )
     root, problem = _find_root(model)
+    if problem is None and RECORD in root.__dict__:
+        problem = "the model is patched already; give all policies in one call, or unpatch() it"
     survey = _survey(root) if problem is None else _nothing(root, problem)
     problems, plan = list(survey.problems), None
     error: type[AdaptiveError] | None = None
-    if not survey.known:
+    if RECORD in root.__dict__:
+        error = PatchConflict
+    elif not survey.known:
         error = UnknownFamily
     elif problems:
         error = UnsupportedModel
-    elif RECORD in root.__dict__:
-        problems = ["the model is patched already; give all policies in one call, or unpatch() it"]
-        error = PatchConflict
     else:
         try:
             plan = _plan(survey.shape, policies)

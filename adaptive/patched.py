@@ -15,6 +15,7 @@ from adaptive.errors import PatchConflict
 from adaptive.layers.report import Report, report
 from adaptive.layers.state import RECORD, STATE, PatchRecord
 from adaptive.layers.verify import Verification, verify
+from adaptive.policy import Plan
 
 
 class Patched:
@@ -58,6 +59,11 @@ class Patched:
     def active(self) -> bool:
         """Whether the model is still patched by the patch() that this handle belongs to."""
         return self._root.__dict__.get(RECORD) is self._record
+
+    @property
+    def plan(self) -> Plan:
+        """Which layer and head does what. Can be saved, and given to patch() again."""
+        return self._record.plan
 
     def report(self) -> Report:
         """Say per layer what ran, and how often, since the patch or the last `reset_stats()`.
