@@ -8,9 +8,12 @@ import sys
 import sysconfig
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
+
+from bench.lab.tokenizer import EOS, train_tokenizer
 
 #: Folders that not every Python ships, or that hold tables rather than language.
 EXCLUDED_PARTS = frozenset(
@@ -110,3 +113,17 @@ def write_list(path: Path, root: Path | None = None) -> None:
     lines = ",\n".join("  " + json.dumps(entry) for entry in entries)
     body = json.dumps(head)[:-1] + ', "files": [\n' + lines + "\n]}\n"
     path.write_text(body, encoding="utf-8")
+
+
+def prepare(work: Path) -> tuple[Any, dict[str, np.ndarray]]:
+    """Return the tokenizer and the encoded splits, made once and cached in ``work``."""
+    work.mkdir(parents=True, exist_ok=True)
+    token_file, cache = work / "tokenizer.json", work / "corpus.npz"
+    if not cache.exists():
+        tokenizer = train_tokenizer(training_texts())
+        tokenizer.save(str(token_file))
+        eos = tokenizer.token_to_id(EOS)
+        splits = {"train": training_texts(), "heldout": heldout_texts()}
+        arrays = {k: encode_corpus(tokenizer, texts, eos) for k, texts in splits.items()}
+        np.savez(cache, **arrays)
+    return Tokenizer.from_file(str(token_file)), dict(np.load(cache))

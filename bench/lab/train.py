@@ -13,37 +13,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
-from bench.lab import data, measure, tasks
+from bench.lab import measure, tasks
 from bench.lab import model as lab
+from bench.lab.data import prepare
+from bench.lab.export import export
 from bench.lab.muon import Muon
-from bench.lab.tokenizer import EOS, save_for_transformers, train_tokenizer
 
 HERE = Path(__file__).parent
 EXAMPLES = """examples:
   python -m bench.lab.train --work /tmp/lab            train, or go on after a stop
   python -m bench.lab.train --work /tmp/lab --export   write bench/lab/model from the checkpoint
 
-The checkpoint in --work holds weights, optimizer, step and random state. A stopped run goes on
-where it was; the recipe is read anew each time, so later phases may be edited in between.
+The checkpoint in --work holds weights, optimizer state and the step, which seeds all randomness.
+A stopped run (Ctrl-C saves first) goes on where it was; the recipe is read anew each time, so
+later phases may be edited in between.
 """
-
-
-def prepare(work: Path) -> tuple[Any, dict[str, np.ndarray]]:
-    """Return the tokenizer and the encoded splits, made once and cached in ``work``."""
-    from tokenizers import Tokenizer
-
-    work.mkdir(parents=True, exist_ok=True)
-    token_file, cache = work / "tokenizer.json", work / "corpus.npz"
-    if not cache.exists():
-        tokenizer = train_tokenizer(data.training_texts())
-        tokenizer.save(str(token_file))
-        eos = tokenizer.token_to_id(EOS)
-        splits = {"train": data.training_texts(), "heldout": data.heldout_texts()}
-        arrays = {k: data.encode_corpus(tokenizer, texts, eos) for k, texts in splits.items()}
-        np.savez(cache, **arrays)
-    return Tokenizer.from_file(str(token_file)), dict(np.load(cache))
 
 
 class Batches:
@@ -241,36 +226,6 @@ class Trainer:
         print(f"stopped at step {self.step} of {self.total_steps}", flush=True)
 
 
-def thin_log(source: Path, target: Path, keep: int = 400) -> None:
-    """Copy a training log, leaving out rows until about ``keep`` and the evaluations remain."""
-    rows = source.read_text().splitlines()
-    stride = max(1, len(rows) // keep)
-    kept = [r for i, r in enumerate(rows) if i % stride == 0 or '"passkey"' in r]
-    target.write_text("\n".join(kept) + "\n", encoding="utf-8")
-
-
-def export(args: argparse.Namespace) -> None:
-    """Write the checkpoint as a Hugging Face model folder, with tokenizer, log and file list."""
-    recipe = json.loads(args.recipe.read_text())
-    tokenizer, _ = prepare(args.work)
-    model = lab.build_model(recipe["architecture"])
-    state = torch.load(args.work / "checkpoint.pt", weights_only=True)
-    model.load_state_dict(state["model"])
-    model.generation_config = GenerationConfig(
-        do_sample=False, bos_token_id=0, eos_token_id=1, pad_token_id=2
-    )
-    model.save_pretrained(args.out)
-    (args.out / "model.safetensors").chmod(0o644)
-    settings = args.out / "config.json"
-    content = json.loads(settings.read_text(encoding="utf-8"))
-    content["rope_theta"] = recipe["architecture"]["rope_theta"]  # where older readers look
-    settings.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    save_for_transformers(tokenizer, args.out, recipe["architecture"]["max_positions"])
-    thin_log(args.work / "log.jsonl", args.out.parent / "log.jsonl")
-    data.write_list(args.out.parent / "data_list.json")
-    print(f"step {state['step']}, {state['tokens']:,} tokens -> {args.out}")
-
-
 def main() -> None:
     """Read the command line and train or export."""
     parser = argparse.ArgumentParser(
@@ -292,7 +247,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.export:
-        export(args)
+        export(args.work, args.recipe, args.out)
     else:
         Trainer(args).run()
 
