@@ -48,7 +48,7 @@ def copy_bandwidth() -> tuple[float, str]:
         import cupy
 
         stream = cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream)
-        source, target = (cupy.zeros(GIB, dtype=cupy.uint8) for _ in range(2))
+        source, target = (cupy.arange(GIB // 4, dtype=cupy.int32) for _ in range(2))
 
         def copy() -> None:
             with stream:
@@ -56,7 +56,8 @@ def copy_bandwidth() -> tuple[float, str]:
 
         maker = "cupy"
     else:
-        source, target = (torch.zeros(GIB, dtype=torch.uint8, device="cuda") for _ in range(2))
+        words: dict[str, Any] = {"dtype": torch.int32, "device": "cuda"}
+        source, target = (torch.arange(GIB // 4, **words) for _ in range(2))
 
         def copy() -> None:
             target.copy_(source)
@@ -80,7 +81,7 @@ def flashinfer_decode(query: Tensor, key: Tensor, value: Tensor) -> Callable[[],
         return split.reshape(batch * pages, kv_heads, PAGE, head_dim)
 
     cache = (paged(key), paged(value))
-    index = {"dtype": torch.int32, "device": "cuda"}
+    index: dict[str, Any] = {"dtype": torch.int32, "device": "cuda"}
     workspace = torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
     wrapper.plan(

@@ -218,6 +218,25 @@ def test_every_op_has_something_to_measure_and_a_truth_that_its_reference_meets(
         assert max(prove(forms, truth, 1e-4).values()) > 0
 
 
+def test_a_row_measured_on_a_gpu_is_a_valid_row(monkeypatch):
+    from bench import cuda
+
+    op = OPS["decode_attention"]
+    sizes = {"batch": 2, "heads": 8, "kv_heads": 2, "capacity": 128, "head_dim": 64}
+    arguments = op.make_inputs(**sizes, dtype=torch.bfloat16, device="cpu")
+    monkeypatch.setattr(op, "make_inputs", lambda **_: arguments)
+    monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda _: None)
+    one = Timing({0: 10.0}, clean=1, dropped=0)
+    monkeypatch.setattr(cuda, "time_cuda", lambda variants: dict.fromkeys(variants, one))
+    row = cuda.measure(ops.Cell(op, stock.suite_for(op), sizes, "bfloat16"), ceiling=100.0)
+    document = {**models_document(), "benchmark": "ops", "rows": [row]}
+    record.validate(document)
+    assert row["variants"]["adaptive"]["kind"] == "native"
+    moved = 2 * (2 * 8 * 64 + 2 * 2 * 2 * 128 * 64) + 4 * 2 * 8 * 64
+    assert row["moved_bytes"] == moved
+    assert row["variants"]["adaptive"]["gb_s"] == round(moved / 10e3, 1)
+
+
 def test_an_op_without_a_suite_is_measured_against_its_reference():
     class Plain:
         name = "plain"
