@@ -89,7 +89,7 @@ def allocate(like: Tensor, batch: int, tokens: int, limit: int | None = None) ->
 
 
 def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    if torch.is_inference_mode_enabled():
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
             return torch.empty(shape, dtype=like.dtype, device=like.device)
     return torch.empty(shape, dtype=like.dtype, device=like.device)
