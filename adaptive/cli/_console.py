@@ -18,12 +18,15 @@ class Steps:
     """A progress bar of a known number of named steps."""
 
     def __init__(self, progress: Progress, total: int) -> None:
+        """Show ``total`` steps on ``progress``."""
         self._progress = progress
         self._task = progress.add_task("starting", total=total)
         self._started = False
 
     def next(self, text: str) -> None:
         """Finish the step that runs, if any, and start the one called ``text``."""
+        if not self._progress.console.is_terminal:  # a log: lines instead of a bar
+            self._progress.console.print(text, highlight=False)
         self._progress.update(self._task, description=text, advance=int(self._started))
         self._started = True
 

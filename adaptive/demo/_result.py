@@ -83,6 +83,12 @@ class Result:
         text.highlight_words([self.key], "bold black on yellow")
         title = f"a real document of {self.prompt_tokens} tokens, with one sentence planted in it"
         console.print(Panel(text, title=title, border_style="dim"))
+        console.print(
+            f"[bold]Stock against patched[/]: {self.parameters / 1e6:.1f} million parameters, "
+            f"{self.dtype}, {self.threads} thread{'s' if self.threads != 1 else ''}, "
+            f"{self.new_tokens} tokens generated after {self.prompt_tokens}",
+            highlight=False,
+        )
         console.print(self._table())
         console.print("\n[bold]What the patched model ran[/]")
         console.print(str(self.report), markup=False, highlight=False)
@@ -94,12 +100,7 @@ class Result:
 
     def _table(self) -> Table:
         stock, patched = self.variants["stock"], self.variants["patched"]
-        table = Table(
-            title=f"{self.parameters / 1e6:.1f} million parameters, {self.dtype}, "
-            f"{self.threads} thread{'s' if self.threads != 1 else ''}, "
-            f"{self.new_tokens} tokens generated after {self.prompt_tokens}",
-            title_justify="left",
-        )
+        table = Table()
         table.add_column("")
         for name in ("stock", "patched", "gain"):
             table.add_column(name, justify="right")

@@ -108,6 +108,7 @@ def _transformers() -> Any:
     except ImportError as error:
         raise UsageError("the demo needs transformers: pip install 'adaptive[demo]'") from error
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     return transformers
 
 
