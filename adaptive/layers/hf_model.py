@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers
@@ -28,6 +28,7 @@ from adaptive.policy import ModelShape
 FORWARD = "_adaptive_forward"
 """Key of the PatchRecord in the ``__dict__`` of the base module, whose forward is hooked."""
 
+CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching")
 OLDEST, NEWEST = (4, 57), 5
 _IMPLEMENTATION = "_attn_implementation_internal"
 _MISSING = object()
@@ -132,9 +133,23 @@ def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
             root,
             ConfigChange(module_name, "config", True, config, after, dict(after.__dict__)),
         )
+    for entry in CONTINUOUS_BATCHING:
+        if hasattr(root, entry):
+            record.log.set(root, "", entry, refuse_continuous_batching)
     record.log.set(root, survey.base, FORWARD, record)
     record.log.hook(root, survey.base, "_forward_pre_hooks", before_forward)
     record.log.hook(root, survey.base, "_forward_hooks", after_forward)
+
+
+def refuse_continuous_batching(*_: object, **__: object) -> NoReturn:
+    """Stand in for the entries of continuous batching, whose paged cache the kernels do not read.
+
+    A plain function, not a method: a bound one would keep the model alive through itself.
+    """
+    raise NotImplementedError(
+        "adaptive: generate_batch (continuous batching) is not supported on a patched model; "
+        "unpatch() it first, or use generate()"
+    )
 
 
 def before_forward(
