@@ -166,7 +166,11 @@ def run_cpu(options: argparse.Namespace, recorder: Recorder, console: Console) -
         progress.refresh()
         bench.bandwidth = {n: read_bandwidth(n) for n in options.threads}
         recorder.document["bandwidth_gb_s"] = {str(n): b for n, b in bench.bandwidth.items()}
-        recorder.document["overhead"] = call_overhead()
+        recorder.document["overhead"] = overhead = call_overhead()
+        for name, costs in overhead.items():
+            for inputs, ways in costs.items():
+                text = ", ".join(f"{way} {ns:.0f}" for way, ns in ways.items())
+                console.print(f"{name} on {inputs} inputs, ns per call: {text}", soft_wrap=True)
         for number, cell in enumerate(todo):
             progress.update(task, description=cell.label)
             progress.refresh()

@@ -3,14 +3,15 @@
 import inspect
 import time
 from collections.abc import Callable, Sequence
+from itertools import product
 from statistics import median
 from typing import Any
 
 import torch
 
 from adaptive import _native
-from adaptive.ops import OPS
-from bench.stock import smallest
+from adaptive.ops import OPS, Op
+from bench.stock import empty, smallest
 
 
 def _nothing(*_: object, **__: object) -> None:
@@ -26,32 +27,42 @@ def _cost_ns(
     return (time.thread_time_ns() - start) / calls
 
 
-def call_overhead(calls: int = 1000, rounds: int = 15) -> dict[str, dict[str, float]]:
+def call_overhead(calls: int = 500, rounds: int = 15) -> dict[str, dict[str, dict[str, float]]]:
     """Nanoseconds of CPU time per call of every op, median of interleaved rounds.
 
-    ``empty function``: what Python takes for a call with these arguments. ``native``: the kernel
-    with outputs that exist already; ``into``: the same by name, through the op. ``op``: as users
-    call it, which allocates the outputs. ``torch.ops``: through the dispatcher, as compiled code.
+    By op, then by input: ``empty`` has nothing to compute, so that only the call is left;
+    ``smallest`` has one element of work. Then by way to call. ``empty function``: what Python takes
+    for a call with these arguments. ``native``: the kernel with outputs that exist already;
+    ``into``: the same by name, through the op. ``op``: as users call it, which allocates the
+    outputs. ``torch.ops``: through the dispatcher, as compiled code.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    found = {}
+    found: dict[str, dict[str, dict[str, float]]] = {}
     for name, op in sorted(OPS.items()):
-        given = op.make_inputs(**smallest(op), dtype=torch.float32, device="cpu")
-        outputs = op.outputs(*given)
-        named = dict(zip(inspect.signature(op.outputs).parameters, given, strict=False))
-        filled = (*outputs, None, *given)
-        ways: dict[str, tuple[Callable[..., Any], dict[str, Any], Any]] = {
-            "empty function": (_nothing, {}, filled),
-            "native": (getattr(_native, name), {}, filled),
-            "into": (op.into, named, outputs),
-            "op": (op, {}, given),
-            "torch.ops": (getattr(torch.ops.adaptive, name).default, {}, given),
-        }
-        costs: dict[str, list[float]] = {way: [] for way in ways}
-        for _ in range(rounds):
-            for way, call in ways.items():
-                costs[way].append(_cost_ns(*call, calls))
-        found[name] = {way: round(median(ns), 1) for way, ns in costs.items()}
+        found[name] = {}
+        for label, sizes in (("empty", empty(op)), ("smallest", smallest(op))):
+            if sizes is None:
+                continue
+            costs: dict[str, list[float]] = {}
+            for _, (way, call) in product(range(rounds), _ways(op, sizes).items()):
+                costs.setdefault(way, []).append(_cost_ns(*call, calls))
+            found[name][label] = {way: round(median(ns), 1) for way, ns in costs.items()}
     torch.set_num_threads(threads)
     return found
+
+
+def _ways(
+    op: Op[..., Any], sizes: dict[str, Any]
+) -> dict[str, tuple[Callable[..., Any], dict[str, Any], Sequence[Any]]]:
+    given = op.make_inputs(**sizes, dtype=torch.float32, device="cpu")
+    outputs = op.outputs(*given)
+    named = dict(zip(inspect.signature(op.outputs).parameters, given, strict=False))
+    filled = (*outputs, None, *given)
+    return {
+        "empty function": (_nothing, {}, filled),
+        "native": (getattr(_native, op.name), {}, filled),
+        "into": (op.into, named, outputs),
+        "op": (op, {}, given),
+        "torch.ops": (getattr(torch.ops.adaptive, op.name).default, {}, given),
+    }

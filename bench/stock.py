@@ -137,3 +137,8 @@ def smallest(op: Op[..., Any]) -> dict[str, Any]:
         (sizes for sizes in op.edges if all(sizes.values())),
         key=lambda sizes: sizes.get("capacity", 1) * sizes.get("head_dim", 1),
     )
+
+
+def empty(op: Op[..., Any]) -> dict[str, Any] | None:
+    """The op's first sizes that leave nothing to compute, if it has any."""
+    return next((s for s in op.edges if not all(v for v in s.values() if type(v) is int)), None)

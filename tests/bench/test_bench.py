@@ -154,8 +154,10 @@ def test_read_bandwidth_is_of_this_world_and_leaves_the_threads_alone():
 def test_call_overhead_covers_every_op_and_grows_with_the_layers_called_through():
     found = call_overhead(calls=50, rounds=3)
     assert found.keys() == OPS.keys()
-    for cost in found.values():
-        assert 0 < cost["empty function"] < cost["op"]
+    for costs in found.values():
+        assert {"empty", "smallest"} <= costs.keys()
+        for cost in costs.values():
+            assert 0 < cost["empty function"] < cost["op"]
 
 
 def test_every_op_has_something_to_measure_and_a_truth_that_its_reference_meets():
