@@ -22,7 +22,7 @@ def loss_chart(log: Path, target: Path) -> None:
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6), sharex=True)
     millions = [row["tokens"] / 1e6 for row in rows]
-    top.plot(millions, [row["loss"] for row in rows], lw=0.8, label="training mixture")
+    top.plot(millions, [row["loss"] for row in rows], lw=0.5, alpha=0.6, label="training mixture")
     checks = [row for row in rows if "passkey" in row]
     seen = [row["tokens"] / 1e6 for row in checks]
     top.plot(seen, [row["heldout_nats"] for row in checks], "o-", ms=3, label="held-out text")

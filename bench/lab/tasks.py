@@ -55,6 +55,16 @@ def random_key(rng: np.random.Generator, digits: int = KEY_DIGITS) -> str:
     return str(rng.integers(10 ** (digits - 1), 10**digits))
 
 
+def confusable_key(rng: np.random.Generator, digits: int = KEY_DIGITS) -> str:
+    """Return a number of only two or three different digits.
+
+    Such keys repeat digits and pairs of digits, so that looking one or two tokens back does not
+    tell where one is in the key: the hard cases of copying.
+    """
+    alphabet = rng.choice(9, size=int(rng.integers(2, 4)), replace=False) + 1
+    return "".join(str(digit) for digit in rng.choice(alphabet, digits))
+
+
 def plant(
     filler: np.ndarray,
     needles: Sequence[Sequence[int]],
@@ -108,10 +118,16 @@ def keys_sample(
     keys: int = 1,
     filler_weight: float = 0.5,
     answer_weight: float = 4.0,
+    confusable: float = 0.0,
 ) -> Sample:
-    """Return a passkey document with ``keys`` named keys (one key: without a name)."""
+    """Return a passkey document with ``keys`` named keys (one key: without a name).
+
+    ``confusable`` is the share of keys made of few different digits.
+    """
     names = rng.permutation(NAMES)[:keys]
-    numbers = [random_key(rng) for _ in range(keys)]
+    numbers = [
+        confusable_key(rng) if rng.random() < confusable else random_key(rng) for _ in range(keys)
+    ]
     if keys == 1:
         needles = [encode(NEEDLE.format(key=numbers[0]))]
         asked = [(encode(QUESTION), encode(numbers[0]))]

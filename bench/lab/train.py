@@ -55,8 +55,7 @@ class Batches:
         if kind == "variables":
             return tasks.variables_sample(*args, hops=int(rng.integers(1, 4)))
         keys = 1 if rng.random() < 0.4 else int(rng.integers(2, phase["max_keys"] + 1))
-        weight = phase.get("answer_weight", 4.0)
-        return tasks.keys_sample(*args, keys=keys, answer_weight=weight)
+        return tasks.keys_sample(*args, keys=keys, confusable=phase.get("confusable", 0.0))
 
     def draw(self, rng: np.random.Generator, phase: dict[str, Any]) -> tuple[Tensor, ...]:
         """Return ids, positions, targets and target weights of one batch."""
