@@ -21,6 +21,8 @@ NAMED_NEEDLE = "\n\nThe pass key of {name} is {key}. Remember it.\n\n"
 NAMED_QUESTION = "\n\nWhat is the pass key of {name}? The pass key of {name} is "
 VARIABLE_QUESTION = "\n\nThe value of {name} is "
 KEY_DIGITS = 5
+#: Weights as training targets: real text around a task, and the answers to its questions.
+FILLER_WEIGHT, ANSWER_WEIGHT = 0.5, 4.0
 
 Encode = Callable[[str], list[int]]
 
@@ -72,8 +74,8 @@ def plant(
     questions: Sequence[tuple[Sequence[int], Sequence[int]]],
     length: int,
     bos: int,
-    filler_weight: float,
-    answer_weight: float,
+    filler_weight: float = FILLER_WEIGHT,
+    answer_weight: float = ANSWER_WEIGHT,
 ) -> Sample:
     """Build one document: needles in filler at relative depths, then questions with answers.
 
@@ -116,8 +118,6 @@ def keys_sample(
     length: int,
     bos: int,
     keys: int = 1,
-    filler_weight: float = 0.5,
-    answer_weight: float = 4.0,
     confusable: float = 0.0,
 ) -> Sample:
     """Return a passkey document with ``keys`` named keys (one key: without a name).
@@ -140,7 +140,7 @@ def keys_sample(
         ]
     depths = rng.random(keys).tolist()
     filler = _filler(rng, corpus, length)
-    return plant(filler, needles, depths, asked, length, bos, filler_weight, answer_weight)
+    return plant(filler, needles, depths, asked, length, bos)
 
 
 def variables_sample(
@@ -150,8 +150,6 @@ def variables_sample(
     length: int,
     bos: int,
     hops: int = 2,
-    filler_weight: float = 0.5,
-    answer_weight: float = 4.0,
 ) -> Sample:
     """Return a variable-tracking document: a chain of assignments, every link asked."""
     names = rng.permutation(NAMES)[: hops + 1]
@@ -162,7 +160,7 @@ def variables_sample(
     order = rng.permutation(hops + 1)[:2]
     asked = [(encode(VARIABLE_QUESTION.format(name=names[i])), encode(value)) for i in order]
     filler = _filler(rng, corpus, length)
-    return plant(filler, needles, depths, asked, length, bos, filler_weight, answer_weight)
+    return plant(filler, needles, depths, asked, length, bos)
 
 
 def copy_sample(
@@ -242,5 +240,5 @@ def passkey_document(
     question = [(encode(QUESTION), [])]
     needle = [encode(NEEDLE.format(key=key))]
     bos = bos_id(tokenizer)
-    sample = plant(filler, needle, [depth], question, length_tokens, bos, 0.0, 0.0)
+    sample = plant(filler, needle, [depth], question, length_tokens, bos)
     return sample.ids.tolist(), key
