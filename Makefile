@@ -64,7 +64,7 @@ $(VENV)/torch.txt:
 	  echo "No C++ compiler found: install g++ (Debian: apt install g++) or set CXX"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { \
 	  echo "python -m venv failed: install python3-venv (Debian, Ubuntu)"; exit 1; }
-	$(PIP) install -q '$(TORCH)'
+	$(PIP) install '$(TORCH)'
 	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $@
 
 $(VENV)/.demo: $(VENV)/torch.txt $(NATIVE)
