@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from models import CONFIGS, greedy, make, padded, token_ids
 
 import adaptive
@@ -9,8 +10,11 @@ import adaptive
 # Gemma 2 caps its scores, which "sdpa" cannot do, so transformers only builds it "eager".
 CASES = [
     *((case, "sdpa") for case in CONFIGS if case != "gemma2"),
-    *((case, "eager") for case in ("gemma2", "gemma3", "gpt2", "gpt_neox", "llama")),
+    *((case, "eager") for case in ("gemma2", "gemma3", "gpt_neox", "llama")),
 ]
+if int(transformers.__version__.split(".")[0]) >= 5:
+    # Before, GPT-2's eager function scaled the scores itself, and all its calls are stock.
+    CASES.append(("gpt2", "eager"))
 PREFILL = 20
 STEPS = 6
 
