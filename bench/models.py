@@ -9,6 +9,7 @@ process of its own for each variant. About nine minutes on two slow cores.
 
 import argparse
 import gc
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -242,7 +243,8 @@ def run(options: argparse.Namespace, recorder: Recorder, console: Console) -> No
         progress.advance(task)
         for number, context in enumerate(options.contexts):
             show(f"decoding at {context} tokens")
-            budget_s = max(0.0, ends - time.monotonic()) / (len(options.contexts) - number)
+            weights = [math.sqrt(other) for other in options.contexts[number:]]
+            budget_s = max(0.0, ends - time.monotonic()) * weights[0] / sum(weights)
             try:
                 row = bench.measure(context, budget_s)
                 recorder.add(row)
@@ -263,7 +265,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--contexts", nargs="+", type=int, default=list(CONTEXTS))
     parser.add_argument("--variants", nargs="+", default=list(MAKE_CACHE), choices=list(MAKE_CACHE))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--budget-s", type=float, default=500.0, help="wall time to aim at")
+    parser.add_argument("--budget-s", type=float, default=480.0, help="wall time to aim at")
     parser.add_argument(
         "--memory-context", type=int, default=32768, help="tokens of the memory runs; 0: none"
     )
