@@ -164,13 +164,14 @@ def variables_sample(
 
 
 def copy_sample(
-    rng: np.random.Generator, length: int, bos: int, low: int, high: int, longest: int = 64
+    rng: np.random.Generator, length: int, bos: int, alphabet: np.ndarray, longest: int = 64
 ) -> Sample:
-    """Return random tokens in ``[low, high)`` in which segments come back, repeats weighted.
+    """Return random tokens of ``alphabet`` in which segments come back, repeats weighted.
 
     Random segments are laid down one after another; about half of the time a segment that was
     already seen is laid down again, and only the tokens of such a repeat (after its first) are
-    targets: nothing but looking back can predict them.
+    targets: nothing but looking back can predict them. With a small alphabet it takes several
+    tokens of context to know where in a segment one is.
     """
     ids: list[int] = [bos]
     weights = [0.0]
@@ -180,7 +181,7 @@ def copy_sample(
             segment = seen[int(rng.integers(len(seen)))]
             weights += [0.0] + [1.0] * (len(segment) - 1)
         else:
-            segment = rng.integers(low, high, int(rng.integers(6, longest))).tolist()
+            segment = rng.choice(alphabet, int(rng.integers(6, longest))).tolist()
             seen.append(segment)
             weights += [0.0] * len(segment)
         ids += segment

@@ -40,6 +40,7 @@ class Batches:
         self.bos = tasks.bos_id(tokenizer)
         self.corpus = corpus
         self.vocab = vocab
+        self.digits = np.asarray(self.encode("0123456789"))
 
     def sample(self, rng: np.random.Generator, phase: dict[str, Any]) -> tasks.Sample:
         """Return one sequence of ``context + 1`` tokens from the phase's mixture."""
@@ -50,12 +51,20 @@ class Batches:
             return tasks.text_sample(rng, self.corpus, length, self.bos)
         if kind == "copy":
             longest = int(rng.choice(phase["copy_lengths"]))
-            return tasks.copy_sample(rng, length, self.bos, 3, self.vocab, longest)
+            return tasks.copy_sample(rng, length, self.bos, self.alphabet(rng, phase), longest)
         args = (rng, self.encode, self.corpus, length, self.bos)
         if kind == "variables":
             return tasks.variables_sample(*args, hops=int(rng.integers(1, 4)))
         keys = 1 if rng.random() < 0.4 else int(rng.integers(2, phase["max_keys"] + 1))
         return tasks.keys_sample(*args, keys=keys, confusable=phase.get("confusable", 0.0))
+
+    def alphabet(self, rng: np.random.Generator, phase: dict[str, Any]) -> np.ndarray:
+        """Return the tokens to copy: all, or in a share of the cases a few digits or tokens."""
+        tokens = np.arange(3, self.vocab)
+        if rng.random() >= phase.get("few_symbols", 0.0):
+            return tokens
+        source = self.digits if rng.random() < 0.7 else tokens
+        return rng.choice(source, int(rng.integers(3, 8)), replace=False)
 
     def draw(self, rng: np.random.Generator, phase: dict[str, Any]) -> tuple[Tensor, ...]:
         """Return ids, positions, targets and target weights of one batch."""

@@ -108,7 +108,7 @@ def test_training_tasks_are_seeded(lab: tuple[Any, Any]) -> None:
     def draw(seed: int) -> list[tasks.Sample]:
         rng = np.random.default_rng(seed)
         return [
-            tasks.copy_sample(rng, 257, 0, 3, 1024),
+            tasks.copy_sample(rng, 257, 0, np.arange(3, 1024)),
             tasks.text_sample(rng, corpus, 257, 0),
             tasks.keys_sample(rng, encode, corpus, 257, 0, keys=1),
             tasks.keys_sample(rng, encode, corpus, 257, 0, keys=3, confusable=1.0),
