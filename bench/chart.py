@@ -1,5 +1,6 @@
 """Draws milliseconds per token by context length, stock against patched, as a PNG."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,20 @@ def subtitle(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def label_offsets(ends: dict[str, float]) -> dict[str, int]:
+    """Points by which to move the label of each line's end, so that close ones do not overlap."""
+    offsets = dict.fromkeys(ends, 0)
+    for upper, lower in pairwise(sorted(ends, key=lambda name: -ends[name])):
+        if ends[upper] < 1.35 * ends[lower]:
+            offsets[upper] += 9
+            offsets[lower] -= 9
+    return offsets
+
+
 def draw(document: dict[str, Any], path: Path) -> None:
     """Write the chart of a ``bench.models`` document to ``path``."""
     rows = sorted(document["rows"], key=lambda row: row["context"])
+    lift = label_offsets({name: v["ms"] for name, v in rows[-1]["variants"].items()})
     figure, axes = plt.subplots(figsize=(8, 4.4), dpi=200)
     for name, (label, colour, marker) in LINES.items():
         points = [(r["context"], r["variants"][name]["ms"]) for r in rows if name in r["variants"]]
@@ -46,7 +58,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
         axes.annotate(
             f"{label}\n{y[-1]:,.0f} ms",
             (x[-1], y[-1]),
-            xytext=(9, 0),
+            xytext=(9, lift.get(name, 0)),
             textcoords="offset points",
             color=colour if name != "stock StaticCache" else "#71717a",
             fontsize=9,
