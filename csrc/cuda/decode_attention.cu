@@ -1,6 +1,5 @@
 // decode_attention on CUDA: the plan, the launches, and the kernel that merges the splits.
 
-#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -75,7 +74,7 @@ int padded_head_dim(const DecodeAttentionArgs& a) {
 int choose_splits(int64_t blocks, int64_t tiles, int64_t slots) {
   constexpr int64_t kOverheadTiles = 2, kMostSplits = 512;
   int64_t best = 1, best_cost = INT64_MAX;
-  for (int64_t splits = 1; splits <= std::min(tiles, kMostSplits); ++splits) {
+  for (int64_t splits = 1; splits <= min(tiles, kMostSplits); ++splits) {
     const int64_t waves = (blocks * splits + slots - 1) / slots;
     const int64_t cost = waves * ((tiles + splits - 1) / splits + kOverheadTiles);
     if (cost < best_cost) best = splits, best_cost = cost;
@@ -109,12 +108,12 @@ Plan make_plan(const DecodeAttentionArgs& a) {
   const int half = device.shared_bytes_per_multiprocessor / 2 - reserved_bytes - fixed_bytes;
   plan.stages = half / stage_bytes();
   if (plan.stages < 2) plan.stages = (device.shared_bytes_per_block - fixed_bytes) / stage_bytes();
-  plan.stages = std::clamp(plan.stages, 2, 4);
+  plan.stages = min(max(plan.stages, 2), 4);
   plan.shared_bytes = fixed_bytes + plan.stages * stage_bytes();
 
   const int resident =
       device.shared_bytes_per_multiprocessor / (plan.shared_bytes + reserved_bytes);
-  const int64_t slots = int64_t{device.multiprocessors} * std::clamp(resident, 1, 2);
+  const int64_t slots = int64_t{device.multiprocessors} * min(max(resident, 1), 2);
   plan.splits = choose_splits(a.batch * a.kv_heads * plan.row_blocks,
                               (a.capacity + plan.tile_keys - 1) / plan.tile_keys, slots);
   return plan;
@@ -144,8 +143,11 @@ void attend_float32(const Problem& p, dim3 grid, Stream stream) {
 
 /// True if every row starts on a 16-byte boundary.
 bool is_wide(const void* base, const int64_t (&stride)[3], int64_t element_bytes) {
-  return reinterpret_cast<uintptr_t>(base) % 16 == 0 &&
-         std::all_of(stride, stride + 3, [&](int64_t s) { return s * element_bytes % 16 == 0; });
+  if (reinterpret_cast<uintptr_t>(base) % 16) return false;
+  for (const int64_t s : stride) {
+    if (s * element_bytes % 16) return false;
+  }
+  return true;
 }
 
 }  // namespace
@@ -176,7 +178,7 @@ void decode_attention(const DecodeAttentionArgs& args, Stream stream) {
   p.partial_sum = p.partial_max + rows * p.plan.splits;
 
   const int64_t blocks = args.batch * args.kv_heads * p.plan.row_blocks * p.plan.splits;
-  if (std::max(blocks, rows) > INT32_MAX) refuse("batch must be smaller: too many thread blocks");
+  if (max(blocks, rows) > INT32_MAX) refuse("batch must be smaller: too many thread blocks");
   const dim3 grid(static_cast<unsigned>(blocks));
   switch (args.dtype) {
     case DType::kFloat32: attend_float32(p, grid, stream); break;

@@ -56,15 +56,18 @@ struct Share {
 
   __device__ explicit Share(const Problem& p) {
     const DecodeAttentionArgs& a = p.args;
-    const int row_block = blockIdx.x % p.plan.row_blocks;
-    unsigned rest = blockIdx.x / p.plan.row_blocks;
+    const unsigned kv_heads = static_cast<unsigned>(a.kv_heads);
+    unsigned rest = blockIdx.x;
+    const int row_block = rest % p.plan.row_blocks;
+    rest /= p.plan.row_blocks;
     split = rest % p.plan.splits;
     rest /= p.plan.splits;
-    kv_head = rest % a.kv_heads;
-    batch = rest / a.kv_heads;
+    kv_head = rest % kv_heads;
+    batch = rest / kv_heads;
 
     const int block_rows = p.plan.row_tiles * kTileRows;
-    const int all_rows = static_cast<int>(a.heads / a.kv_heads * a.query_tokens);
+    const int all_rows =
+        static_cast<int>(a.heads) / static_cast<int>(kv_heads) * static_cast<int>(a.query_tokens);
     first_row = row_block * block_rows;
     rows = min(block_rows, all_rows - first_row);
 
@@ -75,36 +78,58 @@ struct Share {
     end = static_cast<int>(tiles * (split + 1) / p.plan.splits) * p.plan.tile_keys;
     end = min(end, valid ? length : 0);
   }
+};
 
-  __device__ int64_t head(const DecodeAttentionArgs& a, int row) const {
-    return kv_head * (a.heads / a.kv_heads) + (first_row + row) / a.query_tokens;
+/// Where one row of a block lies in query, mask and out.
+struct Row {
+  int64_t batch, head;
+  int token;
+  bool exists;  // the last rows of a block may only fill its tile
+
+  __device__ Row(const DecodeAttentionArgs& a, const Share& share, int row) {
+    const int tokens = static_cast<int>(a.query_tokens);
+    const int group = static_cast<int>(a.heads) / static_cast<int>(a.kv_heads);
+    const int index = share.first_row + row;
+    batch = share.batch;
+    head = share.kv_head * group + index / tokens;
+    token = index % tokens;
+    exists = row < share.rows;
   }
-  __device__ int64_t token(const DecodeAttentionArgs& a, int row) const {
-    return (first_row + row) % a.query_tokens;
+
+  __device__ int64_t offset(const int64_t (&stride)[3]) const {
+    return batch * stride[0] + head * stride[1] + token * stride[2];
   }
-  /// The number of leading keys that causality and the length admit; 0 for rows that only pad.
-  __device__ int limit(const DecodeAttentionArgs& a, int row) const {
-    if (row >= rows) return 0;
-    return a.causal ? length - static_cast<int>(a.query_tokens - 1 - token(a, row)) : length;
+  /// Index among all rows, [batch, heads, query_tokens].
+  __device__ int64_t index(const DecodeAttentionArgs& a) const {
+    return (batch * a.heads + head) * a.query_tokens + token;
   }
 };
 
-/// The mask as one row of queries sees it.
-struct MaskRow {
-  const void* base;  // null: no mask
-  int64_t offset;
+/// Which keys a row sees, and what the mask adds to their scores.
+struct Sight {
+  int limit;  // keys from here on are too late, by causality or length
+  const char* mask;
+  int64_t step;  // of the mask along the keys, in bytes
 
-  __device__ MaskRow(const DecodeAttentionArgs& a, const Share& share, int row)
-      : base(row < share.rows ? a.mask : nullptr),
-        offset(share.batch * a.mask_stride[0] + share.head(a, row) * a.mask_stride[1] +
-               share.token(a, row) * a.mask_stride[2]) {}
+  __device__ Sight() {}
+  __device__ Sight(const DecodeAttentionArgs& a, const Share& share, const Row& row) {
+    limit = share.length;
+    if (a.causal) limit += row.token + 1 - static_cast<int>(a.query_tokens);
+    if (!row.exists) limit = 0;
+    const int64_t element_bytes = a.mask_add ? 4 : 1;
+    const int64_t offset =
+        row.batch * a.mask_stride[0] + row.head * a.mask_stride[1] + row.token * a.mask_stride[2];
+    mask = a.mask ? static_cast<const char*>(a.mask) + offset * element_bytes : nullptr;
+    step = a.mask_stride[3] * element_bytes;
+  }
 
-  /// What is added to the score of `key`: the mask's value; 0 or -inf for a bool mask.
-  __device__ __forceinline__ float operator()(const DecodeAttentionArgs& a, int key) const {
-    if (!base) return 0.0f;
-    const int64_t at = offset + key * a.mask_stride[3];
-    if (a.mask_add) return static_cast<const float*>(base)[at];
-    return static_cast<const uint8_t*>(base)[at] ? 0.0f : -kInfinity;
+  /// The score with the mask added; -inf where the row does not see the key.
+  __device__ __forceinline__ float operator()(bool mask_add, float score, int key) const {
+    if (key >= limit) return -kInfinity;
+    if (!mask) return score;
+    const char* at = mask + key * step;
+    if (mask_add) return score + *reinterpret_cast<const float*>(at);
+    return *at ? score : -kInfinity;
   }
 };
 
@@ -121,7 +146,7 @@ __device__ __forceinline__ float weight(float x, float max) {
 
 /// Stages of key and value tiles in shared memory, filled ahead of their use by cp.async.
 /// Rows are D elements and 16 bytes long: the 16 bytes spread the rows over the banks, so that
-/// eight rows read at the same column (ldmatrix) do not collide. Everything not loaded is zero.
+/// eight rows read at the same column (ldmatrix) do not collide. What is not loaded is zero.
 template <class T, int D>
 struct Ring {
   static constexpr int kVector = 16 / sizeof(T);
@@ -149,8 +174,18 @@ struct Ring {
   __device__ __forceinline__ void load(const Problem& p, const Share& share, int stage,
                                        int first) const {
     if (first < share.end) {
-      load_rows(p, share, keys(p.plan, stage), key, p.args.key_stride[2], first);
-      load_rows(p, share, values(p.plan, stage), value, p.args.value_stride[2], first);
+      const int rows = min(p.plan.tile_keys, share.end - first);
+#pragma unroll 1
+      for (int which = 0; which < 2; ++which) {
+        T* to = which ? values(p.plan, stage) : keys(p.plan, stage);
+        const int64_t stride = which ? p.args.value_stride[2] : p.args.key_stride[2];
+        const T* from = (which ? value : key) + first * stride;
+        if (p.wide) {
+          load_wide(p, to, from, stride, rows);
+        } else {
+          load_narrow(p, to, from, stride, rows);
+        }
+      }
     }
     simt::cp_async_commit();
   }
@@ -165,53 +200,54 @@ struct Ring {
   }
 
  private:
-  __device__ __forceinline__ static void load_rows(const Problem& p, const Share& share, T* to,
-                                                   const T* from, int64_t stride, int first) {
+  __device__ __forceinline__ static void load_wide(const Problem& p, T* to, const T* from,
+                                                   int64_t stride, int rows) {
     constexpr int kVectors = D / kVector;
 #pragma unroll 4
     for (int i = threadIdx.x; i < p.plan.tile_keys * kVectors; i += kThreads) {
       const int row = i / kVectors, column = i % kVectors * kVector;
-      const bool valid = first + row < share.end && column < p.args.head_dim;
-      T* target = to + row * kStride + column;
-      const T* source = valid ? from + (first + row) * stride + column : from;
-      if (p.wide) {
-        simt::cp_async16(target, source, valid);
-      } else {
-        for (int j = 0; j < kVector; ++j) target[j] = valid ? source[j] : T{};
-      }
+      const bool valid = row < rows && column < p.args.head_dim;
+      const T* source = valid ? from + row * stride + column : from;
+      simt::cp_async16(to + row * kStride + column, source, valid);
+    }
+  }
+
+  __device__ __forceinline__ static void load_narrow(const Problem& p, T* to, const T* from,
+                                                     int64_t stride, int rows) {
+#pragma unroll 4
+    for (int i = threadIdx.x; i < p.plan.tile_keys * D; i += kThreads) {
+      const int row = i / D, column = i % D;
+      const bool valid = row < rows && column < p.args.head_dim;
+      to[row * kStride + column] = valid ? from[row * stride + column] : T{};
     }
   }
 };
 
 /// One warp writes one row: `value(column)` over `sum`, or both to the workspace.
 template <class Value>
-__device__ void write_row(const Problem& p, const Share& share, int row, float max, float sum,
+__device__ void write_row(const Problem& p, const Row& row, int split, float max, float sum,
                           Value value) {
   const DecodeAttentionArgs& a = p.args;
   const int lane = threadIdx.x % kLanes;
-  const int64_t head = share.head(a, row), token = share.token(a, row);
-  const int64_t flat = (share.batch * a.heads + head) * a.query_tokens + token;
   if (p.plan.splits > 1) {
-    const int64_t part = flat * p.plan.splits + share.split;
+    const int64_t part = row.index(a) * p.plan.splits + split;
     if (lane == 0) p.partial_max[part] = max;
     if (lane == 0) p.partial_sum[part] = sum;
     if (sum == 0.0f) return;
-    for (int c = lane; c < a.head_dim; c += kLanes) {
-      p.partial_out[part * a.head_dim + c] = value(c);
-    }
+    float* out = p.partial_out + part * a.head_dim;
+    for (int c = lane; c < a.head_dim; c += kLanes) out[c] = value(c);
     return;
   }
-  float* out =
-      a.out + share.batch * a.out_stride[0] + head * a.out_stride[1] + token * a.out_stride[2];
+  float* out = a.out + row.offset(a.out_stride);
   for (int c = lane; c < a.head_dim; c += kLanes) out[c] = sum == 0.0f ? 0.0f : value(c) / sum;
-  if (lane == 0) a.lse[flat] = sum == 0.0f ? -kInfinity : max + logf(sum);
+  if (lane == 0) a.lse[row.index(a)] = sum == 0.0f ? -kInfinity : max + logf(sum);
 }
 
 /// The rows of a block without keys, NaN where the length is out of range.
 __device__ inline void write_empty_rows(const Problem& p, const Share& share) {
   const float max = share.valid ? -kInfinity : kNaN, sum = share.valid ? 0.0f : kNaN;
   for (int row = threadIdx.x / kLanes; row < share.rows; row += kWarps) {
-    write_row(p, share, row, max, sum, [sum](int) { return sum; });
+    write_row(p, Row(p.args, share, row), share.split, max, sum, [sum](int) { return sum; });
   }
 }
 
@@ -222,18 +258,15 @@ __device__ inline void write_rows(const Problem& p, const Share& share, int grou
                                   const float* sum) {
   const int block_rows = p.plan.row_tiles * kTileRows;
   for (int row = threadIdx.x / kLanes; row < share.rows; row += kWarps) {
-    float top = -kInfinity, total = 0.0f, factor[kWarps];
-    for (int g = 0; g < groups; ++g) top = fmaxf(top, max[g * block_rows + row]);
-#pragma unroll
-    for (int g = 0; g < kWarps; ++g) {
-      factor[g] = g < groups ? weight(max[g * block_rows + row], top) : 0.0f;
-      if (g < groups) total += factor[g] * sum[g * block_rows + row];
+    float top = -kInfinity, total = 0.0f;
+    for (int r = row; r < groups * block_rows; r += block_rows) top = fmaxf(top, max[r]);
+    for (int r = row; r < groups * block_rows; r += block_rows) {
+      total += weight(max[r], top) * sum[r];
     }
-    write_row(p, share, row, top, total, [&](int column) {
+    write_row(p, Row(p.args, share, row), share.split, top, total, [&](int column) {
       float value = 0.0f;
-#pragma unroll
-      for (int g = 0; g < kWarps; ++g) {
-        if (g < groups) value += factor[g] * out[(g * block_rows + row) * stride + column];
+      for (int r = row; r < groups * block_rows; r += block_rows) {
+        value += weight(max[r], top) * out[r * stride + column];
       }
       return value;
     });

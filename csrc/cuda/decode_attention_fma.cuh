@@ -61,27 +61,26 @@ __device__ __forceinline__ float reduce(float x, Reduce combine) {
   return x;
 }
 
-/// Scores and online softmax of one tile. `max` and `sum` belong to the rows of this lane.
+/// Scores and online softmax of one tile. `sight`, `max` and `sum` belong to the rows of this lane.
 template <int D>
-__device__ __forceinline__ void score_tile(const Problem& p, const Share& share, FmaTile<D>& tile,
+__device__ __forceinline__ void score_tile(const DecodeAttentionArgs& a, int rows, FmaTile<D>& tile,
                                            const float* keys, int first,
+                                           const Sight (&sight)[FmaShape<D>::kPasses],
                                            float (&max)[FmaShape<D>::kPasses],
                                            float (&sum)[FmaShape<D>::kPasses]) {
   using S = FmaShape<D>;
-  const DecodeAttentionArgs& a = p.args;
   const int key = threadIdx.x % S::kKeys;
 #pragma unroll
   for (int pass = 0; pass < S::kPasses; ++pass) {
+    if (pass * S::kRowsAtOnce >= rows) break;
     const int row = pass * S::kRowsAtOnce + threadIdx.x / S::kKeys;
-    float x = -kInfinity;
-    if (first + key < share.limit(a, row)) {
-      x = score(a, dot<D>(tile.query[row], keys + key * Ring<float, D>::kStride)) +
-          MaskRow(a, share, row)(a, first + key);
-    }
-    const float top =
-        fmaxf(max[pass], reduce<S::kKeys>(x, [](float a, float b) { return fmaxf(a, b); }));
+    const float product = dot<D>(tile.query[row], keys + key * Ring<float, D>::kStride);
+    const float x = sight[pass](a.mask_add, score(a, product), first + key);
+    const auto larger = [](float a, float b) { return fmaxf(a, b); };
+    const auto plus = [](float a, float b) { return a + b; };
+    const float top = fmaxf(max[pass], reduce<S::kKeys>(x, larger));
     const float w = weight(x, top), scale = weight(max[pass], top);
-    sum[pass] = sum[pass] * scale + reduce<S::kKeys>(w, [](float a, float b) { return a + b; });
+    sum[pass] = sum[pass] * scale + reduce<S::kKeys>(w, plus);
     max[pass] = top;
     tile.weights[row][key] = w;
     if (key == 0) tile.scale[row] = scale;
@@ -143,25 +142,28 @@ __global__ void __launch_bounds__(kThreads) attend_fma(const __grid_constant__ P
   for (int stage = 0; stage < plan.stages - 1; ++stage) {
     ring.load(p, share, stage, share.begin + stage * S::kKeys);
   }
-  for (int i = threadIdx.x; i < kTileRows * D; i += kThreads) {
-    const int row = i / D, column = i % D;
-    const bool valid = row < share.rows && column < a.head_dim;
-    const float* query = static_cast<const float*>(a.query) + share.batch * a.query_stride[0] +
-                         share.head(a, row) * a.query_stride[1] +
-                         share.token(a, row) * a.query_stride[2];
-    tile.query[row][column] = valid ? query[column] : 0.0f;
+  for (int i = threadIdx.x / kLanes; i < kTileRows; i += kWarps) {
+    const Row row(a, share, i);
+    const float* query = static_cast<const float*>(a.query) + row.offset(a.query_stride);
+    for (int c = threadIdx.x % kLanes; c < D; c += kLanes) {
+      tile.query[i][c] = row.exists && c < a.head_dim ? query[c] : 0.0f;
+    }
   }
 
+  Sight sight[S::kPasses];
   float max[S::kPasses], sum[S::kPasses] = {}, out[S::kRows][S::kColumns] = {};
 #pragma unroll
-  for (int pass = 0; pass < S::kPasses; ++pass) max[pass] = -kInfinity;
+  for (int pass = 0; pass < S::kPasses; ++pass) {
+    max[pass] = -kInfinity;
+    sight[pass] = Sight(a, share, Row(a, share, pass * S::kRowsAtOnce + threadIdx.x / S::kKeys));
+  }
 
   int stage = 0, spare = plan.stages - 1;
   for (int first = share.begin; first < share.end; first += S::kKeys) {
     Ring<float, D>::wait(plan);
     __syncthreads();
     ring.load(p, share, spare, first + (plan.stages - 1) * S::kKeys);
-    score_tile<D>(p, share, tile, ring.keys(plan, stage), first, max, sum);
+    score_tile<D>(a, share.rows, tile, ring.keys(plan, stage), first, sight, max, sum);
     __syncthreads();
     add_tile<D>(share.rows, tile, ring.values(plan, stage), out);
     spare = stage;

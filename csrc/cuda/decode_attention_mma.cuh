@@ -29,17 +29,15 @@ __device__ __forceinline__ int tile_offset() {
   return lane % 16 * kStride + lane / 16 * 8;
 }
 
-/// Adds the mask to the scores of 16 keys, and -inf to those beyond a row's limit.
-__device__ __forceinline__ void exclude(const DecodeAttentionArgs& a, float (&scores)[2][4],
-                                        const int (&limit)[2], const MaskRow (&mask)[2],
-                                        int first) {
+/// Adds the mask to the scores of 16 keys; -inf where a row does not see a key.
+__device__ __forceinline__ void exclude(bool mask_add, float (&scores)[2][4],
+                                        const Sight (&sight)[2], int first) {
   const int pair = threadIdx.x % 4 * 2;
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int key = first + 8 * j + pair + i % 2;
-      scores[j][i] = key < limit[i / 2] ? scores[j][i] + mask[i / 2](a, key) : -kInfinity;
+      scores[j][i] = sight[i / 2](mask_add, scores[j][i], first + 8 * j + pair + i % 2);
     }
   }
 }
@@ -145,15 +143,12 @@ __device__ __forceinline__ void multiply_values(WarpRows<D>& rows, const float (
 template <class T, int D>
 __device__ __forceinline__ void stage_query(const Problem& p, const Share& share, T* to) {
   const DecodeAttentionArgs& a = p.args;
-  for (int i = threadIdx.x; i < p.plan.row_tiles * kTileRows * D; i += kThreads) {
-    const int row = i / D, column = i % D;
-    T element{};
-    if (row < share.rows && column < a.head_dim) {
-      element = static_cast<const T*>(
-          a.query)[share.batch * a.query_stride[0] + share.head(a, row) * a.query_stride[1] +
-                   share.token(a, row) * a.query_stride[2] + column];
+  for (int i = threadIdx.x / kLanes; i < p.plan.row_tiles * kTileRows; i += kWarps) {
+    const Row row(a, share, i);
+    const T* query = static_cast<const T*>(a.query) + row.offset(a.query_stride);
+    for (int c = threadIdx.x % kLanes; c < D; c += kLanes) {
+      to[i * Ring<T, D>::kStride + c] = row.exists && c < a.head_dim ? query[c] : T{};
     }
-    to[row * Ring<T, D>::kStride + column] = element;
   }
 }
 
@@ -203,8 +198,8 @@ __global__ void __launch_bounds__(kThreads, D <= 128 ? 2 : 1)
   const Query<T, D> query(staged + row_tile * kTileRows * kStride + offset);
 
   const int row = row_tile * kTileRows + lane / 4;
-  const int limit[2] = {share.limit(a, row), share.limit(a, row + 8)};
-  const MaskRow mask[2] = {MaskRow(a, share, row), MaskRow(a, share, row + 8)};
+  const Sight sight[2] = {Sight(a, share, Row(a, share, row)),
+                          Sight(a, share, Row(a, share, row + 8))};
   // Below this key every row sees every key.
   const int common =
       a.mask ? 0 : share.length - (a.causal ? static_cast<int>(a.query_tokens) - 1 : 0);
@@ -222,7 +217,7 @@ __global__ void __launch_bounds__(kThreads, D <= 128 ? 2 : 1)
       multiply_keys<T, D>(p_tile, query, ring.keys(plan, stage) + k * kStride + offset);
 #pragma unroll
       for (int i = 0; i < 8; ++i) p_tile[i / 4][i % 4] = score(a, p_tile[i / 4][i % 4]);
-      if (first + k + kKeys > common) exclude(a, p_tile, limit, mask, first + k);
+      if (first + k + kKeys > common) exclude(a.mask_add, p_tile, sight, first + k);
       softmax(p_tile, rows);
       uint32_t keep[2] = {~0u, ~0u};
       if (a.mask) weighted_keys(p_tile, keep);

@@ -2,13 +2,10 @@
 
 #pragma once
 
-#include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
+#include <deque>
 #include <new>
-#include <utility>
-#include <vector>
 
 namespace simt::host {
 
@@ -18,7 +15,7 @@ inline constexpr int kPoison = 0xff;  // as the bytes of any floating-point type
 class Storage {
  public:
   explicit Storage(std::size_t bytes) : bytes_(bytes) {
-    if (posix_memalign(&data_, 128, std::max<std::size_t>(bytes, 1))) throw std::bad_alloc();
+    if (posix_memalign(&data_, 128, bytes + !bytes)) throw std::bad_alloc();
     poison();
   }
   ~Storage() { std::free(data_); }
@@ -51,20 +48,27 @@ class SharedMemory {
 
   /// The block's own variable behind a declaration; made by the first thread that reaches it.
   void* variable(const void* declaration, std::size_t bytes) {
-    for (auto& [known, storage] : variables_) {
-      if (known == declaration) return storage->data();
+    for (Variable& v : variables_) {
+      if (v.declaration == declaration) return v.storage.data();
     }
-    variables_.emplace_back(declaration, std::make_unique<Storage>(bytes));
-    return variables_.back().second->data();
+    return variables_.emplace_back(declaration, bytes).storage.data();
   }
 
   bool contains(const void* p, std::size_t bytes) const {
-    const auto holds = [&](const auto& v) { return v.second->contains(p, bytes); };
-    return dynamic_.contains(p, bytes) || std::any_of(variables_.begin(), variables_.end(), holds);
+    for (const Variable& v : variables_) {
+      if (v.storage.contains(p, bytes)) return true;
+    }
+    return dynamic_.contains(p, bytes);
   }
 
  private:
-  std::vector<std::pair<const void*, std::unique_ptr<Storage>>> variables_;
+  struct Variable {
+    Variable(const void* declaration, std::size_t bytes)
+        : declaration(declaration), storage(bytes) {}
+    const void* declaration;
+    Storage storage;
+  };
+  std::deque<Variable> variables_;
   Storage dynamic_;
 };
 

@@ -8,10 +8,8 @@
 
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <deque>
-#include <numeric>
 #include <string>
 #include <utility>
 #include <vector>
@@ -63,7 +61,7 @@ class Scheduler {
     error_.clear();
     seed_ = seed;
     random_ = 0x9e3779b97f4a7c15u * (seed + 1) + variant;
-    std::iota(lanes_, lanes_ + kWarpLanes, 0);
+    for (int i = 0; i < kWarpLanes; ++i) lanes_[i] = i;
     for (int i = kWarpLanes - 1; seed && i > 0; --i) std::swap(lanes_[i], lanes_[draw() % (i + 1)]);
     for (Thread& t : threads_) {
       t.state = State::kReady;
@@ -100,23 +98,27 @@ class Scheduler {
   }
 
   void schedule() {
-    const auto ready = [](const Thread* t) { return t->state == State::kReady; };
     std::vector<Warp*> runnable;
     for (Warp* warp = nullptr; error_.empty();) {
+      bool stay = false;
       runnable.clear();
       for (Warp& w : warps_) {
-        if (std::any_of(w.begin(), w.end(), ready)) runnable.push_back(&w);
+        bool ready = false;
+        for (const Thread* t : w) ready = ready || t->state == State::kReady;
+        if (ready) runnable.push_back(&w);
+        stay = stay || (ready && &w == warp);
       }
       if (runnable.empty()) {
         if (!release_barrier()) return;
         continue;
       }
       // A warp keeps running for a while, so that warps drift far apart between barriers.
-      const bool stay = std::find(runnable.begin(), runnable.end(), warp) != runnable.end();
       if (!stay) warp = runnable[0];
       if (seed_ && (!stay || draw() % 8 == 0)) warp = runnable[draw() % runnable.size()];
       for (int lane : lanes_) {
-        if (lane < int(warp->size()) && ready((*warp)[lane])) resume(*(*warp)[lane]);
+        if (lane >= int(warp->size())) continue;
+        Thread& t = *(*warp)[lane];
+        if (t.state == State::kReady) resume(t);
         if (!error_.empty()) return;
       }
       release_collectives(*warp);

@@ -13,9 +13,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <atomic>
 #include <cstdint>
-#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -61,20 +59,20 @@ inline void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
+inline constexpr int kMaxDevices = 64;
+
 inline int current_device_index() {
   int index = 0;
   check(cudaGetDevice(&index), "cudaGetDevice");
+  if (index >= kMaxDevices) throw std::runtime_error("adaptive: too many CUDA devices");
   return index;
 }
 
-/// The current device; asked of the driver once per device.
+/// The current device; the driver is asked once per device and host thread.
 inline const Device& current_device() {
-  constexpr int kDevices = 64;
-  static Device devices[kDevices];
-  static std::once_flag once[kDevices];
+  static thread_local Device devices[kMaxDevices];
   const int index = current_device_index();
-  if (index >= kDevices) throw std::runtime_error("adaptive: more than 64 CUDA devices");
-  std::call_once(once[index], [index] {
+  if (devices[index].multiprocessors == 0) {
     const auto ask = [index](cudaDeviceAttr attribute) {
       int value = 0;
       check(cudaDeviceGetAttribute(&value, attribute, index), "cudaDeviceGetAttribute");
@@ -83,7 +81,7 @@ inline const Device& current_device() {
     devices[index] = {ask(cudaDevAttrMultiProcessorCount),
                       ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
                       ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
-  });
+  }
   return devices[index];
 }
 
@@ -96,7 +94,7 @@ void launch(const char* op, dim3 grid, dim3 block, size_t shared_bytes, Stream s
       check(error, (std::string("adaptive::") + op + ": launch failed").c_str());
   };
   if (shared_bytes > 48 * 1024) {
-    static std::atomic<uint64_t> raised = 0;  // one bit per device
+    static thread_local uint64_t raised = 0;  // one bit per device
     const uint64_t device = uint64_t{1} << current_device_index();
     if (!(raised & device)) {
       check_launch(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

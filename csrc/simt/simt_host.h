@@ -9,7 +9,6 @@
 
 #pragma once
 
-#include <atomic>
 #include <cmath>
 #include <stdexcept>
 #include <type_traits>
@@ -40,8 +39,14 @@ struct alignas(16) float4 {
   float x, y, z, w;
 };
 
-using std::max;
-using std::min;
+template <class T>
+T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+T max(T a, T b) {
+  return a < b ? b : a;
+}
 
 inline float __expf(float x) { return std::exp(x); }
 
@@ -61,8 +66,8 @@ inline Device& device() {
   return device;
 }
 
-inline std::atomic<unsigned>& seed() {
-  static std::atomic<unsigned> seed = [] {
+inline unsigned& seed() {
+  static unsigned seed = [] {
     const char* text = std::getenv("ADAPTIVE_SIMT_SEED");
     return text ? unsigned(std::atoi(text)) : 0u;
   }();

@@ -2,7 +2,6 @@
 
 #pragma once
 
-#include <algorithm>
 #include <bit>
 #include <cstdint>
 
@@ -67,9 +66,12 @@ T exchange(unsigned mask, T value, int source, const char* name, Where at) {
 /// Fails the block, and returns false, where the instruction needs all 32 lanes and some do not
 /// exist.
 inline bool full_warp(void* const (&lanes)[kWarpLanes]) {
-  const bool full = std::find(lanes, lanes + kWarpLanes, nullptr) == lanes + kWarpLanes;
-  if (!full) current_block->fail("a matrix instruction needs all 32 lanes of its warp");
-  return full;
+  for (void* lane : lanes) {
+    if (lane) continue;
+    current_block->fail("a matrix instruction needs all 32 lanes of its warp");
+    return false;
+  }
+  return true;
 }
 
 struct Vote {

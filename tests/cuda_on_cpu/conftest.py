@@ -6,8 +6,11 @@ import shutil
 import pytest
 from simulated import ROOT, Builder, Simulated
 
-CUDA = [ROOT / "csrc/cuda/decode_attention.cu", ROOT / "csrc/cuda/decode_attention_mma.cu"]
-SHIM = ROOT / "tests/cuda_on_cpu/decode_attention_shim.cpp"
+SOURCES = [
+    ROOT / "csrc/cuda/decode_attention_mma.cu",
+    ROOT / "csrc/cuda/decode_attention.cu",
+    ROOT / "tests/cuda_on_cpu/decode_attention_shim.cpp",
+]
 
 
 @pytest.fixture(scope="session")
@@ -22,11 +25,12 @@ def builder(request):
 
 
 @pytest.fixture(scope="session")
-def _library(builder):
-    return builder.build([*CUDA, SHIM])
+def objects(builder):
+    """The compiled sources of decode_attention, in the order of SOURCES."""
+    return builder.objects(*SOURCES)
 
 
 @pytest.fixture
-def decode(_library):
+def decode(builder, objects):
     """decode_attention as CUDA would run it, on a device of 4 multiprocessors."""
-    return Simulated(_library)
+    return Simulated(builder.library(*objects))

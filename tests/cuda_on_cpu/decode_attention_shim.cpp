@@ -2,7 +2,7 @@
 
 #include <cstdint>
 #include <cstdio>
-#include <exception>
+#include <stdexcept>
 
 #include "decode_attention.h"
 #include "simt/simt.h"
@@ -17,8 +17,13 @@ void set_device(int multiprocessors, int block_bytes, int multiprocessor_bytes) 
   simt::host::device() = {multiprocessors, block_bytes, multiprocessor_bytes};
 }
 
+/// 0 where the sizes are refused: decode_attention then says why.
 int64_t workspace_bytes(const adaptive::DecodeAttentionArgs* args) {
-  return adaptive::cuda::decode_attention_workspace_bytes(*args);
+  try {
+    return adaptive::cuda::decode_attention_workspace_bytes(*args);
+  } catch (const std::invalid_argument&) {
+    return 0;
+  }
 }
 
 /// Returns 0, or 1 and the message of the exception.

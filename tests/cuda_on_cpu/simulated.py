@@ -3,8 +3,11 @@
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import subprocess
+import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -48,35 +51,44 @@ class Builder:
         self.folder = folder
         self.compiler = shutil.which(os.environ.get("CXX", "g++"))
 
-    def build(self, sources: list[Path], *includes: Path) -> ctypes.CDLL:
-        """Loads the library made of `sources`; `includes` shadow the real headers."""
+    def objects(self, *sources: Path, flags: tuple[str, ...] = ()) -> list[Path]:
+        """Compiles each source, two at a time."""
         with ThreadPoolExecutor(2) as pool:
-            objects = list(pool.map(lambda s: self._object(s, includes), sources))
-        name = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:24]
-        library = self.folder / f"{name}.so"
-        if not library.exists():
-            self._run(library, "-shared", "-fopenmp", *SANITIZERS, *map(str, objects))
-        return ctypes.CDLL(str(library))
+            return list(pool.map(lambda source: self._object(source, flags), sources))
 
-    def _object(self, source: Path, includes: tuple[Path, ...]) -> Path:
-        command = [*SANITIZERS, *(f"-I{i}" for i in includes), *FLAGS, "-x", "c++", str(source)]
+    def library(self, *objects: Path) -> ctypes.CDLL:
+        """Loads the library made of `objects`; of equal inline functions the first one's stay."""
+        return ctypes.CDLL(str(self._link(objects, "-shared", "-fopenmp")))
+
+    def program(self, source: Path, *flags: str) -> Path:
+        """The path of the program made of one source."""
+        return self._link(self.objects(source, flags=flags), "-fopenmp", *flags)
+
+    def _link(self, objects: Sequence[Path], *flags: str) -> Path:
+        name = hashlib.sha256(" ".join([*map(str, objects), *flags]).encode()).hexdigest()[:24]
+        return self._make(self.folder / name, *map(str, objects), *flags, *SANITIZERS)
+
+    def _object(self, source: Path, flags: tuple[str, ...]) -> Path:
+        command = [*FLAGS, *SANITIZERS, *flags, "-x", "c++", str(source)]
         text = subprocess.run(
             [self.compiler, *command, "-E"], capture_output=True, check=True
         ).stdout
-        path = self.folder / f"{hashlib.sha256(text + repr(FLAGS).encode()).hexdigest()[:24]}.o"
-        if not path.exists():
-            self._run(path, *command, "-c")
-        return path
+        # Copies of the sources lie in other folders each time; what they say is what counts.
+        text = re.sub(rb'(?m)^# (\d+) ".*/([^/"]+)"', rb'# \1 "\2"', text)
+        name = hashlib.sha256(text + repr(command[:-1]).encode()).hexdigest()[:24]
+        return self._make(self.folder / f"{name}.o", *command, "-c")
 
-    def _run(self, target: Path, *arguments: str) -> None:
+    def _make(self, target: Path, *arguments: str) -> Path:
         """Writes `target` at once, so that parallel test processes never see half a file."""
-        unfinished = target.with_suffix(f".{os.getpid()}")
-        done = subprocess.run(
-            [self.compiler, *arguments, "-o", str(unfinished)],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        unfinished.replace(target)
+        if not target.exists():
+            unfinished = target.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
+            done = subprocess.run(
+                [self.compiler, *arguments, "-o", str(unfinished)],
+                capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            unfinished.replace(target)
+        return target
 
 
 class Simulated:
@@ -95,11 +107,12 @@ class Simulated:
     def set_device(self, multiprocessors: int = 4, block_kib: int = 227, kib: int = 228) -> None:
         self.library.set_device(multiprocessors, block_kib << 10, kib << 10)
 
-    def __call__(
-        self, query, key, value, *, lengths=None, mask=None, causal=True, scale=None, softcap=0.0,
-        out=None, short_workspace=0,
-    ):  # fmt: skip
+    def __call__(self, query, key, value, *, out=None, short_workspace=0, **options):
         """As adaptive.ops.decode_attention; `out` may be given to choose its strides."""
+        lengths, mask = options.pop("lengths", None), options.pop("mask", None)
+        causal, scale = options.pop("causal", True), options.pop("scale", None)
+        softcap = options.pop("softcap", 0.0)
+        assert not options
         batch, heads, query_tokens, head_dim = query.shape
         capacity = key.shape[2]
         out = torch.full(query.shape, torch.nan) if out is None else out

@@ -197,6 +197,8 @@ extern "C" {
 
 void set_seed(unsigned seed) { simt::host::seed() = seed; }
 
+unsigned get_seed() { return simt::host::seed(); }
+
 /// Returns 0, or 1 and the message of the exception.
 int run(const char* kernel, const float* in, float* out, char* error, int64_t error_bytes) {
   try {

@@ -4,17 +4,19 @@ import ctypes
 import os
 import re
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from simulated import FLAGS, ROOT
+from simulated import ROOT
 
 HERE = ROOT / "tests/cuda_on_cpu"
 
 
 @pytest.fixture(scope="module")
 def library(builder):
-    return builder.build([HERE / "simulator_kernels.cpp"])
+    return builder.library(*builder.objects(HERE / "simulator_kernels.cpp"))
 
 
 @pytest.fixture(params=[0, 1, 2, 3])
@@ -121,19 +123,23 @@ def test_a_failed_kernel_leaves_the_simulator_usable(run):
     assert torch.equal(run("reverse", VALUES), VALUES.flip(0))
 
 
+def test_the_environment_sets_the_first_seed(library):
+    code = f"import ctypes; print(ctypes.CDLL({library._name!r}).get_seed())"
+    environment = {**os.environ, "ADAPTIVE_SIMT_SEED": "41"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "41"
+
+
 @pytest.fixture(scope="module")
-def sanitized(builder, tmp_path_factory):
-    program = tmp_path_factory.mktemp("asan") / "out_of_bounds"
-    flags = [f for f in FLAGS if f not in ("-fopenmp", "-fPIC")]
-    command = [builder.compiler, *flags, "-g", "-fsanitize=address", "-Wno-unknown-pragmas"]
-    source = str(HERE / "out_of_bounds.cpp")
-    done = subprocess.run(
-        [*command, source, "-o", str(program)], capture_output=True, text=True, check=False
-    )
-    if "cannot find" in done.stderr:
+def sanitized(builder):
+    library = subprocess.run(
+        [builder.compiler, "-print-file-name=libasan.so"],
+        capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    if not Path(library).is_absolute():
         pytest.skip("needs the address sanitizer (libasan)")
-    assert done.returncode == 0, done.stderr
-    return program
+    return builder.program(HERE / "out_of_bounds.cpp", "-g", "-fsanitize=address")
 
 
 @pytest.mark.parametrize("where", ["none", "shared", "dynamic", "global"])
