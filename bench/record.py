@@ -10,10 +10,12 @@ from bench.machine import facts
 SCHEMA = 1
 ROW_FIELDS: dict[str, frozenset[str]] = {
     "ops": frozenset({"op", "sizes", "dtype", "threads", "moved_bytes", "variants"}),
+    "modules": frozenset({"what", "memory", "dtype", "threads", "variants", "speedup"}),
     "models": frozenset({"model", "context", "dtype", "threads", "kv_bytes", "variants"}),
 }
 VARIANT_FIELDS: dict[str, frozenset[str]] = {
     "ops": frozenset({"kind", "us", "us_min", "clean", "dropped", "gb_s", "error"}),
+    "modules": frozenset({"us", "us_min", "clean", "dropped", "error"}),
     "models": frozenset({"ms", "ms_min", "clean", "dropped", "error", "argmax_agreement"}),
 }
 

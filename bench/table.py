@@ -132,9 +132,39 @@ def ops_table(document: Document) -> str:
     )
 
 
+def modules_table(document: Document) -> str:
+    """Plain PyTorch modules: time and error, stock, patched, and with a memory projected once."""
+    rows = []
+    for row in document["rows"]:
+        queries = f"{row['queries']} quer{'y' if row['queries'] == 1 else 'ies'}"
+        before = row["variants"].get("projected before")
+        size = f"width {row['width']}, {row['heads']} heads, {tokens_label(row['memory'])} tokens"
+        rows.append(
+            [
+                f"`{row['what']}`, {row['dtype']}, {size}, {queries}",
+                *(
+                    f"{v['us'] / 1e3:.1f} ms (error {v['error']:.0e})"
+                    if (v := row["variants"].get(name))
+                    else "-"
+                    for name in ("stock", "patched")
+                ),
+                f"{row['speedup']:.1f}x",
+                f"{before['us'] / 1e3:.1f} ms (error {before['error']:.0e})" if before else "-",
+            ]
+        )
+    header = ["one thread", "stock", "**patched**", "ratio", "memory projected before, by hand"]
+    return (
+        render(header, rows)
+        + "\n\nBatch 1, cold caches, median CPU time; error: largest difference from float64, "
+        + "over the largest value. "
+        + machine_line(document)
+    )
+
+
 TABLES: dict[str, tuple[str, Callable[[Document], str]]] = {
     "decode": ("models", models_table),
     "memory": ("models", memory_table),
+    "modules": ("modules", modules_table),
     "ops": ("ops", ops_table),
 }
 """Name between the markers -> kind of result file it is made from, and how."""
