@@ -1,16 +1,11 @@
 """Fixtures that compile CUDA sources for the CPU."""
 
 import platform
-import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
-from simulated import ROOT, Builder, Simulated
-
-SOURCES = [
-    ROOT / "csrc/cuda/decode_attention_mma.cu",
-    ROOT / "csrc/cuda/decode_attention.cu",
-    ROOT / "tests/cuda_on_cpu/decode_attention_shim.cpp",
-]
+from simulated import SOURCES, Builder, Simulated
 
 
 @pytest.fixture(scope="session")
@@ -19,9 +14,20 @@ def builder(request):
     if platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("the simulator switches stacks on x86-64 only")
     builder = Builder(request.config.cache.mkdir("simt"))
-    if builder.compiler is None or not shutil.which(builder.compiler):
+    if builder.compiler is None:
         pytest.skip("needs a C++ compiler (g++)")
     return builder
+
+
+@pytest.fixture(scope="session")
+def sanitizers(builder):
+    """Flags that turn on the address and undefined-behaviour sanitizers."""
+    for library in ("libasan.so", "libubsan.so"):
+        command = [builder.compiler, f"-print-file-name={library}"]
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        if not Path(found).is_absolute():
+            pytest.skip(f"needs {library}")
+    return ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,12 @@
 """Builds CUDA sources for the CPU and calls decode_attention in them, on torch CPU tensors."""
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import re
 import shutil
 import subprocess
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,11 +14,15 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[2]
+SOURCES = [
+    ROOT / "csrc/cuda/decode_attention_mma.cu",
+    ROOT / "csrc/cuda/decode_attention.cu",
+    ROOT / "tests/cuda_on_cpu/decode_attention_shim.cpp",
+]
 FLAGS = [
     "-std=c++20", "-O1", "-march=native", "-fPIC", "-fopenmp",
     "-Wall", "-Wno-unknown-pragmas", "-Werror", f"-I{ROOT / 'csrc'}",
 ]  # fmt: skip
-SANITIZERS = os.environ.get("ADAPTIVE_SIMT_CXXFLAGS", "").split()
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 POINTERS = ["query", "key", "value", "lengths", "mask", "out", "lse", "workspace"]
 SIZES = ["batch", "heads", "kv_heads", "query_tokens", "capacity", "head_dim"]
@@ -60,16 +64,16 @@ class Builder:
         """Loads the library made of `objects`; of equal inline functions the first one's stay."""
         return ctypes.CDLL(str(self._link(objects, "-shared", "-fopenmp")))
 
-    def program(self, source: Path, *flags: str) -> Path:
-        """The path of the program made of one source."""
-        return self._link(self.objects(source, flags=flags), "-fopenmp", *flags)
+    def program(self, *sources: Path, flags: tuple[str, ...]) -> Path:
+        """The path of the program made of these sources."""
+        return self._link(self.objects(*sources, flags=flags), "-fopenmp", *flags)
 
     def _link(self, objects: Sequence[Path], *flags: str) -> Path:
         name = hashlib.sha256(" ".join([*map(str, objects), *flags]).encode()).hexdigest()[:24]
-        return self._make(self.folder / name, *map(str, objects), *flags, *SANITIZERS)
+        return self._make(self.folder / name, *map(str, objects), *flags)
 
     def _object(self, source: Path, flags: tuple[str, ...]) -> Path:
-        command = [*FLAGS, *SANITIZERS, *flags, "-x", "c++", str(source)]
+        command = [*FLAGS, *flags, "-x", "c++", str(source)]
         text = subprocess.run(
             [self.compiler, *command, "-E"], capture_output=True, check=True
         ).stdout
@@ -79,15 +83,17 @@ class Builder:
         return self._make(self.folder / f"{name}.o", *command, "-c")
 
     def _make(self, target: Path, *arguments: str) -> Path:
-        """Writes `target` at once, so that parallel test processes never see half a file."""
-        if not target.exists():
-            unfinished = target.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
-            done = subprocess.run(
-                [self.compiler, *arguments, "-o", str(unfinished)],
-                capture_output=True, text=True, check=False,
-            )  # fmt: skip
-            assert done.returncode == 0, done.stderr
-            unfinished.replace(target)
+        """Compiles `target` unless it exists, once even where test processes run side by side."""
+        with target.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.exists():
+                unfinished = target.with_suffix(".unfinished")
+                done = subprocess.run(
+                    [self.compiler, *arguments, "-o", str(unfinished)],
+                    capture_output=True, text=True, check=False,
+                )  # fmt: skip
+                assert done.returncode == 0, done.stderr
+                unfinished.replace(target)
         return target
 
 

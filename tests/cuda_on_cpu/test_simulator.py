@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -132,14 +131,8 @@ def test_the_environment_sets_the_first_seed(library):
 
 
 @pytest.fixture(scope="module")
-def sanitized(builder):
-    library = subprocess.run(
-        [builder.compiler, "-print-file-name=libasan.so"],
-        capture_output=True, text=True, check=True,
-    ).stdout.strip()  # fmt: skip
-    if not Path(library).is_absolute():
-        pytest.skip("needs the address sanitizer (libasan)")
-    return builder.program(HERE / "out_of_bounds.cpp", "-g", "-fsanitize=address")
+def sanitized(builder, sanitizers):
+    return builder.program(HERE / "out_of_bounds.cpp", flags=("-g", *sanitizers))
 
 
 @pytest.mark.parametrize("where", ["none", "shared", "dynamic", "global"])

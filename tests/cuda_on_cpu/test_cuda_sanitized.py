@@ -1,0 +1,29 @@
+"""The CUDA kernels on the CPU under the sanitizers, on random inputs in buffers without slack."""
+
+import os
+import subprocess
+
+import pytest
+from simulated import ROOT, SOURCES
+
+KERNELS = [source for source in SOURCES if source.suffix == ".cu"]
+
+
+@pytest.mark.slow
+def test_random_inputs_stay_in_bounds(builder, sanitizers):
+    """Says nothing of values: the driver's bound is meant for float32 probabilities."""
+    program = builder.program(
+        *KERNELS,
+        ROOT / "tests/cuda_on_cpu/cuda_as_cpu.cpp",
+        ROOT / "tests/native/driver.cpp",
+        flags=("-g1", *sanitizers),
+    )
+    done = subprocess.run(
+        [program, "1", "25"],
+        env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "ADAPTIVE_SIMT_SEED": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "25 inputs" in done.stdout, done.stderr[-4000:]
+    assert done.stderr == ""
