@@ -82,6 +82,7 @@ class Patched:
     def disabled(self) -> Iterator[nn.Module]:
         """Run the stock path inside the block, bit for bit, uncounted. Blocks can be nested.
 
+        It holds for this model in all threads.
         A cache that was filled by the patched model can be used inside, and the other way round.
         """
         before = self._record.enabled

@@ -64,7 +64,7 @@ def test_assisted_decoding(case):
 
 def test_prompt_lookup_verifies_several_tokens_at_once():
     ids = torch.cat([token_ids(batch=1, tokens=6)] * 4, dim=1)
-    stock, ours, report = both(make("llama"), ids, 16, prompt_lookup_num_tokens=4)
+    stock, ours, report = both(make("llama"), ids, 16, prompt_lookup_num_tokens=4, eos_token_id=1)
     assert torch.equal(stock, ours)
     assert set(report.layers[0].stock_calls) <= {"prefill"}
 

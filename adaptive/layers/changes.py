@@ -109,7 +109,7 @@ class ChangeLog:
     def make(self, root: nn.Module, change: AttributeChange | HookChange) -> None:
         """Make ``change``, undoably."""
         module = root.get_submodule(change.name)
-        self.witnesses.setdefault(change.name, (type(module), module.__dict__.get("forward")))
+        self.witnesses.setdefault(change.name, (type(module), _own_forward(module)))
         self.entries.append(change)
         change.apply(module)
         if isinstance(change, AttributeChange) and change.key == "forward":
@@ -126,7 +126,7 @@ class ChangeLog:
                 continue
             if type(module) is not kind:
                 found.append(f"module {name!r} was replaced by a {type(module).__name__}")
-            elif not _same(module.__dict__.get("forward"), forward):
+            elif not _same(_own_forward(module), forward):
                 found.append(f"'forward' of {name or 'the model'!r} was wrapped")
         if not found:
             checks = (entry.conflict(root.get_submodule(entry.name)) for entry in self.entries)
@@ -140,6 +140,17 @@ class ChangeLog:
             entry.undo(root.get_submodule(entry.name))
             self.entries.pop()
         self.witnesses.clear()
+
+
+def _own_forward(module: nn.Module) -> object:
+    """Return the forward set on the instance; None if there is none or it is the class's own.
+
+    transformers before 5.0 leaves the class's own there after it recorded hidden states.
+    """
+    forward = module.__dict__.get("forward")
+    if getattr(forward, "__func__", None) is type(module).forward:
+        return None
+    return forward
 
 
 def _same(found: object, installed: object) -> bool:

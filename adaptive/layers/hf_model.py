@@ -66,7 +66,7 @@ def survey(
         problems: What the family says is wrong already.
     """
     config: Any = root.config
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None) or 0
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     modules = {name: root.get_submodule(name) for name in attention}
     sites = tuple(
@@ -95,7 +95,9 @@ def survey(
         for size in sizes
         if not supports(size, torch.float32)
     ]
-    if heads % kv_heads:
+    if not heads:
+        found.append("config.num_attention_heads is not set")
+    elif heads % kv_heads:
         found.append(f"{heads} query heads are no multiple of {kv_heads} KV heads")
     if not getattr(config, "is_causal", True):
         found.append("config.is_causal=False is not supported: an encoder has no decoding")

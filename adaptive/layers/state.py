@@ -12,9 +12,10 @@ package that exports two functions::
         # record.log.hook(root, name, table, function), so that each can be undone by name and a
         # failure at any step leaves the model as it was.
 
-`adaptive.patch` asks `hf_attention` for a model of transformers and `torch_attention` for any other
-module. It puts a LayerState into ``module.__dict__[STATE]`` of every site before it calls
-``install``; undoing, `disabled()`, reports, deepcopy and plan rows are then common to all.
+`adaptive.patch` asks `hf_model` for a model of transformers (its survey is also told what the
+family says) and `torch_attention` for any other module. It puts a LayerState into
+``module.__dict__[STATE]`` of every site before it calls ``install``; undoing, `disabled()`,
+reports, deepcopy and plan rows are then common to all.
 
 The hot path of a backend reads its state and counts what it did::
 
