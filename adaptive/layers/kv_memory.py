@@ -17,7 +17,7 @@ def is_lazy(device: torch.device) -> bool:
     """
     filled = (
         torch.are_deterministic_algorithms_enabled()
-        and torch.utils.deterministic.fill_uninitialized_memory
+        and torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     )
     return device.type == "cpu" and not filled
 

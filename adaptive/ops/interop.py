@@ -84,14 +84,14 @@ def _is_numpy(value: object) -> bool:
 class _Writable:
     """The memory of a read-only NumPy array, offered as writable; ops never write to arguments."""
 
-    def __init__(self, array: Any) -> None:  # noqa: ANN401
+    def __init__(self, array: Any) -> None:
         self._keep_alive = array
         interface = dict(array.__array_interface__)
         interface["data"] = (interface["data"][0], False)
         self.__array_interface__ = interface
 
 
-def _view(array: Any, where: str) -> Tensor:  # noqa: ANN401
+def _view(array: Any, where: str) -> Tensor:
     if not _is_numpy(array):
         try:
             return torch.utils.dlpack.from_dlpack(array)
@@ -113,13 +113,13 @@ def _view(array: Any, where: str) -> Tensor:  # noqa: ANN401
         raise TypeError(f"{where} have a dtype that torch knows, got {array.dtype}") from error
 
 
-def _restore(first: Any) -> Restore:  # noqa: ANN401
+def _restore(first: Any) -> Restore:
     back: Restore = Tensor.numpy
     if not _is_numpy(first):
         namespace = getattr(first, "__array_namespace__", None)
         back = (namespace() if namespace else sys.modules[_package(first)]).from_dlpack
 
-    def restore(result: Any) -> Any:  # noqa: ANN401
+    def restore(result: Any) -> Any:
         return tuple(map(back, result)) if isinstance(result, tuple) else back(result)
 
     return restore
