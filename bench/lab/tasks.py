@@ -198,14 +198,23 @@ def text_sample(rng: np.random.Generator, corpus: np.ndarray, length: int, bos: 
     return Sample(ids, weights)
 
 
-def skip_positions(rng: np.random.Generator, length: int, span: int, chunks: int) -> np.ndarray:
-    """Return position ids with random jumps (PoSE) that end at or below ``span - 1``."""
+def skip_positions(
+    rng: np.random.Generator, length: int, span: int, chunks: int, least: float = 0.0
+) -> np.ndarray:
+    """Return position ids with random jumps (PoSE) that end at or below ``span - 1``.
+
+    The jumps add up to at least the share ``least`` of what ``span`` has room for; without it,
+    long distances are possible but rare.
+    """
     positions = np.arange(length, dtype=np.int64)
     if span <= length or chunks < 2:
         return positions
-    total = int(rng.integers(0, span - length + 1))
+    room = span - length
+    total = int(rng.integers(int(least * room), room + 1))
     cuts = np.sort(rng.integers(1, length, chunks - 1))
     jumps = np.sort(rng.integers(0, total + 1, chunks - 1))
+    if least > 0.0:
+        jumps[-1] = total
     for cut, before, after in zip(cuts, np.r_[0, jumps[:-1]], jumps, strict=True):
         positions[cut:] += after - before
     return positions

@@ -66,15 +66,20 @@ class Batches:
         source = self.digits if rng.random() < 0.7 else tokens
         return rng.choice(source, int(rng.integers(3, 8)), replace=False)
 
+    def positions(self, rng: np.random.Generator, phase: dict[str, Any]) -> np.ndarray:
+        """Return position ids for one sequence, with jumps in the phase's share of the cases."""
+        context = phase["context"]
+        skip = rng.random() < phase["skip_share"]
+        span = int(rng.integers(context, phase["span"] + 1)) if skip else context
+        chunks = int(rng.integers(2, 6))
+        if skip and "least_jump" in phase:
+            span, chunks = phase["span"], min(chunks, 3)
+        return tasks.skip_positions(rng, context, span, chunks, phase.get("least_jump", 0.0))
+
     def draw(self, rng: np.random.Generator, phase: dict[str, Any]) -> tuple[Tensor, ...]:
         """Return ids, positions, targets and target weights of one batch."""
-        context = phase["context"]
         samples = [self.sample(rng, phase) for _ in range(phase["batch"])]
-        positions = []
-        for _ in samples:
-            skip = rng.random() < phase["skip_share"]
-            span = int(rng.integers(context, phase["span"] + 1)) if skip else context
-            positions.append(tasks.skip_positions(rng, context, span, int(rng.integers(2, 6))))
+        positions = [self.positions(rng, phase) for _ in samples]
         ids = torch.from_numpy(np.stack([s.ids for s in samples]))
         weights = torch.from_numpy(np.stack([s.weights for s in samples]))
         return ids[:, :-1], torch.from_numpy(np.stack(positions)), ids[:, 1:], weights[:, 1:]
