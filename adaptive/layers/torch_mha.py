@@ -74,11 +74,14 @@ def mha_forward(  # noqa: PLR0913
 
 def why_stock(module: nn.MultiheadAttention, call: Call) -> str | None:
     """Why the stock forward must answer, with its own errors too; None if it need not."""
+    (batch, tokens, _), memory = call.query.shape, call.key.shape[1]
+    reason = _why_not_worth(module, tokens, memory)
+    if reason is not None:
+        return reason
     tensors = (call.query, call.key, call.value, *_parameters(module))
     reason = why_not_plain((*tensors, call.padding, call.mask))
     if reason is not None:
         return reason
-    (batch, tokens, _), memory = call.query.shape, call.key.shape[1]
     shapes = (call.query.shape, call.key.shape, call.value.shape)
     widths = (module.embed_dim, module.kdim, module.vdim)
     wanted = tuple((batch, n, w) for n, w in zip((tokens, memory, memory), widths, strict=True))
@@ -86,7 +89,7 @@ def why_stock(module: nn.MultiheadAttention, call: Call) -> str | None:
         return "shape"
     if not _masks_fit(module, call):
         return "mask"
-    return _why_not_worth(module, tokens, memory) or _why_not_dtypes(call, tensors)
+    return _why_not_dtypes(call, tensors)
 
 
 def _why_not_worth(module: nn.MultiheadAttention, tokens: int, memory: int) -> str | None:

@@ -20,6 +20,12 @@ from adaptive.layers.torch_guard import autocast_dtype, seconds_since, why_not_p
 from adaptive.ops.decode_attention import MAX_QUERY_TOKENS, decode_attention, supports
 from adaptive.policy.plan import STOCK
 
+MIN_UNGROUPED_KEYS = 2048
+"""With one query head per KV head, PyTorch is as fast on a CPU when there are fewer keys than this
+(unless one query of 16 bits asks)."""
+MAX_UNGROUPED_TOKENS = 8
+"""The same when there are more query tokens than this."""
+
 _PER_HEAD = 4  # [batch, heads, tokens, head_dim]
 _ONE_HEAD = 3  # [batch, tokens, head_dim]
 _thread = threading.local()
@@ -85,36 +91,49 @@ def why_stock(
         return "shape"
     if attn_mask is not None and (is_causal or not _mask_fits(attn_mask, query, key)):
         return "mask"
-    return None
+    return None if _pays(query, key, is_causal) else "PyTorch is as fast"
+
+
+def _pays(query: Tensor, key: Tensor, is_causal: bool) -> bool:
+    """Whether the native kernel is faster, from measurements (`python -m bench.modules`)."""
+    if not query.is_cpu or query.shape[:-2] != key.shape[:-2]:
+        return True
+    tokens = query.shape[-2]
+    if tokens == 1 and query.dtype != torch.float32:
+        return True
+    keys = tokens if is_causal else key.shape[-2]
+    return tokens <= MAX_UNGROUPED_TOKENS and keys >= MIN_UNGROUPED_KEYS
 
 
 def _why_not_tensors(query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    tensors, rank = (query, key, value), query.dim()
+    rank, dtype, device = query.dim(), query.dtype, query.device
     if rank not in (_ONE_HEAD, _PER_HEAD) or key.dim() != rank or value.dim() != rank:
         return "number of dimensions"
-    if not 1 <= query.shape[-2] <= MAX_QUERY_TOKENS:
+    tokens, head_dim = query.shape[-2:]
+    if not 1 <= tokens <= MAX_QUERY_TOKENS:
         return "query tokens"
-    if not supports(query.shape[-1], query.dtype):
+    if not supports(head_dim, dtype):
         return "head_dim or dtype"
-    if query.device.type not in decode_attention.native:
+    if device.type not in decode_attention.native:
         return "device"
-    if any(t.dtype != query.dtype or t.device != query.device for t in (key, value)):
-        return "mixed dtypes or devices"
-    if any(t.shape[-1] > 1 and t.stride(-1) != 1 for t in tensors):
+    if key.dtype != dtype or value.dtype != dtype:
+        return "mixed dtypes"
+    if key.device != device or value.device != device:
+        return "mixed devices"
+    if query.stride(-1) != 1 or key.stride(-1) != 1 or value.stride(-1) != 1:
         return "memory layout"
     return None
 
 
 def _fits(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, enable_gqa: bool) -> bool:
-    if key.shape != value.shape or key.shape[0] != query.shape[0]:
+    (batch, *heads, tokens, head_dim), shape = query.shape, key.shape
+    if shape != value.shape or shape[0] != batch or shape[-1] != head_dim or shape[-2] == 0:
         return False
-    if key.shape[-1] != query.shape[-1] or key.shape[-2] == 0:
+    if is_causal and shape[-2] < tokens:
         return False
-    if is_causal and key.shape[-2] < query.shape[-2]:
-        return False
-    if query.dim() == _ONE_HEAD or key.shape[1] == query.shape[1]:
+    if not heads or heads[0] == shape[1]:
         return True
-    return enable_gqa and key.shape[1] > 0 and query.shape[1] % key.shape[1] == 0
+    return enable_gqa and shape[1] > 0 and heads[0] % shape[1] == 0
 
 
 def _mask_fits(mask: Tensor, query: Tensor, key: Tensor) -> bool:
@@ -148,9 +167,8 @@ def _native(
         key, value = key[..., : query.shape[-2], :], value[..., : query.shape[-2], :]
     if not per_head:
         query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
-    out, _ = decode_attention(
-        query, key, value, mask=attn_mask, scale=scale, softcap=0.0, causal=is_causal
-    )
+    no_softcap = 0.0  # by position: naming the arguments would take a tenth of a short call
+    out, _ = decode_attention(query, key, value, None, attn_mask, scale, no_softcap, is_causal)
     return (out if per_head else out.squeeze(1)).to(dtype)
 
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaptive import _native
+from adaptive.layers import torch_sdpa
 from adaptive.layers.torch_sdpa import attention, why_stock
 
 EPS = {torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
@@ -16,6 +17,13 @@ EPS = {torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 def _no_grad():
     with torch.no_grad():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _small_calls_count(monkeypatch):
+    """Tests are small: let the kernel answer where PyTorch is as fast, too."""
+    monkeypatch.setattr(torch_sdpa, "MIN_UNGROUPED_KEYS", 0)
+    monkeypatch.setattr(torch_sdpa, "MAX_UNGROUPED_TOKENS", 16)
 
 
 def native_calls():
@@ -115,6 +123,35 @@ def test_an_empty_batch_and_a_cache_read_in_place():
 
 
 QUERY, KEY, MASK = heads(2, 4, 3), heads(2, 4, 70), torch.randn(3, 70)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "keys", "kv_heads", "dtype", "native"),
+    [
+        (1, 2048, 4, torch.float32, True),
+        (1, 2047, 4, torch.float32, False),
+        (1, 64, 4, torch.bfloat16, True),
+        (2, 64, 4, torch.bfloat16, False),
+        (1, 64, 2, torch.float32, True),
+        (8, 2048, 4, torch.float32, True),
+        (9, 2048, 4, torch.float32, False),
+        (9, 2048, 2, torch.float32, True),
+    ],
+)
+def test_the_kernel_stays_away_where_pytorch_is_as_fast(
+    monkeypatch, tokens, keys, kv_heads, dtype, native
+):
+    monkeypatch.undo()
+    query, key = heads(1, 4, tokens, dtype=dtype), heads(1, kv_heads, keys, dtype=dtype)
+    before = native_calls()
+    found = attention(query, key, key, enable_gqa=True)
+    assert native_calls() == before + native
+    if not native:
+        assert why_stock(query, key, key, None, 0.0, False, True) == "PyTorch is as fast"
+        expected = F.scaled_dot_product_attention(query, key, key, enable_gqa=True)
+        assert torch.equal(found, expected)
+
+
 STOCK = {
     "long query": ("query tokens", (heads(2, 4, 17), KEY, KEY), {}),
     "dropout": ("dropout", (QUERY, KEY, KEY), {"dropout_p": 0.5}),
