@@ -114,6 +114,16 @@ def test_a_query_without_any_key_finds_zeros():
         assert found[:, :, 1].eq(0).all()
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_without_heads_a_mask_belongs_to_the_batch(batch):
+    query, key = heads(3, 2), heads(3, 70)
+    mask = torch.rand(batch, 2, 70) < 0.5
+    before = native_calls()
+    found = attention(query, key, key, mask)
+    assert native_calls() == before + 1
+    assert_as_good_as_stock(found, query, key, key, attn_mask=mask)
+
+
 def test_an_empty_batch_and_a_cache_read_in_place():
     assert attention(heads(0, 2, 1), heads(0, 2, 9), heads(0, 2, 9)).shape == (0, 2, 1, 64)
     cache = torch.full((1, 2, 4096, 64), torch.nan)
