@@ -1,7 +1,7 @@
 """Where a model family keeps its parts: a row of data per family, found by `config.model_type`."""
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -147,11 +147,14 @@ def family_for(model: nn.Module) -> Family:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    why = f" {REFUSED[model_type]}" if model_type in REFUSED else ""
-    example = ", ".join(f"{f.name}=..." for f in fields(Family) if f.name in ("base", "attention"))
+    known = f"Known model types: {', '.join(sorted(FAMILIES))}."
+    if model_type in REFUSED:
+        raise UnknownFamily(
+            f"adaptive: model type {model_type!r} is not supported. {REFUSED[model_type]} {known}"
+        )
     raise UnknownFamily(
-        f"adaptive: {type(model).__name__} has model type {model_type!r}, which no family "
-        f"knows.{why} Known: {', '.join(sorted(FAMILIES))}. If its attention dispatches through "
-        "transformers' AttentionInterface, add it: adaptive.register_family(adaptive.Family("
-        f"name='mine', model_types=({model_type!r},), {example}))"
+        f"adaptive: model type {model_type!r} of {type(model).__name__} belongs to no known "
+        f"family. {known} If its attention dispatches through transformers' AttentionInterface, "
+        "add it: adaptive.register_family(adaptive.Family(name='mine', "
+        f"model_types=({model_type!r},), base=..., layers=..., attention=...))"
     )

@@ -66,7 +66,7 @@ REFUSED.update(
         "gpt_oss": "Its attention sinks (s_aux) change the softmax, which the kernels do not do.",
         "deepseek_v2": "Its values are narrower than its keys (MLA), which the kernels do not do.",
         "deepseek_v3": "Its values are narrower than its keys (MLA), which the kernels do not do.",
-        "gemma3": "It is multimodal: patch its language model, which has the type 'gemma3_text'.",
+        "gemma3": "It is multimodal: patch its language model, model.model.language_model.",
         **dict.fromkeys(("bloom", "codegen", "falcon", "gptj", "mpt"), _NO_INTERFACE),
         **dict.fromkeys(("mamba", "mamba2", "rwkv"), "It has no attention."),
     }

@@ -232,7 +232,8 @@ def _native(call: Call) -> Attended:
         softcap=call.kwargs.get("softcap") or 0.0,
         causal=causal,
     )
-    return out.transpose(1, 2).to(value.dtype), None
+    out = out.transpose(1, 2)
+    return out if value.dtype == torch.float32 else out.to(value.dtype), None
 
 
 def _why_stock(call: Call, state: LayerState) -> str | None:
@@ -257,13 +258,14 @@ def _why_stock(call: Call, state: LayerState) -> str | None:
 def _why_not_tensors(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     if not (query.dtype == key.dtype == value.dtype):
         return "mixed dtypes"
-    if autocast_dtype(query) not in (None, query.dtype):
+    if torch._C._is_any_autocast_enabled() and autocast_dtype(query) not in (None, query.dtype):
         return "autocast"
-    if query.shape[3] != value.shape[3]:
+    head_dim = query.shape[3]
+    if head_dim != value.shape[3]:
         return "value head size"
-    if not supports(query.shape[3], query.dtype):
-        return f"head size {query.shape[3]}" if query.dtype in DTYPES else f"dtype {query.dtype}"
-    if query.device.type not in decode_attention.native or query.device != key.device:
+    if not supports(head_dim, query.dtype):
+        return f"head size {head_dim}" if query.dtype in DTYPES else f"dtype {query.dtype}"
+    if not query.is_cpu and query.device.type not in decode_attention.native:
         return f"device {query.device.type}"
     if query.stride(3) != 1 or key.stride(3) != 1 or value.stride(3) != 1:
         return "layout"
