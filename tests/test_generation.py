@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import PAD, greedy, make, padded, token_ids
+from models import CONFIGS, PAD, greedy, make, padded, token_ids
 from transformers import DynamicCache, StaticCache
 
 import adaptive
@@ -231,3 +231,29 @@ def test_continuous_batching_is_refused_by_name():
         assert torch.equal(greedy(model, token_ids()), before)
         with patched.disabled(), pytest.raises(NotImplementedError, match="generate_batch"):
             model.generate_batch([token_ids()[0].tolist()])
+
+
+def test_the_language_model_inside_a_multimodal_one():
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    text = CONFIGS["gemma3"][1]
+    tokens = {"image_token_index": 120, "boi_token_index": 121, "eoi_token_index": 122}
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **tokens)
+    ).eval()
+    ids = token_ids().clamp(max=100)
+    stock = greedy(model, ids)
+    with pytest.raises(adaptive.UnknownFamily, match=r"model\.model\.language_model"):
+        adaptive.patch(model)
+    with adaptive.patch(model.model.language_model) as patched:
+        assert torch.equal(greedy(model, ids), stock)
+        assert patched.report().layers[0].native_calls == TOKENS - 1
