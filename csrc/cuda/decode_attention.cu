@@ -72,13 +72,16 @@ int padded_head_dim(const DecodeAttentionArgs& a) {
 /// The cheapest number of splits under this model: blocks run in waves of `slots`, and a block
 /// costs its tiles of keys and, for filling the ring and writing its rows, about two tiles more.
 int choose_splits(int64_t blocks, int64_t tiles, int64_t slots) {
-  constexpr int64_t kOverheadTiles = 2, kMostSplits = 512;
+  constexpr int64_t kOverheadTiles = 2, kMostSplits = 512, kMostWaves = 16;
   int64_t best = 1, best_cost = INT64_MAX;
-  for (int64_t splits = 1; splits <= min(tiles, kMostSplits); ++splits) {
-    const int64_t waves = (blocks * splits + slots - 1) / slots;
-    const int64_t cost = waves * ((tiles + splits - 1) / splits + kOverheadTiles);
+  for (int64_t waves = 1; waves <= kMostWaves; ++waves) {
+    // The most splits that these waves have room for, then the fewest with blocks as short.
+    const int64_t room = max(int64_t{1}, min(min(tiles, kMostSplits), waves * slots / blocks));
+    const int64_t tiles_each = max(int64_t{1}, (tiles + room - 1) / room);
+    const int64_t splits = max(int64_t{1}, (tiles + tiles_each - 1) / tiles_each);
+    const int64_t used_waves = (blocks * splits + slots - 1) / slots;
+    const int64_t cost = used_waves * (tiles_each + kOverheadTiles);
     if (cost < best_cost) best = splits, best_cost = cost;
-    if (waves > 16) break;
   }
   return static_cast<int>(best);
 }

@@ -2,9 +2,10 @@
 //
 // Warps share the ring of keys and values. Warp w works on row tile w % row_tiles and takes every
 // (4 / row_tiles)-th group of 16 keys, with its own running maximum, sum and output in registers;
-// the warps of a row tile are merged once, at the end. Scores and outputs accumulate in float32;
-// the probabilities are rounded to the element type for the second product, as in FlashAttention-2
-// (Dao 2023, arXiv 2307.08691), whose online softmax this is.
+// the warps of a row tile are merged once, at the end. The online softmax is that of
+// FlashAttention-2 (Dao 2023, arXiv 2307.08691), but its weights enter the second product as the
+// sum of two elements instead of one, so that results are good to 2^-17 at least: tensor cores have
+// time to spare here.
 
 #pragma once
 
@@ -123,19 +124,34 @@ __device__ __forceinline__ void multiply_keys(float (&scores)[2][4], const Query
   }
 }
 
+/// Two weights as operands of T: `low` holds what rounding to `high` lost.
+template <class T>
+__device__ __forceinline__ void split(float a, float b, uint32_t& high, uint32_t& low) {
+  high = simt::pack2<T>(a, b);
+  low = simt::pack2<T>(a - simt::to_float(simt::from_float<T>(a)),
+                       b - simt::to_float(simt::from_float<T>(b)));
+}
+
 /// rows.out += weights * values. The accumulator layout of `p` is the operand layout of the next
 /// product, so the weights never leave the registers.
 template <class T, int D>
 __device__ __forceinline__ void multiply_values(WarpRows<D>& rows, const float (&p)[2][4],
                                                 const uint32_t (&keep)[2], const T* values) {
-  const uint32_t weights[4] = {simt::pack2<T>(p[0][0], p[0][1]), simt::pack2<T>(p[0][2], p[0][3]),
-                               simt::pack2<T>(p[1][0], p[1][1]), simt::pack2<T>(p[1][2], p[1][3])};
+  uint32_t high[4], low[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    split<T>(p[i / 2][i % 2 * 2], p[i / 2][i % 2 * 2 + 1], high[i], low[i]);
+  }
 #pragma unroll
   for (int c = 0; c < D / 16; ++c) {
     uint32_t value[4];  // keys 0..7 and 8..15 of columns 0..7, then of columns 8..15
     simt::ldmatrix_x4<true>(value, values + c * 16);
-    simt::mma_m16n8k16<T>(rows.out[2 * c], weights, value[0] & keep[0], value[1] & keep[1]);
-    simt::mma_m16n8k16<T>(rows.out[2 * c + 1], weights, value[2] & keep[0], value[3] & keep[1]);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t first = value[2 * i] & keep[0], second = value[2 * i + 1] & keep[1];
+      simt::mma_m16n8k16<T>(rows.out[2 * c + i], high, first, second);
+      simt::mma_m16n8k16<T>(rows.out[2 * c + i], low, first, second);
+    }
   }
 }
 

@@ -36,6 +36,15 @@ __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(float16 x) { return __half2float(x); }
 
+template <class T>
+__device__ __forceinline__ T from_float(float x) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    return __float2bfloat16_rn(x);
+  } else {
+    return __float2half_rn(x);
+  }
+}
+
 /// Two values rounded to T in one register, `low` in the lower half.
 template <class T>
 __device__ __forceinline__ uint32_t pack2(float low, float high) {
@@ -90,17 +99,18 @@ template <auto kKernel, class... Args>
 void launch(const char* op, dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
             const Args&... args) {
   const auto check_launch = [op](cudaError_t error) {
-    if (error != cudaSuccess)
-      check(error, (std::string("adaptive::") + op + ": launch failed").c_str());
+    if (error == cudaSuccess) return;
+    check(error, (std::string("adaptive::") + op + ": launch failed").c_str());
   };
-  if (shared_bytes > 48 * 1024) {
-    static thread_local uint64_t raised = 0;  // one bit per device
-    const uint64_t device = uint64_t{1} << current_device_index();
-    if (!(raised & device)) {
-      check_launch(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        current_device().shared_bytes_per_block));
-      raised |= device;
-    }
+  // Up to 48 KB need no leave. The driver is asked once per kernel, device and host thread.
+  static thread_local size_t allowed[kMaxDevices];
+  size_t& allowed_here = allowed[current_device_index()];
+  if (shared_bytes > max(allowed_here, size_t{48 << 10})) {
+    const int bytes = static_cast<int>(shared_bytes);
+    check_launch(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    check_launch(cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                      cudaSharedmemCarveoutMaxShared));
+    allowed_here = shared_bytes;
   }
   // clang-format off
   kKernel<<<grid, block, shared_bytes, stream>>>(args...);

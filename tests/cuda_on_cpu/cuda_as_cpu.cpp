@@ -1,4 +1,4 @@
-// Puts the CUDA decode_attention, on the simulator, where tests/native/driver.cpp wants the CPU one.
+// Puts the CUDA decode_attention, on the simulator, where tests/native/driver.cpp calls the CPU.
 
 #include <cstdlib>
 #include <memory>

@@ -183,15 +183,15 @@ def plain(query, key, value, lengths=None, mask=None, causal=True, scale=None, s
 
 
 def assert_close(out, lse, query, key, value, **options):
-    """Error against float64 at most a small multiple of that of the same-precision reference."""
+    """As good as float32 on the same inputs, whatever the dtype of query, key and value."""
     exact, exact_lse = plain(query.double(), key.double(), value.double(), **options)
-    rough, _ = plain(query, key, value, **options)
+    rough, _ = plain(query.float(), key.float(), value.float(), **options)
     assert torch.equal(torch.isneginf(lse), torch.isneginf(exact_lse))
     assert not torch.isnan(out).any()
-    factor = 4 if query.dtype == torch.float32 else 2
-    eps = torch.finfo(query.dtype).eps
     reference_error = (rough.double() - exact).abs().max().item()
-    floor = eps * max(1.0, exact.abs().max().item())
-    assert (out - exact).abs().max().item() <= factor * (reference_error + floor)
+    # Four times float32's own error, and the rounding of the weights on tensor cores.
+    floor = 4 * torch.finfo(torch.float32).eps if query.dtype == torch.float32 else 2**-17
+    bound = 4 * reference_error + floor * max(1.0, exact.abs().max().item())
+    assert (out - exact).abs().max().item() <= bound
     finite = ~torch.isneginf(exact_lse)
     assert torch.allclose(lse[finite].double(), exact_lse[finite], rtol=2e-6, atol=2e-5)

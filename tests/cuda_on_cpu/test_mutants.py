@@ -41,6 +41,8 @@ MUTANTS = {
     "wrong group": (SHARED, "kv_head * group + index", "kv_head + group - group + index"),
     "output not rescaled": (MMA, "rows.out[c][i] *= scale[i / 2]", "rows.out[c][i] *= 1.0f"),
     "sum not rescaled": (MMA, "rows.sum[i] *= scale[i];", ""),
+    "weights rounded to bfloat16": (
+        MMA, "simt::mma_m16n8k16<T>(rows.out[2 * c + i], low, first, second);", ""),
     "hidden values multiplied": (MMA, "if (a.mask) weighted_keys(p_tile, keep);", ""),
     "length not checked": (SHARED, "valid = length >= 0 && length <= a.capacity;", "valid = true;"),
     "empty splits merged": (MERGE, "if (sums[s] == 0.0f) continue;", ""),
