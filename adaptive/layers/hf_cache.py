@@ -40,7 +40,8 @@ class AdaptiveCacheLayer(CacheLayerMixin):
     The next update without gradients moves the content into the store.
 
     Under `torch.compile`, `update` traces into the graph; like a DynamicCache it has a new length
-    at each step, so the first calls recompile until the length is a symbol.
+    at each step, so the first calls recompile until the length is a symbol, and a call that grows
+    the store is a graph of its own.
 
     Attributes:
         store: The storage; empty while tensors with a graph are held.
