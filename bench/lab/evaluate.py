@@ -129,7 +129,7 @@ def main() -> None:
     add("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192],
         metavar="TOKENS", help="passkey prompt lengths")  # fmt: skip
     add("--depths", type=int, default=11, help="depths from 0 to 1 (default 11)")
-    add("--seeds", type=int, default=4, help="prompts per length and depth (default 4)")
+    add("--seeds", type=int, default=6, help="prompts per length and depth (default 6)")
     add("--context", type=int, default=1024, help="tokens per held-out text window")
     add("--windows", type=int, default=48, help="held-out windows per text")
     add("--threads", type=int, default=1, help="CPU threads (default 1)")
