@@ -18,7 +18,7 @@ def test_random_inputs_are_right_and_clean(builder, sanitizers):
         flags=("-g1", *sanitizers),
     )
     done = subprocess.run(
-        [program, "1", "25"],
+        [program, "1", "10"],
         env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "ADAPTIVE_SIMT_SEED": "1"},
         capture_output=True,
         text=True,

@@ -74,7 +74,7 @@ def cases(dtype):
         (tensors(3, 5, 144), {}),
         (poisoned, {"lengths": lengths, "mask": hidden}),
         ([t[:1] for t in poisoned], {"lengths": lengths[:1]}),
-        (tensors(1, 1, 700), {"lengths": torch.tensor([700, 60], dtype=torch.int32)}),
+        (tensors(1, 1, 320), {"lengths": torch.tensor([320, 60], dtype=torch.int32)}),
     ]
 
 
