@@ -2,5 +2,19 @@
 
 from adaptive.ops._op import OPS, Op
 from adaptive.ops.decode_attention import decode_attention
+from adaptive.ops.gather_attention import gather_attention
+from adaptive.ops.score_tokens import score_tokens
+from adaptive.ops.scored_attention import scored_attention
+from adaptive.ops.select_tokens import select_tokens
+from adaptive.ops.sum_tokens import sum_tokens
 
-__all__ = ["OPS", "Op", "decode_attention"]
+__all__ = [
+    "OPS",
+    "Op",
+    "decode_attention",
+    "gather_attention",
+    "score_tokens",
+    "scored_attention",
+    "select_tokens",
+    "sum_tokens",
+]

@@ -15,6 +15,8 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
 
 from adaptive import _native
 from adaptive.ops import interop
@@ -60,7 +62,9 @@ class Op(Generic[P, R]):
         self.__doc__ = reference.__doc__
         self.native: tuple[str, ...] = ("cpu", "cuda") if _native.cuda else ("cpu",)
 
-        self._kernel = getattr(_native, self.name)
+        self._kernel = getattr(_native, self.name, None)
+        if self._kernel is None:
+            self.native = ()
         _library.define(self.name + torch.library.infer_schema(reference, mutates_args=()))
         _library.impl(self.name, reference, "CompositeExplicitAutograd")
         _library.impl(self.name, self._refuse_gradient, "Autograd")
@@ -74,9 +78,10 @@ class Op(Generic[P, R]):
         first = args[0] if args else next(iter(kwargs.values()), None)
         if torch.compiler.is_compiling():
             return self._overload(*args, **kwargs)
-        if type(first) is Tensor and not torch.is_grad_enabled():
+        if type(first) is Tensor and not torch.is_grad_enabled() and not recorded():
             return self._run(*args, **kwargs)
         if isinstance(first, Tensor):
+            self._refuse_arrays(*args, *kwargs.values())
             return self._overload(*args, **kwargs)
         if first is None:
             raise TypeError(f"adaptive::{self.name}: the first argument must be a tensor, got None")
@@ -93,8 +98,10 @@ class Op(Generic[P, R]):
         self._fill(outputs, (), arguments)
 
     def _run(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if self._kernel is None:
+            return self.reference(*args, **kwargs)
         outputs = self.outputs(*args, **kwargs)
-        self._fill(outputs, args, kwargs)
+        self._fill(outputs if isinstance(outputs, tuple) else (outputs,), args, kwargs)
         return outputs  # type: ignore[no-any-return]
 
     def _fill(self, outputs: tuple[Tensor, ...], args: Any, kwargs: Any) -> None:
@@ -102,6 +109,15 @@ class Op(Generic[P, R]):
         if wanted:  # bytes of workspace, without which nothing ran
             workspace = torch.empty(wanted, dtype=torch.uint8, device=outputs[0].device)
             self._kernel(*outputs, workspace, *args, **kwargs)
+
+    def _refuse_arrays(self, *values: object) -> None:
+        for value in values:
+            if not isinstance(value, Tensor) and hasattr(value, "__dlpack__"):
+                kind = f"{type(value).__module__}.{type(value).__name__}"
+                raise TypeError(
+                    f"adaptive::{self.name}: every array must be a torch.Tensor like the first, "
+                    f"got {kind}"
+                )
 
     def _refuse_gradient(self, *args: P.args, **kwargs: P.kwargs) -> R:
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
@@ -112,6 +128,20 @@ class Op(Generic[P, R]):
             )
         with torch._C._AutoDispatchBelowAutograd():
             return self._overload(*args, **kwargs)
+
+
+def recorded() -> bool:
+    """Whether someone records operations, or gives tensors another meaning than their memory.
+
+    `torch.jit.trace`, dispatch modes, `torch.func` and forward-mode derivatives must see the op;
+    a kernel that is called directly is invisible to them.
+    """
+    return (
+        torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or _functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def op(
