@@ -15,6 +15,8 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
 
 from adaptive import _native
 from adaptive.ops import interop
@@ -74,9 +76,10 @@ class Op(Generic[P, R]):
         first = args[0] if args else next(iter(kwargs.values()), None)
         if torch.compiler.is_compiling():
             return self._overload(*args, **kwargs)
-        if type(first) is Tensor and not torch.is_grad_enabled():
+        if type(first) is Tensor and not torch.is_grad_enabled() and not recorded():
             return self._run(*args, **kwargs)
         if isinstance(first, Tensor):
+            interop.refuse_arrays(self.reference, args, kwargs)
             return self._overload(*args, **kwargs)
         if first is None:
             raise TypeError(f"adaptive::{self.name}: the first argument must be a tensor, got None")
@@ -94,7 +97,7 @@ class Op(Generic[P, R]):
 
     def _run(self, *args: P.args, **kwargs: P.kwargs) -> R:
         outputs = self.outputs(*args, **kwargs)
-        self._fill(outputs, args, kwargs)
+        self._fill(outputs if isinstance(outputs, tuple) else (outputs,), args, kwargs)
         return outputs  # type: ignore[no-any-return]
 
     def _fill(self, outputs: tuple[Tensor, ...], args: Any, kwargs: Any) -> None:
@@ -112,6 +115,20 @@ class Op(Generic[P, R]):
             )
         with torch._C._AutoDispatchBelowAutograd():
             return self._overload(*args, **kwargs)
+
+
+def recorded() -> bool:
+    """Whether someone records operations, or gives tensors another meaning than their memory.
+
+    `torch.jit.trace`, dispatch modes, `torch.func` and forward-mode derivatives must see the op;
+    a kernel that is called directly is invisible to them.
+    """
+    return (
+        torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or _functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def op(
