@@ -5,10 +5,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch._C import _functorch
-from torch.autograd import forward_ad
 
 from adaptive.layers.state import LayerState
+from adaptive.ops import recorded
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -19,12 +18,7 @@ def why_not_plain(tensors: Sequence[Tensor | None]) -> str | None:
     A native kernel reads memory. It is invisible to whoever records operations or puts another
     meaning on tensors: gradients, `torch.func`, tracing, dispatch modes, tensor subclasses.
     """
-    if not torch.compiler.is_compiling() and (
-        torch._C._is_tracing()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or _functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-    ):
+    if not torch.compiler.is_compiling() and recorded():
         return "operations are recorded"
     for tensor in tensors:
         if tensor is None:

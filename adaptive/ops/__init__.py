@@ -1,6 +1,6 @@
 """Operators: what the layers compute with. One module per op."""
 
-from adaptive.ops._op import OPS, Op
+from adaptive.ops._op import OPS, Op, recorded
 from adaptive.ops.decode_attention import decode_attention
 from adaptive.ops.gather_attention import gather_attention
 from adaptive.ops.score_tokens import score_tokens
@@ -13,6 +13,7 @@ __all__ = [
     "Op",
     "decode_attention",
     "gather_attention",
+    "recorded",
     "score_tokens",
     "scored_attention",
     "select_tokens",

@@ -81,7 +81,7 @@ class Op(Generic[P, R]):
         if type(first) is Tensor and not torch.is_grad_enabled() and not recorded():
             return self._run(*args, **kwargs)
         if isinstance(first, Tensor):
-            self._refuse_arrays(*args, *kwargs.values())
+            interop.refuse_arrays(self.reference, args, kwargs)
             return self._overload(*args, **kwargs)
         if first is None:
             raise TypeError(f"adaptive::{self.name}: the first argument must be a tensor, got None")
@@ -109,15 +109,6 @@ class Op(Generic[P, R]):
         if wanted:  # bytes of workspace, without which nothing ran
             workspace = torch.empty(wanted, dtype=torch.uint8, device=outputs[0].device)
             self._kernel(*outputs, workspace, *args, **kwargs)
-
-    def _refuse_arrays(self, *values: object) -> None:
-        for value in values:
-            if not isinstance(value, Tensor) and hasattr(value, "__dlpack__"):
-                kind = f"{type(value).__module__}.{type(value).__name__}"
-                raise TypeError(
-                    f"adaptive::{self.name}: every array must be a torch.Tensor like the first, "
-                    f"got {kind}"
-                )
 
     def _refuse_gradient(self, *args: P.args, **kwargs: P.kwargs) -> R:
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]

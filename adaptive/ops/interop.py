@@ -62,6 +62,19 @@ def to_torch(
     return tuple(viewed[:count]), dict(zip(names, viewed[count:], strict=True)), _restore(first)
 
 
+def refuse_arrays(
+    reference: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> None:
+    """Raise TypeError if an argument beside a first tensor is an array that is none."""
+    names = _names(reference)
+    for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+        if not isinstance(value, Tensor) and hasattr(value, "__dlpack__"):
+            raise TypeError(
+                f"adaptive::{reference.__name__}: {name} must be a torch.Tensor like {names[0]}, "
+                f"got {_kind(value)}"
+            )
+
+
 @lru_cache
 def _names(reference: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(reference).parameters)

@@ -145,6 +145,9 @@ def test_the_op_names_the_argument_of_a_wrong_dtype(argument, dtype, condition):
 
 def test_a_tensor_among_arrays_and_an_array_among_tensors_are_refused():
     named, query = arrays(), torch.from_numpy(arrays()["query"])
+    tensors = {name: torch.from_numpy(array) for name, array in named.items()}
+    with pytest.raises(TypeError, match=r"value must be a torch\.Tensor like query, got numpy\.nd"):
+        decode_attention(**{**tensors, "value": named["value"]})
     with pytest.raises(TypeError, match=r"value must be a numpy\.ndarray like query, got torch"):
         decode_attention(**{**named, "value": torch.from_numpy(named["value"])})
     refused = pytest.raises(TypeError, match=r"key must be a .*torch\.Tensor.* got ndarray")

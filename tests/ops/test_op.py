@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptive import _native
 from adaptive.ops import OPS, decode_attention
@@ -31,7 +32,7 @@ def test_compiles_without_a_graph_break(backend):
     query, key, value, *_ = inputs()
     compiled = torch.compile(step, fullgraph=True, backend=backend, dynamic=True)
     with torch.no_grad():
-        before = _native.calls()["decode_attention:cpu"]
+        before = _native.calls().get("decode_attention:cpu", 0)
         out, lse = compiled(query, key, value)
         assert _native.calls()["decode_attention:cpu"] == before + 1
         expected, expected_lse = decode_attention(query, key, value)
@@ -47,6 +48,30 @@ def test_grad_mode_without_gradients_gives_the_same_bits():
     with torch.inference_mode():
         inside = [a.clone() if a is not None else a for a in arguments]
         assert all(map(torch.equal, decode_attention(*inside), expected))
+
+
+def test_tracing_and_dispatch_modes_see_the_op():
+    query, key, value, *_ = inputs()
+    with torch.no_grad():
+        traced = torch.jit.trace(decode_attention_of, (query, key, value))
+        assert "adaptive::decode_attention" in str(traced.inlined_graph)
+        other = 2 * query
+        assert torch.equal(traced(other, key, value), decode_attention_of(other, key, value))
+
+        class Watch(TorchDispatchMode):
+            seen = ()
+
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                self.seen = (*self.seen, function)
+                return function(*args, **(kwargs or {}))
+
+        with Watch() as watch:
+            decode_attention(query, key, value)
+        assert torch.ops.adaptive.decode_attention.default in watch.seen
+
+
+def decode_attention_of(query, key, value):
+    return decode_attention(query, key, value)[0]
 
 
 @pytest.mark.parametrize("position", [0, 1, 2])
