@@ -19,6 +19,7 @@ from adaptive.errors import (
 from adaptive.layers.state import RECORD, STATE, LayerState, PatchRecord, Survey
 from adaptive.patched import Patched
 from adaptive.policy import Exact, ModelShape, Plan, Policy
+from adaptive.policy.plan import DENSE, STOCK
 
 _WRAPPERS = {
     "DataParallel": "it copies the model on every call; patch model.module instead",
@@ -159,6 +160,9 @@ def _examine(
             plan = _plan(survey.shape, policies)
         except PlanMismatch as mismatch:
             problems, error = [str(mismatch).removeprefix("adaptive: ")], PlanMismatch
+        else:
+            problems = _plan_problems(survey, plan)
+            error = UnsupportedModel if problems else None
     support = Support(
         model=type(model).__name__,
         family=survey.family,
@@ -168,6 +172,17 @@ def _examine(
         error=error,
     )
     return root, survey, support, plan
+
+
+def _plan_problems(survey: Survey, plan: Plan) -> list[str]:
+    """Why the model cannot do what the plan says."""
+    modes = {mode for row in plan.rows for mode in row} - {DENSE, STOCK}
+    if modes and any(site.kind != "hf" for site in survey.sites):
+        return [
+            f"modes that skip keys ({', '.join(sorted(modes))}) need a decoder of transformers and "
+            "its cache; plain PyTorch modules can only be exact"
+        ]
+    return []
 
 
 def _find_root(model: nn.Module) -> tuple[nn.Module, str | None]:

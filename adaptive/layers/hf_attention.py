@@ -9,7 +9,7 @@ stock function on the stock mask, bit for bit.
 import sys
 from collections.abc import Callable
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,53 +18,21 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adaptive.errors import AdaptiveError, PatchConflict
+from adaptive.layers import windowed_attention
+from adaptive.layers.head_split import HeadSplit
+from adaptive.layers.hf_cache import AdaptiveCacheLayer
+from adaptive.layers.hf_call import Call, inputs_of, why_stock
+from adaptive.layers.kv_store import KVStore
+from adaptive.layers.sparse_attention import attend_whole
 from adaptive.layers.state import STATE, LayerState
-from adaptive.layers.torch_guard import autocast_dtype, why_not_plain
 from adaptive.ops import decode_attention
-from adaptive.ops.decode_attention import DTYPES, MAX_QUERY_TOKENS, supports
-from adaptive.policy.plan import STOCK
 
 ADAPTIVE = "adaptive"
 ADAPTIVE_EAGER = "adaptive_eager"
 NAMES = {"sdpa": ADAPTIVE, "eager": ADAPTIVE_EAGER}
 """The name that takes the place of each stock implementation."""
 
-MASK_AXES = 4
-
-# Arguments that change nothing here: the mask carries windows and positions already, and caches
-# are updated before attention is called. Any other that is set goes to the stock function.
-HARMLESS = frozenset(
-    {
-        "cache_position",
-        "deterministic",
-        "is_causal",
-        "logits_to_keep",
-        "output_hidden_states",
-        "output_router_logits",
-        "position_ids",
-        "return_dict",
-        "sliding_window",
-        "softcap",
-        "token_type_ids",
-        "use_cache",
-    }
-)
-
 Attended = tuple[Tensor, Tensor | None]
-
-
-class Call(NamedTuple):
-    """One call of a registered attention function; see `adaptive_attention`."""
-
-    eager: bool
-    module: nn.Module
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None
-    scaling: float | None
-    dropout: float
-    kwargs: dict[str, Any]
 
 
 def adaptive_attention(
@@ -176,22 +144,50 @@ def _attend(call: Call) -> Attended:
         )
     if not state.record.enabled:
         return _stock(call)
-    reason = _why_stock(call, state)
+    split = _split_of(call)
+    reason = why_stock(call, state)
+    if split is not None:
+        reason = _why_unreadable(reason)
     if torch.compiler.is_compiling():
-        return _native(call) if reason is None else _stock(call)
+        return _native(call, state, split) if reason is None else _stock(call)
 
     start = perf_counter()
-    attended = _native(call) if reason is None else _stock(call)
+    attended = _native(call, state, split) if reason is None else _stock(call)
     state.record.timed = call.query.is_cpu
     seconds = perf_counter() - start if state.record.timed else 0.0
     batch, _, query_tokens, _ = call.query.shape
-    if reason is None:
+    if reason is not None:
+        state.count_stock(reason, batch * query_tokens, seconds)
+    elif state.how is not None:  # what was read has been counted where it was read
+        state.count_native(batch * query_tokens, 0, 0, seconds)
+    else:
         tokens = batch * call.key.shape[2]
         kv_bytes = 2 * call.key.numel() * call.key.element_size()
         state.count_native(batch * query_tokens, tokens, kv_bytes, seconds)
-    else:
-        state.count_stock(reason, batch * query_tokens, seconds)
     return attended
+
+
+def _layer_of(call: Call) -> AdaptiveCacheLayer | None:
+    """The cache layer that the keys of a call came from, if it is one of ours."""
+    if torch.compiler.is_compiling():
+        return None
+    return getattr(call.key, "adaptive_layer", None)
+
+
+def _split_of(call: Call) -> HeadSplit | None:
+    """The storage behind the call if heads have dropped tokens from it."""
+    layer = _layer_of(call)
+    store = None if layer is None else layer.store
+    return store if isinstance(store, HeadSplit) else None
+
+
+def _why_unreadable(reason: str | None) -> None:
+    """Raise if a call on a reduced cache would need the stock function; length is no hindrance."""
+    if reason not in (None, "prefill", "long chunk"):
+        raise NotImplementedError(
+            "adaptive: this cache was reduced by a policy, and the stock attention that this call "
+            f"needs ({reason}) cannot read it; start with a new cache"
+        )
 
 
 def _stock(call: Call) -> Attended:
@@ -208,83 +204,17 @@ def _stock(call: Call) -> Attended:
     )
 
 
-def _native(call: Call) -> Attended:
-    query, key, value, mask = call.query, call.key, call.value, call.mask
-    query_tokens, tokens = query.shape[2], key.shape[2]
-    causal = False
-    if mask is not None:
-        if mask.shape[3] > tokens:  # before 5.0 a mask could be longer than the cache
-            mask = mask[..., :tokens]
-        if mask.dtype not in (torch.bool, torch.float32):
-            mask = mask.float()
-    elif not call.eager and query_tokens > 1:
-        # Stock "sdpa" then takes its causal flag from the top left: queries see no later keys.
-        flag = call.kwargs.get("is_causal")
-        causal = bool(getattr(call.module, "is_causal", True) if flag is None else flag)
-        if causal and tokens > query_tokens:
-            key, value = key[:, :, :query_tokens], value[:, :, :query_tokens]
-    out, _ = decode_attention(
-        query,
-        key,
-        value,
-        mask=mask,
-        scale=call.scaling,
-        softcap=call.kwargs.get("softcap") or 0.0,
-        causal=causal,
-    )
+def _native(call: Call, state: LayerState, split: HeadSplit | None) -> Attended:
+    inputs = inputs_of(call, call.key.shape[2] if split is None else split.length)
+    if state.how is None:
+        out, _ = decode_attention(
+            inputs.query, inputs.key, inputs.value, mask=inputs.mask, **inputs.options()
+        )
+    elif state.how.windowed:
+        out = windowed_attention.attend(state, inputs, _layer_of(call))
+    else:
+        layer = _layer_of(call)
+        store = None if layer is None else layer.store
+        out = attend_whole(state, inputs, store if isinstance(store, KVStore) else None)
     out = out.transpose(1, 2)
-    return out if value.dtype == torch.float32 else out.to(value.dtype), None
-
-
-def _why_stock(call: Call, state: LayerState) -> str | None:
-    """Say why the stock function must answer this call; None if the kernel can."""
-    query, key, value = call.query, call.key, call.value
-    if state.row[0] == STOCK:
-        return "plan"
-    if query.shape[2] > MAX_QUERY_TOKENS:
-        fresh = call.mask is None or key.shape[2] == query.shape[2]
-        return "prefill" if fresh else "long chunk"
-    if state.record.want_weights:
-        return "output_attentions"
-    if call.dropout > 0:
-        return "dropout"
-    return (
-        why_not_plain((query, key, value))
-        or _why_not_tensors(query, key, value)
-        or _why_not_arguments(call)
-    )
-
-
-def _why_not_tensors(query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    if not (query.dtype == key.dtype == value.dtype):
-        return "mixed dtypes"
-    if torch._C._is_any_autocast_enabled() and autocast_dtype(query) not in (None, query.dtype):
-        return "autocast"
-    head_dim = query.shape[3]
-    if head_dim != value.shape[3]:
-        return "value head size"
-    if not supports(head_dim, query.dtype):
-        return f"head size {head_dim}" if query.dtype in DTYPES else f"dtype {query.dtype}"
-    if not query.is_cpu and query.device.type not in decode_attention.native:
-        return f"device {query.device.type}"
-    if query.stride(3) != 1 or key.stride(3) != 1 or value.stride(3) != 1:
-        return "layout"
-    return None
-
-
-def _why_not_arguments(call: Call) -> str | None:
-    mask, kwargs = call.mask, call.kwargs
-    for name, given in kwargs.items():
-        if given is not None and given is not False and name not in HARMLESS:
-            return f"argument {name}"
-    if call.eager and call.scaling is None:
-        return "no scaling"
-    if not call.eager and kwargs.get("softcap") is not None:
-        return "softcap with sdpa"
-    if mask is None:
-        return None
-    if mask.dim() != MASK_AXES or mask.shape[3] < call.key.shape[2]:
-        return "mask shape"
-    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
-        return "mask dtype"
-    return None
+    return out if call.value.dtype == torch.float32 else out.to(call.value.dtype), None

@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
+from adaptive.layers.head_split import REDUCED, HeadSplit
 from adaptive.layers.kv_store import KVStore
 
 _OP = "adaptive::kv_cache"
@@ -44,7 +45,10 @@ class AdaptiveCacheLayer(CacheLayerMixin):
     the store is a graph of its own.
 
     Attributes:
-        store: The storage; empty while tensors with a graph are held.
+        store: The storage; empty while tensors with a graph are held. A HeadSplit once heads were
+            told to drop tokens.
+        locked: Whether some layer of the cache has dropped tokens and no pass is running that knows
+            it: the new tokens alone would be taken for the whole cache.
         is_initialized: Whether it has seen keys since it was made or reset.
     """
 
@@ -54,7 +58,8 @@ class AdaptiveCacheLayer(CacheLayerMixin):
 
     def __init__(self, **_: Any) -> None:
         """Make an empty layer; the keywords that transformers hands to any layer are not needed."""
-        self.store = KVStore()
+        self.store: KVStore | HeadSplit = KVStore()
+        self.locked = False
         self._graph: tuple[Tensor, Tensor] | None = None
         super().__init__()  # type: ignore[no-untyped-call]
 
@@ -109,7 +114,10 @@ class AdaptiveCacheLayer(CacheLayerMixin):
 
         Raises:
             ValueError, TypeError, MemoryError: As `KVStore.append`; nothing is lost.
+            NotImplementedError: It is `locked`.
         """
+        if self.locked:
+            raise NotImplementedError(REDUCED)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if torch.is_grad_enabled():
@@ -119,7 +127,10 @@ class AdaptiveCacheLayer(CacheLayerMixin):
         if self._graph is not None:
             self.store.append(*self._graph)
             self._graph = None
-        return self.store.append(key_states, value_states)
+        keys, values = self.store.append(key_states, value_states)
+        if not torch.compiler.is_compiling():
+            keys.adaptive_layer = self  # type: ignore[attr-defined]
+        return keys, values
 
     def get_seq_length(self, *_: Any) -> int:
         """Tokens seen, which are the tokens held."""
@@ -164,10 +175,8 @@ class AdaptiveCacheLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows that ``indices`` picks: numbers, also negative, or one boolean per row."""
-        keys = self.keys
-        if keys is None:
-            return
-        rows = torch.arange(keys.shape[0], device=keys.device)[indices]
+        batch = self.store.batch if self._graph is None else self._graph[0].shape[0]
+        rows = torch.arange(batch, device=self.device)[indices] if batch else indices
         if self._graph is None:
             self.store.select(rows)
         else:
@@ -190,7 +199,8 @@ class AdaptiveCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything and free the storage."""
-        self.store.reset()
+        self.store = KVStore()
+        self.locked = False
         self._graph = None
         self.is_initialized = False
 
@@ -246,6 +256,14 @@ def adopt(cache: Cache) -> int:
     for i in swap:
         cache.layers[i] = AdaptiveCacheLayer()
     return len(swap)
+
+
+def lock(cache: object, locked: bool) -> None:
+    """Lock the layers of a cache some of which have dropped tokens, or unlock them for a pass."""
+    layers = [x for x in getattr(cache, "layers", ()) if isinstance(x, AdaptiveCacheLayer)]
+    if any(isinstance(layer.store, HeadSplit) for layer in layers):
+        for layer in layers:
+            layer.locked = locked
 
 
 def new_cache(config: PretrainedConfig) -> Cache:

@@ -14,6 +14,8 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from adaptive.layers import hf_attention, hf_cache
 from adaptive.layers.changes import AttributeChange
+from adaptive.layers.correction import correct, note_pass
+from adaptive.layers.sparse_attention import resolve
 from adaptive.layers.state import PatchRecord, Site, Survey
 from adaptive.ops import decode_attention
 from adaptive.ops.decode_attention import (
@@ -120,6 +122,10 @@ def survey(
 def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
     """Make the changes: one config copy per distinct config, and two hooks on the base module."""
     hf_attention.register()
+    for state in record.states:
+        state.how = resolve(state.row, record.policies)
+    every = (getattr(policy, "correct_every", None) for policy in record.policies)
+    record.correct_every = next(filter(None, every), None)
     original: Any = root.config
     name = hf_attention.NAMES[original._attn_implementation]
     copies: dict[int, Any] = {}
@@ -167,6 +173,7 @@ def before_forward(
     config: Any = base.config
     wanted = kwargs.get("output_attentions")
     record.want_weights = bool(config.output_attentions if wanted is None else wanted)
+    record.selection = None
     if torch.compiler.is_compiling():
         return None
     changed = None
@@ -177,6 +184,9 @@ def before_forward(
             changed = (args, {**kwargs, "past_key_values": cache})
         if isinstance(cache, Cache):
             hf_cache.adopt(cache)
+            hf_cache.lock(cache, False)
+            if record.correct_every:
+                correct(base, record, kwargs, cache, record.correct_every)
     record.forward_start = perf_counter()
     return changed
 
@@ -195,6 +205,9 @@ def after_forward(
     if record.timed:
         record.forward_seconds += perf_counter() - record.forward_start
     cache = kwargs.get("past_key_values")
+    hf_cache.lock(cache, True)
+    if record.correct_every and not torch.is_grad_enabled():
+        note_pass(record, kwargs, cache)
     for state, layer in zip(record.states, getattr(cache, "layers", ()), strict=False):
         state.count_held(*_held(layer))
 

@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptive.layers.derived import Derived
+from adaptive.layers.kv_checks import OP, check_append, check_index
 from adaptive.layers.kv_memory import allocate, is_lazy
-
-_OP = "adaptive::kv_store"
-_RANK = 4
 
 
 class KVStore:
@@ -38,6 +37,9 @@ class KVStore:
     Args:
         max_tokens: The most tokens it may hold; None for no limit.
 
+    Attributes:
+        derived: What is computed from the content and kept up to date with it, by name.
+
     Raises:
         ValueError: ``max_tokens`` is below 1.
     """
@@ -45,11 +47,12 @@ class KVStore:
     def __init__(self, max_tokens: int | None = None) -> None:
         """Make an empty store; nothing is allocated yet."""
         if max_tokens is not None and max_tokens < 1:
-            raise ValueError(f"{_OP}: max_tokens must be at least 1, got {max_tokens}")
+            raise ValueError(f"{OP}: max_tokens must be at least 1, got {max_tokens}")
         self.max_tokens = max_tokens
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
         self._length = 0
+        self.derived: dict[str, Derived] = {}
         self._touched = 0  # tokens whose memory is resident, as far as can be known
 
     def __repr__(self) -> str:
@@ -67,6 +70,11 @@ class KVStore:
         if self._keys is None or self._values is None:
             return 0
         return min(self._keys.shape[2], self._values.shape[2])
+
+    @property
+    def batch(self) -> int:
+        """Rows; 0 before an append."""
+        return 0 if self._keys is None else self._keys.shape[0]
 
     @property
     def keys(self) -> Tensor | None:
@@ -113,8 +121,8 @@ class KVStore:
             MemoryError: Storage could not be allocated on the CPU.
             torch.OutOfMemoryError: The same on another device.
         """
-        self._check("key", key, key, self._keys)
-        self._check("value", value, key, self._values)
+        check_append("key", key, key, self._keys)
+        check_append("value", value, key, self._values)
         tokens = key.shape[2]
         needed = self._length + tokens
         if self._keys is None or needed > self.capacity:
@@ -134,7 +142,23 @@ class KVStore:
             ValueError: ``length`` is negative or more than is held.
         """
         if not 0 <= length <= self._length:
-            raise ValueError(f"{_OP}: length must be in [0, {self._length}], got {length}")
+            raise ValueError(f"{OP}: length must be in [0, {self._length}], got {length}")
+        if self.derived and length < self._length:
+            keys, values = self._tensors()
+            live = keys.narrow(2, 0, self._length), values.narrow(2, 0, self._length)
+            for each in self.derived.values():
+                each.crop(*live, length)
+        self._length = length
+
+    def restore(self, length: int) -> None:
+        """Undo a crop: the tokens up to ``length`` are held again, those not written since as old.
+
+        Raises:
+            ValueError: So many were never held by this storage.
+        """
+        if not self._length <= length <= self._touched:
+            held = f"[{self._length}, {self._touched}]"
+            raise ValueError(f"{OP}: length must be in {held}, got {length}")
         self._length = length
 
     def reorder(self, index: Tensor) -> None:
@@ -149,7 +173,7 @@ class KVStore:
         """
         if self._keys is not None and index.shape != self._keys.shape[:1]:
             rows = self._keys.shape[0]
-            raise ValueError(f"{_OP}: index must have shape [{rows}], got {list(index.shape)}")
+            raise ValueError(f"{OP}: index must have shape [{rows}], got {list(index.shape)}")
         self.select(index)
 
     def select(self, index: Tensor) -> None:
@@ -170,7 +194,7 @@ class KVStore:
         if self._keys is None:
             return
         keys, values = self._tensors()
-        _check_index(index, keys.shape[0])
+        check_index(index, keys.shape[0])
         index = index.to(keys.device)
         live = keys.narrow(2, 0, self._length), values.narrow(2, 0, self._length)
         if len(index) != keys.shape[0]:
@@ -178,6 +202,7 @@ class KVStore:
             for new, old in zip(chosen, live, strict=True):
                 torch.index_select(old, 0, index, out=new.narrow(2, 0, self._length))
             self._adopt(chosen[0], chosen[1])
+            self._select_derived(index)
             return
         rows = torch.arange(len(index), device=index.device)
         if index.device.type == "cpu":
@@ -185,6 +210,7 @@ class KVStore:
         moved = [t.index_select(0, index[rows]) for t in live]  # both, before either is overwritten
         for old, new in zip(live, moved, strict=True):
             old.index_copy_(0, rows, new)
+        self._select_derived(index)
 
     def repeat(self, times: int) -> None:
         """Make each row of the batch ``times`` adjacent rows.
@@ -194,7 +220,7 @@ class KVStore:
             MemoryError, torch.OutOfMemoryError: There is no memory for the copy.
         """
         if times < 1:
-            raise ValueError(f"{_OP}: times must be at least 1, got {times}")
+            raise ValueError(f"{OP}: times must be at least 1, got {times}")
         if self._keys is not None:
             rows = torch.arange(self._keys.shape[0], device=self._keys.device)
             self.select(rows.repeat_interleave(times))
@@ -206,6 +232,7 @@ class KVStore:
         """
         self._keys = self._values = None
         self._length = self._touched = 0
+        self.derived = {}
 
     def __copy__(self) -> "KVStore":
         """A deep copy: two stores must never write into one storage."""
@@ -218,37 +245,18 @@ class KVStore:
         if self._keys is not None:
             new = [self._enlarged(t, self._length) for t in self._tensors()]
             other._adopt(new[0], new[1])
+        other.derived = copy.deepcopy(self.derived, memo)
         return other
 
-    def _check(self, name: str, new: Tensor, key: Tensor, held: Tensor | None) -> None:
-        """Raise unless ``new`` can be appended together with ``key`` behind ``held``."""
-        if new.dim() != _RANK or key.dim() != _RANK:
-            must = "[batch, kv_heads, tokens, head_dim]"
-            raise ValueError(f"{_OP}: {name} must have shape {must}, got {list(new.shape)}")
-        batch, heads, _, head_dim = (new if held is None else held).shape
-        if held is None:
-            batch, heads = key.shape[:2]
-        must_shape = (batch, heads, key.shape[2], head_dim)
-        if new.shape != must_shape:
-            raise ValueError(
-                f"{_OP}: {name} must have shape {list(must_shape)}, got {list(new.shape)}"
-            )
-        if held is not None and new.dtype != held.dtype:
-            raise TypeError(f"{_OP}: {name} must be {held.dtype}, got {new.dtype}")
-        device = (key if held is None else held).device
-        if new.device != device:
-            raise ValueError(f"{_OP}: {name} must be on {device}, got {new.device}")
-        if new.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{_OP}: {name} must not require grad in grad mode, got one that does; written in "
-                "place it would lose its graph"
-            )
+    def _select_derived(self, index: Tensor) -> None:
+        for each in self.derived.values():
+            each.select(index)
 
     def _grow(self, key: Tensor, value: Tensor, needed: int) -> None:
         """Make room for ``needed`` tokens."""
         if self.max_tokens is not None and needed > self.max_tokens:
             raise ValueError(
-                f"{_OP}: tokens must fit into max_tokens={self.max_tokens}, got {self._length} "
+                f"{OP}: tokens must fit into max_tokens={self.max_tokens}, got {self._length} "
                 f"held and {needed - self._length} new"
             )
         if self._keys is None:
@@ -283,16 +291,3 @@ class KVStore:
     def _token_bytes(self) -> int:
         tensors = (t for t in (self._keys, self._values) if t is not None)
         return sum(t.shape[0] * t.shape[1] * t.shape[3] * t.element_size() for t in tensors)
-
-
-def _check_index(index: Tensor, rows: int) -> None:
-    """Raise unless ``index`` names rows of a batch."""
-    if index.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{_OP}: index must be int32 or int64, got {index.dtype}")
-    if index.dim() != 1:
-        raise ValueError(f"{_OP}: index must have one dimension, got shape {list(index.shape)}")
-    if index.device.type == "cpu":
-        wrong = ((index < 0) | (index >= rows)).nonzero().flatten()
-        if len(wrong):
-            at = int(wrong[0])
-            raise IndexError(f"{_OP}: index[{at}] must be in [0, {rows}), got {int(index[at])}")

@@ -20,9 +20,19 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _STEP = 1024
 
 
+PERCENTILES = {"mass_min": 0.0, "mass_p01": 0.01, "mass_p10": 0.1, "mass_p50": 0.5}
+"""Fields of a LayerReport, and the share of the measured masses that lie below each."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerReport:
-    """What one layer did; the counters of `LayerState`."""
+    """What one layer did; the counters of `LayerState`.
+
+    Where keys were skipped, ``mass_*`` tell the share of the softmax mass that the keys read had,
+    over all measured queries and query heads: on every call of a layer that selects, on audited
+    calls elsewhere. The output of a query with mass m is within ``2 (1 - m) max|v|`` of the dense.
+    None: nothing was measured. ``mass_of_heads`` has the least and the mean of each query head.
+    """
 
     layer: int
     name: str
@@ -37,6 +47,16 @@ class LayerReport:
     used_bytes: int
     cache: str
     seconds: float
+    paths: dict[str, int]
+    dense_bytes: int
+    dropped_bytes: int
+    mass_measured: int
+    mass_mean: float | None
+    mass_of_heads: tuple[tuple[float, float] | None, ...]
+    mass_min: float | None
+    mass_p01: float | None
+    mass_p10: float | None
+    mass_p50: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +108,11 @@ class Report:
         title = f"{self.model} ({self.family}), {exact}: {', '.join(self.policies)}"
         table = Table(title=title, title_justify="left", caption=self._caption(), box=SIMPLE_HEAD)
         table.caption_justify = "left"
-        for heading in ("layers", "native", "stock, why", "queries", "KV read", "KV held", "time"):
+        skips = any(layer.dense_bytes for layer in self.layers)
+        headings = ["layers", "native", "stock, why", "queries", "KV read", "KV held", "time"]
+        if skips:
+            headings += ["of dense", "mass min", "mean"]
+        for heading in headings:
             left = heading in ("layers", "stock, why")
             table.add_column(heading, justify="left" if left else "right")
         for group in _groups(self.layers):
@@ -104,6 +128,7 @@ class Report:
                 _bytes(sum(layer.kv_bytes for layer in group)),
                 _bytes(sum(layer.held_bytes for layer in group)),
                 self._share(sum(layer.seconds for layer in group)),
+                *(_skipped(group) if skips else ()),
             )
         return table
 
@@ -116,6 +141,15 @@ class Report:
         caches = {layer.cache for layer in self.layers if layer.cache}
         if caches:
             lines.append(f"cache: {', '.join(sorted(caches))}")
+        paths: dict[str, int] = {}
+        for layer in self.layers:
+            for path, count in layer.paths.items():
+                paths[path] = paths.get(path, 0) + count
+        if paths:
+            lines.append("calls: " + ", ".join(f"{n} {path}" for path, n in sorted(paths.items())))
+        dropped = sum(layer.dropped_bytes for layer in self.layers)
+        if dropped:
+            lines.append(f"KV dropped for good: {_bytes(dropped)}")
         lines += [f"{count} x {note}" for note, count in self.notes.items()]
         return "\n".join(lines)
 
@@ -144,7 +178,18 @@ def report(model: str, record: PatchRecord, native_calls: dict[str, int]) -> Rep
 
 
 def _layer(state: LayerState) -> LayerReport:
+    tokens, read_bytes = state.gathered.totals()
+    values = state.mass.values()
+    marks = state.mass.percentiles(tuple(PERCENTILES.values())) or [None] * len(PERCENTILES)
+    heads = state.mass.heads()
     return LayerReport(
+        **dict(zip(PERCENTILES, marks, strict=True)),
+        mass_measured=0 if values is None else len(values),
+        mass_mean=None if values is None else float(values.nanmean()),
+        mass_of_heads=tuple(heads),
+        paths=dict(state.paths),
+        dense_bytes=state.dense_bytes,
+        dropped_bytes=state.dropped_bytes,
         layer=state.site.layer,
         name=state.site.name,
         mode=", ".join(sorted(set(state.row))),
@@ -152,8 +197,8 @@ def _layer(state: LayerState) -> LayerReport:
         torch_calls=state.torch_calls,
         stock_calls=dict(state.stock_calls),
         query_tokens=state.query_tokens,
-        kv_tokens=state.kv_tokens,
-        kv_bytes=state.kv_bytes,
+        kv_tokens=state.kv_tokens + tokens // max(state.site.kv_heads, 1),
+        kv_bytes=state.kv_bytes + read_bytes,
         held_bytes=state.held_bytes,
         used_bytes=state.used_bytes,
         cache=state.cache,
@@ -173,7 +218,30 @@ def _groups(layers: Sequence[LayerReport]) -> list[list[LayerReport]]:
 
 
 def _alike(layer: LayerReport) -> dict[str, Any]:
-    return {k: v for k, v in asdict(layer).items() if k not in ("layer", "name", "seconds")}
+    own = (
+        "layer",
+        "name",
+        "seconds",
+        "kv_tokens",
+        "kv_bytes",
+        "mass_mean",
+        "mass_of_heads",
+        *PERCENTILES,
+    )
+    skips = bool(layer.dense_bytes)
+    return {k: v for k, v in asdict(layer).items() if k not in (own if skips else own[:3])}
+
+
+def _skipped(group: Sequence[LayerReport]) -> tuple[str, str, str]:
+    """Share of the dense bytes that was read, and the least and the mean mass, of like layers."""
+    dense = sum(layer.dense_bytes for layer in group)
+    share = f"{sum(layer.kv_bytes for layer in group) / dense:.1%}" if dense else "-"
+    measured = [layer for layer in group if layer.mass_min is not None]
+    if not measured:
+        return share, "-", "-"
+    least = min(layer.mass_min or 0.0 for layer in measured)
+    mean = sum(layer.mass_mean or 0.0 for layer in measured) / len(measured)
+    return share, f"{least:.3f}", f"{mean:.3f}"
 
 
 def _bytes(count: float) -> str:

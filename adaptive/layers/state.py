@@ -33,6 +33,7 @@ would run the original's weights); nothing but these dicts holds state; no count
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
+from adaptive.layers.certificate import MassLog, ReadLog
 from adaptive.layers.changes import ChangeLog
 from adaptive.policy import ModelShape, Plan, Policy
 
@@ -110,6 +111,9 @@ class PatchRecord:
         want_weights: The pass now running must return attention weights.
         native_start: Process-wide native call counts when the counters were reset.
         notes: Things to say in the report once: what was left alone and why -> how often.
+        selection: What the last select layer of the pass now running chose; None: nothing yet.
+        correct_every: Sparsely decoded tokens after which they are corrected; None: never.
+        sparse: False while a pass must read every key, as a correction does.
     """
 
     COUNTERS: ClassVar[tuple[str, ...]] = ("forward_calls", "forward_seconds", "timed", "notes")
@@ -128,6 +132,9 @@ class PatchRecord:
     want_weights: bool = False
     native_start: dict[str, int] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
+    selection: Any = None
+    correct_every: int | None = None
+    sparse: bool = True
 
     def note(self, text: str) -> None:
         """Count something that the report should say."""
@@ -155,6 +162,7 @@ class LayerState:
         record: Shared by all layers of the model.
         site: The module this belongs to.
         row: This layer's row of the plan: one mode per KV head.
+        how: How a row that skips keys is run; None for one that does not.
         native_calls: Calls that a native kernel answered.
         torch_calls: Calls answered with less work, but in PyTorch's operators.
         stock_calls: Calls that the stock implementation answered, by reason.
@@ -165,11 +173,17 @@ class LayerState:
         held_bytes: Most bytes this layer's KV cache held allocated.
         used_bytes: Of those, bytes that held tokens at that time.
         cache: Name of the cache layer's class, as last seen.
+        paths: How often each way of answering a native call was taken, by name.
+        dense_bytes: Bytes that the native calls would have read without skipping any key.
+        gathered: What calls that skip keys read; not in ``kv_tokens`` and ``kv_bytes``.
+        dropped_bytes: Bytes of keys and values that heads dropped for good.
+        mass: Shares of the softmax mass that the keys read had, where they were measured.
     """
 
     record: PatchRecord
     site: Site
     row: tuple[str, ...]
+    how: Any = None
     native_calls: int = 0
     torch_calls: int = 0
     stock_calls: dict[str, int] = field(default_factory=dict)
@@ -180,6 +194,11 @@ class LayerState:
     held_bytes: int = 0
     used_bytes: int = 0
     cache: str = ""
+    paths: dict[str, int] = field(default_factory=dict)
+    dense_bytes: int = 0
+    gathered: ReadLog = field(default_factory=ReadLog)
+    dropped_bytes: int = 0
+    mass: MassLog = field(default_factory=MassLog)
 
     def count_native(
         self, query_tokens: int, kv_tokens: int, kv_bytes: int, seconds: float
@@ -197,6 +216,10 @@ class LayerState:
         self.native_calls -= 1
         self.torch_calls += 1
 
+    def count_path(self, path: str) -> None:
+        """Count one native call that was answered in the way called ``path``."""
+        self.paths[path] = self.paths.get(path, 0) + 1
+
     def count_stock(self, reason: str, query_tokens: int, seconds: float = 0.0) -> None:
         """Count one call that the stock implementation answered, and why."""
         self.stock_calls[reason] = self.stock_calls.get(reason, 0) + 1
@@ -204,9 +227,9 @@ class LayerState:
         self.seconds += seconds
 
     def count_held(self, cache: str, held_bytes: int, used_bytes: int) -> None:
-        """Note how much the layer's KV cache holds; the largest is kept."""
+        """Note how much the layer's KV cache holds: the most so far, or since it dropped tokens."""
         self.cache = cache
-        if held_bytes >= self.held_bytes:
+        if held_bytes >= self.held_bytes or self.dropped_bytes:
             self.held_bytes = held_bytes
             self.used_bytes = used_bytes
 
@@ -220,5 +243,6 @@ class LayerState:
         self.restore(LayerState(record=self.record, site=self.site, row=self.row))
 
 
-COUNTERS = tuple(f.name for f in fields(LayerState) if f.name not in ("record", "site", "row"))
+_SETTINGS = ("record", "site", "row", "how")
+COUNTERS = tuple(f.name for f in fields(LayerState) if f.name not in _SETTINGS)
 """Names of the counters of a LayerState."""

@@ -1,0 +1,122 @@
+"""One call of attention by a transformers model: what it holds, and whether the kernels take it."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from adaptive.layers.sparse_attention import Inputs
+from adaptive.layers.state import LayerState
+from adaptive.layers.torch_guard import autocast_dtype, why_not_plain
+from adaptive.ops import decode_attention
+from adaptive.ops.decode_attention import DTYPES, MAX_QUERY_TOKENS, supports
+from adaptive.policy.plan import STOCK
+
+MASK_AXES = 4
+
+# Arguments that change nothing here: the mask carries windows and positions already, and caches
+# are updated before attention is called. Any other that is set goes to the stock function.
+HARMLESS = frozenset(
+    {
+        "cache_position",
+        "deterministic",
+        "is_causal",
+        "logits_to_keep",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "return_dict",
+        "sliding_window",
+        "softcap",
+        "token_type_ids",
+        "use_cache",
+    }
+)
+
+
+class Call(NamedTuple):
+    """One call of a registered attention function; see `adaptive_attention`."""
+
+    eager: bool
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scaling: float | None
+    dropout: float
+    kwargs: dict[str, Any]
+
+
+def inputs_of(call: Call, tokens: int) -> Inputs:
+    """What the ops need to know of a call whose cache holds ``tokens``."""
+    query, key, value, mask = call.query, call.key, call.value, call.mask
+    query_tokens = query.shape[2]
+    causal = False
+    if mask is not None:
+        if mask.shape[3] > tokens:  # before 5.0 a mask could be longer than the cache
+            mask = mask[..., :tokens]
+        if mask.dtype not in (torch.bool, torch.float32):
+            mask = mask.float()
+    elif not call.eager and query_tokens > 1:
+        # Stock "sdpa" then takes its causal flag from the top left: queries see no later keys.
+        flag = call.kwargs.get("is_causal")
+        causal = bool(getattr(call.module, "is_causal", True) if flag is None else flag)
+        if causal and tokens > query_tokens:
+            key, value = key[:, :, :query_tokens], value[:, :, :query_tokens]
+    softcap = call.kwargs.get("softcap") or 0.0
+    return Inputs(query, key, value, mask, call.scaling, softcap, causal)
+
+
+def why_stock(call: Call, state: LayerState) -> str | None:
+    """Say why the stock function must answer this call; None if the kernel can."""
+    query, key, value = call.query, call.key, call.value
+    if state.row[0] == STOCK:
+        return "plan"
+    if query.shape[2] > MAX_QUERY_TOKENS:
+        fresh = call.mask is None or key.shape[2] == query.shape[2]
+        return "prefill" if fresh else "long chunk"
+    if state.record.want_weights:
+        return "output_attentions"
+    if call.dropout > 0:
+        return "dropout"
+    return (
+        why_not_plain((query, key, value))
+        or _why_not_tensors(query, key, value)
+        or _why_not_arguments(call)
+    )
+
+
+def _why_not_tensors(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    if not (query.dtype == key.dtype == value.dtype):
+        return "mixed dtypes"
+    if torch._C._is_any_autocast_enabled() and autocast_dtype(query) not in (None, query.dtype):
+        return "autocast"
+    head_dim = query.shape[3]
+    if head_dim != value.shape[3]:
+        return "value head size"
+    if not supports(head_dim, query.dtype):
+        return f"head size {head_dim}" if query.dtype in DTYPES else f"dtype {query.dtype}"
+    if not query.is_cpu and query.device.type not in decode_attention.native:
+        return f"device {query.device.type}"
+    if query.stride(3) != 1 or key.stride(3) != 1 or value.stride(3) != 1:
+        return "layout"
+    return None
+
+
+def _why_not_arguments(call: Call) -> str | None:
+    mask, kwargs = call.mask, call.kwargs
+    for name, given in kwargs.items():
+        if given is not None and given is not False and name not in HARMLESS:
+            return f"argument {name}"
+    if call.eager and call.scaling is None:
+        return "no scaling"
+    if not call.eager and kwargs.get("softcap") is not None:
+        return "softcap with sdpa"
+    if mask is None:
+        return None
+    if mask.dim() != MASK_AXES or mask.shape[3] < call.key.shape[2]:
+        return "mask shape"
+    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+        return "mask dtype"
+    return None
