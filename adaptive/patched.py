@@ -131,26 +131,25 @@ class Patched:
         adapters, settings in the config) stays. Calling it again does nothing.
 
         Raises:
-            PatchConflict: Someone wrapped or replaced a module that patch() touched; it is named.
-                Nothing is undone then. Undo that first, and call again.
+            PatchConflict: Someone wrapped or replaced a module that patch() touched, or added a
+                copy of one; it is named. Nothing is undone then. Undo that first, and call again.
         """
         if not self.active:
             return self.model
-        conflicts = self._record.log.conflicts(self._root)
+        log = self._record.log
+        conflicts = log.conflicts(self._root)
+        conflicts += [
+            f"{name!r} came later, and is a copy of a patched module"
+            for name, module in self._root.named_modules()
+            if (STATE in module.__dict__ or RECORD in module.__dict__) and name not in log.witnesses
+        ]
         if conflicts:
             raise PatchConflict(
                 "adaptive: cannot unpatch, someone changed the model since patch(): "
                 + "; ".join(conflicts)
             )
         self._last = self.report()
-        self._record.log.undo(self._root)
-        left = [
-            name or "the model"
-            for name, module in self._root.named_modules()
-            if STATE in module.__dict__ or RECORD in module.__dict__
-        ]
-        if left:
-            raise PatchConflict(f"adaptive: unpatched, but {', '.join(left)} still has our state")
+        log.undo(self._root)
         return self.model
 
     def _require_active(self, verb: str) -> None:

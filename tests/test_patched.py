@@ -183,7 +183,7 @@ class TestUnpatch:
             raise KeyError
         adaptive.patch(model).unpatch()
 
-    @pytest.mark.parametrize("how", ["forward", "module", "config", "state", "hook"])
+    @pytest.mark.parametrize("how", ["forward", "module", "config", "state", "hook", "copy"])
     def test_refuses_when_someone_came_between(self, model, how):
         patched = adaptive.patch(model)
         layer = model.model.layers[1]
@@ -202,6 +202,9 @@ class TestUnpatch:
         elif how == "state":
             state = attention.__dict__.pop("_adaptive")
             undo = functools.partial(attention.__dict__.update, _adaptive=state)
+        elif how == "copy":
+            layer.self_attn_twin = copy.deepcopy(attention)
+            undo = functools.partial(delattr, layer, "self_attn_twin")
         else:
             hooks = dict(model.model._forward_pre_hooks)
             model.model._forward_pre_hooks.clear()
