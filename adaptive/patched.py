@@ -100,12 +100,14 @@ class Patched:
 
         Args:
             inputs: Token ids ``[batch, tokens]``, or the keyword arguments of the model's forward
-                with "input_ids" and, for padded batches (on the left), "attention_mask". For a
-                model without "input_ids": its keyword arguments, and outputs are compared.
+                with "input_ids" and, for padded batches (on the left), "attention_mask". Hidden
+                states are compared if it has no head. For a model without "input_ids": its keyword
+                arguments, and outputs are compared.
             new_tokens: Tokens to decode, at least 1.
 
         Raises:
-            ValueError: ``new_tokens`` is below 1.
+            ValueError: ``new_tokens`` is below 1, or ``inputs`` holds what is set step by step,
+                such as "position_ids".
             PatchConflict: The model is not patched any more.
         """
         self._require_active("verify")

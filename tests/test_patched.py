@@ -115,10 +115,19 @@ class TestVerify:
         assert result.max_logit_error > 0.01
         assert "first at step" in str(result)
 
+    def test_compares_hidden_states_without_a_head(self, model):
+        patched = adaptive.patch(model.model)
+        result = patched.verify({**padded(), "position_ids": None}, new_tokens=4)
+        assert result.tokens == 0
+        assert 0 < result.max_logit_error < 1e-4 < result.max_logit  # other than 0: the kernel ran
+        assert str(result).startswith("max logit error")
+
     def test_refuses_nonsense(self, model):
         patched = adaptive.patch(model)
         with pytest.raises(ValueError, match="new_tokens must be at least 1, got 0"):
             patched.verify(token_ids(), new_tokens=0)
+        with pytest.raises(ValueError, match="inputs must not have 'use_cache'"):
+            patched.verify({"input_ids": token_ids(), "use_cache": True})
         patched.unpatch()
         with pytest.raises(adaptive.PatchConflict, match="not patched any more"):
             patched.verify(token_ids())
