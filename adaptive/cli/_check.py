@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from torch import nn
 
 import adaptive
@@ -30,7 +31,7 @@ class Outcome:
 
     def show(self, console: Console) -> None:
         """Print the answer."""
-        console.print(f"[bold]{self.model_class}[/] from {self.source}", highlight=False)
+        console.print(f"[bold]{self.model_class}[/] from {escape(self.source)}", highlight=False)
         console.print(str(self.support), markup=False, highlight=False)
 
 
