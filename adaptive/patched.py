@@ -115,9 +115,11 @@ class Patched:
         before, states = copy.copy(record), [copy.copy(state) for state in record.states]
         start = _native.calls()
         self.reset_stats()
+        enabled, record.enabled = record.enabled, True  # inside disabled(), too
         try:
             return verify(self.model, self.disabled, inputs, new_tokens)
         finally:
+            record.enabled = enabled
             spent = _minus(_native.calls(), start)
             for counter in PatchRecord.COUNTERS:
                 setattr(record, counter, getattr(before, counter))

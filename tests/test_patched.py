@@ -115,6 +115,15 @@ class TestVerify:
         assert result.max_logit_error > 0.01
         assert "first at step" in str(result)
 
+    def test_compares_with_the_kernel_also_inside_disabled(self, model):
+        patched = adaptive.patch(model)
+        outside = patched.verify(padded(), new_tokens=4)
+        with patched.disabled():
+            assert patched.verify(padded(), new_tokens=4) == outside
+            greedy(model, padded())
+        assert outside.max_logit_error > 0
+        assert ran_native(patched) == 0
+
     def test_compares_hidden_states_without_a_head(self, model):
         patched = adaptive.patch(model.model)
         result = patched.verify({**padded(), "position_ids": None}, new_tokens=4)
