@@ -100,6 +100,8 @@ def survey(
         for size in sizes
         if not supports(size, torch.float32)
     ]
+    if not sites:
+        found.append("it has no attention layer, so there is nothing to patch")
     if not heads:
         found.append("config.num_attention_heads is not set")
     elif heads % kv_heads:
