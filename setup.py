@@ -1,6 +1,7 @@
 """Builds the native module: g++ for the CPU, nvcc for CUDA, one link, by ninja."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -42,7 +43,7 @@ rule link
 
 def find_compiler() -> str:
     """The C++ compiler's command, or an error that says what to install."""
-    command = os.environ.get("CXX", "g++")
+    command = os.environ.get("CXX") or "g++"
     if shutil.which(shlex.split(command)[0]) is None:
         raise SystemExit(
             f"adaptive: the C++ compiler {command!r} was not found. Install one (Debian, Ubuntu: "
@@ -75,7 +76,7 @@ def find_nvcc() -> str | None:
 
 def gencode_flags() -> str:
     """Flags for the architectures in ADAPTIVE_CUDA_ARCHS, such as "80;90a", and PTX for later."""
-    archs = os.environ.get("ADAPTIVE_CUDA_ARCHS", DEFAULT_ARCHS)
+    archs = os.environ.get("ADAPTIVE_CUDA_ARCHS") or DEFAULT_ARCHS
     names = [name for name in archs.replace(",", ";").split(";") if name]
     for name in names:
         if not name.removesuffix("a").removesuffix("f").isdigit():
@@ -86,6 +87,16 @@ def gencode_flags() -> str:
     if archs == DEFAULT_ARCHS:
         flags.append(f"-gencode=arch=compute_{PTX_ARCH},code=compute_{PTX_ARCH}")
     return " ".join(flags)
+
+
+def word(argument: object) -> str:
+    """One word of a command in build.ninja, whatever a path in it contains."""
+    return shlex.quote(str(argument)).replace("$", "$$")
+
+
+def path(file: Path) -> str:
+    """A file as an input or output in build.ninja; ninja itself quotes $in and $out."""
+    return re.sub(r"[$ :]", r"$\g<0>", str(file))
 
 
 class NinjaBuild(build_ext):
@@ -109,17 +120,19 @@ class NinjaBuild(build_ext):
     def ninja_file(self, target: Path, objects: Path) -> str:
         """The text of build.ninja."""
         cxx, nvcc = find_compiler(), find_nvcc()
-        include = f"-I{CSRC} -I{pybind11.get_include()} -I{sysconfig.get_paths()['include']}"
+        folders = (CSRC, pybind11.get_include(), sysconfig.get_paths()["include"])
+        include = " ".join(word(f"-I{folder}") for folder in folders)
         cxxflags = (
             "-O3 -std=c++20 -fPIC -fvisibility=hidden -fopenmp -Wall -Wextra "
             f"{include} {'-DADAPTIVE_CUDA' if nvcc else ''} {os.environ.get('CXXFLAGS', '')}"
         )
         nvccflags = (
-            f"-O3 -std=c++20 -Xcompiler -fPIC,-fvisibility=hidden {gencode_flags()} -I{CSRC}"
+            f"-O3 -std=c++20 -Xcompiler -fPIC,-fvisibility=hidden {gencode_flags()} "
+            + word(f"-I{CSRC}")
         )
         # nvcc on PATH may be a wrapper script: let it do the link, it knows where its cudart is.
         linker = (
-            f"{nvcc} -shared -cudart static -Xcompiler -fopenmp"
+            f"{word(nvcc)} -shared -cudart static -Xcompiler -fopenmp"
             if nvcc
             else f"{cxx} -shared -fopenmp"
         )
@@ -127,7 +140,7 @@ class NinjaBuild(build_ext):
             NINJA_RULES.format(
                 cxx=cxx,
                 cxxflags=cxxflags,
-                nvcc=nvcc,
+                nvcc=word(nvcc),
                 nvccflags=nvccflags,
                 linker=linker,
                 ldflags=os.environ.get("LDFLAGS", ""),
@@ -144,9 +157,9 @@ class NinjaBuild(build_ext):
             output = objects / f"{source.parent.name}_{source.name}.o"
             isa = next((f for end, f in ISA_FLAGS.items() if source.stem.endswith(end)), "")
             rule = "nvcc" if source.suffix == ".cu" else "cxx"
-            lines.append(f"build {output}: {rule} {source}\n  isa = {isa}")
-            outputs.append(str(output))
-        lines.append(f"build {target}: link {' '.join(outputs)}\ndefault {target}\n")
+            lines.append(f"build {path(output)}: {rule} {path(source)}\n  isa = {isa}")
+            outputs.append(path(output))
+        lines.append(f"build {path(target)}: link {' '.join(outputs)}\ndefault {path(target)}\n")
         return "\n".join(lines)
 
 

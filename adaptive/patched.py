@@ -100,12 +100,14 @@ class Patched:
 
         Args:
             inputs: Token ids ``[batch, tokens]``, or the keyword arguments of the model's forward
-                with "input_ids" and, for padded batches (on the left), "attention_mask". For a
-                model without "input_ids": its keyword arguments, and outputs are compared.
+                with "input_ids" and, for padded batches (on the left), "attention_mask". Hidden
+                states are compared if it has no head. For a model without "input_ids": its keyword
+                arguments, and outputs are compared.
             new_tokens: Tokens to decode, at least 1.
 
         Raises:
-            ValueError: ``new_tokens`` is below 1.
+            ValueError: ``new_tokens`` is below 1, or ``inputs`` holds what is set step by step,
+                such as "position_ids".
             PatchConflict: The model is not patched any more.
         """
         self._require_active("verify")
@@ -113,9 +115,11 @@ class Patched:
         before, states = copy.copy(record), [copy.copy(state) for state in record.states]
         start = _native.calls()
         self.reset_stats()
+        enabled, record.enabled = record.enabled, True  # inside disabled(), too
         try:
             return verify(self.model, self.disabled, inputs, new_tokens)
         finally:
+            record.enabled = enabled
             spent = _minus(_native.calls(), start)
             for counter in PatchRecord.COUNTERS:
                 setattr(record, counter, getattr(before, counter))
@@ -131,26 +135,25 @@ class Patched:
         adapters, settings in the config) stays. Calling it again does nothing.
 
         Raises:
-            PatchConflict: Someone wrapped or replaced a module that patch() touched; it is named.
-                Nothing is undone then. Undo that first, and call again.
+            PatchConflict: Someone wrapped or replaced a module that patch() touched, or added a
+                copy of one; it is named. Nothing is undone then. Undo that first, and call again.
         """
         if not self.active:
             return self.model
-        conflicts = self._record.log.conflicts(self._root)
+        log = self._record.log
+        conflicts = log.conflicts(self._root)
+        conflicts += [
+            f"{name!r} came later, and is a copy of a patched module"
+            for name, module in self._root.named_modules()
+            if (STATE in module.__dict__ or RECORD in module.__dict__) and name not in log.witnesses
+        ]
         if conflicts:
             raise PatchConflict(
                 "adaptive: cannot unpatch, someone changed the model since patch(): "
                 + "; ".join(conflicts)
             )
         self._last = self.report()
-        self._record.log.undo(self._root)
-        left = [
-            name or "the model"
-            for name, module in self._root.named_modules()
-            if STATE in module.__dict__ or RECORD in module.__dict__
-        ]
-        if left:
-            raise PatchConflict(f"adaptive: unpatched, but {', '.join(left)} still has our state")
+        log.undo(self._root)
         return self.model
 
     def _require_active(self, verb: str) -> None:

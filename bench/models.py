@@ -10,6 +10,7 @@ process of its own for each variant. About nine minutes on two slow cores.
 import argparse
 import gc
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -279,15 +280,16 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    """Measure, print, write."""
+def main() -> int:
+    """Measure, print, write; 1 if something could not be measured."""
     options = arguments().parse_args()
     settings = {k: v for k, v in vars(options).items() if k != "json"}
     recorder = Recorder("models", options.json, settings)
     with torch.inference_mode():
         run(options, recorder, Console())
     recorder.save()
+    return int(bool(recorder.document["failures"]))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

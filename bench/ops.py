@@ -7,6 +7,7 @@ relative error, and the ratio to the fastest stock form. About six minutes on tw
 
 import argparse
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -211,8 +212,8 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    """Measure, print, write."""
+def main() -> int:
+    """Measure, print, write; 1 if something could not be measured."""
     options = arguments().parse_args()
     console = Console()
     settings = {k: v for k, v in vars(options).items() if k != "json"}
@@ -225,7 +226,8 @@ def main() -> None:
         else:
             run_cpu(options, recorder, console)
     recorder.save()
+    return int(bool(recorder.document["failures"]))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

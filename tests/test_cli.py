@@ -8,9 +8,10 @@ import pytest
 import torch
 from rich.console import Console
 
+import adaptive
 from adaptive import cli
 from adaptive.cli import _bench, _check
-from adaptive.demo import _memory
+from adaptive.demo import _memory, _run
 from adaptive.demo._generate import Clock, answer, kv_bytes
 from adaptive.demo._result import Point, Result, Variant
 
@@ -62,8 +63,10 @@ def test_help_teaches_by_example(capsys, command):
         (["fly"], "invalid choice: 'fly'"),
         (["demo", "--depth", "2"], "must be a number from 0 to 1, got '2'"),
         (["demo", "--tokens", "0"], "must be a whole number of at least 1, got '0'"),
+        (["demo", "--new-tokens", "1"], "--new-tokens must be at least 2"),
         (["demo", "--model", "no/such/folder"], "no/such/folder holds no model"),
         (["check", "lama"], "did you mean llama"),
+        (["check", "[/etc]"], "[/etc] is not a folder"),
         (["check", "org/model"], "is not a folder. Models are not downloaded here"),
         (["check", "bert", "--dtype", "float8"], "invalid choice: 'float8'"),
     ],
@@ -117,13 +120,21 @@ def test_check_of_a_large_model_costs_no_memory():
     assert resident < 4 << 20  # KiB
 
 
-@pytest.mark.parametrize("content", ["not json", "{}", '{"model_type": "no_such_type"}'])
-def test_check_of_a_broken_folder_names_the_file(capsys, tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("not json", "config.json"),
+        ("3", "config.json"),
+        ('{"model_type": "no_such_type"}', "config.json"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', "hidden_size"),
+        ('{"model_type": "llama", "hidden_act": "no_such_one"}', "KeyError"),
+    ],
+)
+def test_check_of_a_broken_folder_says_what_is_wrong(capsys, tmp_path, content, says):
     (tmp_path / "config.json").write_text(content)
     code, _, err = run(capsys, "check", str(tmp_path))
     assert code == 2
-    assert "config.json" in "".join(err.split())
-    assert "Traceback" not in err
+    assert says in "".join(err.split())
 
 
 def test_check_of_an_empty_folder_says_what_is_missing(capsys, tmp_path):
@@ -194,7 +205,7 @@ def test_a_failing_measurement_is_an_error(tmp_path):
 
 def result(tmp_path):
     stock = Variant(4.0, 40.0, 4096.0, 2**25, 2**26, 3e-6, "12345.", True)
-    patched = Variant(4.0, 10.0, 4096.0, 2**25, None, 1e-6, "12345.", True)
+    patched = Variant(4.0, 10.0, 4096.0, 2**25, None, 1e-6, "[/b]! not markup", False)
 
     class Report:
         def to_dict(self):
@@ -221,6 +232,27 @@ def result(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("positions", "tokens", "lengths"),
+    [(8192, None, [512, 1024, 2048, 4096]), (2048, None, [512, 1024]), (8192, 512, [])],
+)
+def test_the_demo_stays_within_the_reach_of_the_model(positions, tokens, lengths):
+    options = _run.Options(tokens=tokens)
+    document = _run._document_length(tiny(max_position_embeddings=positions), options)
+    assert document == tokens or document == min(8000, positions - 64)
+    assert _run._sweep(document) == lengths
+
+
+def test_a_model_that_is_refused_ends_without_a_traceback(capsys, monkeypatch):
+    def refuse(*args):
+        raise adaptive.UnsupportedModel("adaptive: no; pip install 'adaptive[hf]'")
+
+    monkeypatch.setattr(cli, "_run", refuse)
+    code, _, err = run(capsys, "demo")
+    assert code == 2
+    assert "adaptive[hf]" in err
+
+
 def test_the_demo_table_shows_speed_and_error(tmp_path):
     console = Console(width=110, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     result(tmp_path).show(console)
@@ -229,6 +261,7 @@ def test_the_demo_table_shows_speed_and_error(tmp_path):
     assert "64 of 64" in text
     assert "1.0e-06" in text
     assert "not measurable here" in text
+    assert "[/b]! MISSED" in text
     assert "layer 0 native" in text
 
 

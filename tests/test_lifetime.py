@@ -4,6 +4,8 @@ import copy
 import gc
 import io
 import json
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -130,6 +132,22 @@ def test_an_unpatched_model_can_be_saved_whole_and_a_patched_one_too():
         if still_patched:
             adaptive.patched(loaded).unpatch()
             assert loaded.config._attn_implementation == "sdpa"
+
+
+def test_a_patched_model_can_be_saved_whole_and_loaded_by_another_process(tmp_path):
+    model = make("llama")
+    adaptive.patch(model)
+    torch.save(model, tmp_path / "model.pt")
+    script = (
+        "import sys, torch\n"
+        "model = torch.load(sys.argv[1], weights_only=False)\n"
+        "with torch.no_grad(): torch.save(model(torch.arange(8)[None]).logits, sys.argv[2])"
+    )
+    command = [sys.executable, "-c", script, tmp_path / "model.pt", tmp_path / "logits.pt"]
+    subprocess.run(command, check=True)
+    with torch.no_grad():
+        expected = model(torch.arange(8)[None]).logits
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
 
 
 def test_importing_and_patching_leave_classes_and_registries_of_others_alone():

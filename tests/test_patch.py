@@ -125,6 +125,7 @@ REFUSED = [
     ("float64", {"dtype": torch.float64}, "dtype torch.float64 is not supported"),
     ("flash", {"implementation": "flex_attention"}, "'flex_attention' is not supported"),
     ("encoder", {"is_causal": False}, "is_causal=False"),
+    ("no layers", {"num_hidden_layers": 0}, "no attention layer"),
 ]
 
 

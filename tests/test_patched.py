@@ -115,10 +115,28 @@ class TestVerify:
         assert result.max_logit_error > 0.01
         assert "first at step" in str(result)
 
+    def test_compares_with_the_kernel_also_inside_disabled(self, model):
+        patched = adaptive.patch(model)
+        outside = patched.verify(padded(), new_tokens=4)
+        with patched.disabled():
+            assert patched.verify(padded(), new_tokens=4) == outside
+            greedy(model, padded())
+        assert outside.max_logit_error > 0
+        assert ran_native(patched) == 0
+
+    def test_compares_hidden_states_without_a_head(self, model):
+        patched = adaptive.patch(model.model)
+        result = patched.verify({**padded(), "position_ids": None}, new_tokens=4)
+        assert result.tokens == 0
+        assert 0 < result.max_logit_error < 1e-4 < result.max_logit  # other than 0: the kernel ran
+        assert str(result).startswith("max logit error")
+
     def test_refuses_nonsense(self, model):
         patched = adaptive.patch(model)
         with pytest.raises(ValueError, match="new_tokens must be at least 1, got 0"):
             patched.verify(token_ids(), new_tokens=0)
+        with pytest.raises(ValueError, match="inputs must not have 'use_cache'"):
+            patched.verify({"input_ids": token_ids(), "use_cache": True})
         patched.unpatch()
         with pytest.raises(adaptive.PatchConflict, match="not patched any more"):
             patched.verify(token_ids())
@@ -183,7 +201,7 @@ class TestUnpatch:
             raise KeyError
         adaptive.patch(model).unpatch()
 
-    @pytest.mark.parametrize("how", ["forward", "module", "config", "state", "hook"])
+    @pytest.mark.parametrize("how", ["forward", "module", "config", "state", "hook", "copy"])
     def test_refuses_when_someone_came_between(self, model, how):
         patched = adaptive.patch(model)
         layer = model.model.layers[1]
@@ -202,6 +220,9 @@ class TestUnpatch:
         elif how == "state":
             state = attention.__dict__.pop("_adaptive")
             undo = functools.partial(attention.__dict__.update, _adaptive=state)
+        elif how == "copy":
+            layer.self_attn_twin = copy.deepcopy(attention)
+            undo = functools.partial(delattr, layer, "self_attn_twin")
         else:
             hooks = dict(model.model._forward_pre_hooks)
             model.model._forward_pre_hooks.clear()

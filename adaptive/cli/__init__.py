@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from adaptive.cli._console import UsageError
+from adaptive.errors import AdaptiveError
 
 OK, UNSUPPORTED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -102,8 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         err.print("interrupted")
         return INTERRUPTED
-    except UsageError as error:
-        err.print(f"[bold red]error:[/] {error}", highlight=False)
+    except (UsageError, AdaptiveError) as error:
+        err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         return USAGE
     if options.json:
         print(json.dumps(result, indent=2))

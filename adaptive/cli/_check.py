@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from torch import nn
 
 import adaptive
@@ -30,7 +31,7 @@ class Outcome:
 
     def show(self, console: Console) -> None:
         """Print the answer."""
-        console.print(f"[bold]{self.model_class}[/] from {self.source}", highlight=False)
+        console.print(f"[bold]{self.model_class}[/] from {escape(self.source)}", highlight=False)
         console.print(str(self.support), markup=False, highlight=False)
 
 
@@ -76,8 +77,8 @@ def _config(model: str) -> tuple[str, Any]:
             raise UsageError(f"{folder} holds no config.json; give the folder of one model")
         try:
             return str(folder), AutoConfig.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise UsageError(f"{folder / 'config.json'} cannot be read: {error}") from error
+        except Exception as error:  # a wrong field can raise anything in there
+            raise UsageError(f"{folder / 'config.json'} cannot be read: {_said(error)}") from error
     known = sorted(CONFIG_MAPPING.keys())
     if model in known:
         return f"the default configuration of {model!r}", AutoConfig.for_model(model)
@@ -102,10 +103,14 @@ def _build(config: Any, dtype: torch.dtype) -> nn.Module:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (ValueError, TypeError, ImportError) as error:
-        first = str(error).splitlines()[0]
+    except Exception as error:  # as above
         raise UsageError(
-            f"transformers cannot build a causal language model of it: {first}"
+            f"transformers cannot build a causal language model of it: {_said(error)}"
         ) from error
     built: nn.Module = model._apply(lambda t: torch.zeros((), dtype=t.dtype).expand(t.shape))
     return built.eval()
+
+
+def _said(error: Exception) -> str:
+    """What kind of error it is, and what it says, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

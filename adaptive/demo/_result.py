@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -94,7 +95,7 @@ class Result:
         console.print(str(self.report), markup=False, highlight=False)
         chart = self._chart()
         if chart:
-            console.print(f"chart: [bold]{chart}[/]", highlight=False)
+            console.print(f"chart: [bold]{escape(str(chart))}[/]", highlight=False)
         else:
             console.print("no chart: pip install 'adaptive[demo]' brings matplotlib", markup=False)
 
@@ -118,7 +119,7 @@ class Result:
         )
         found = [f"{v.said.strip()[:5]} {'found' if v.needle_found else 'MISSED'}"
                  for v in (stock, patched)]  # fmt: skip
-        table.add_row(f"needle {self.key}", *found, "")
+        table.add_row(f"needle {self.key}", *map(Text, found), "")
         return table
 
     def _rows(self, stock: Variant, patched: Variant) -> list[tuple[Any, ...]]:

@@ -21,6 +21,7 @@ SWEEP = (512, 1024, 2048, 4096)
 """Context lengths of the chart, besides the document's own."""
 SWEEP_TOKENS = 24
 MEMORY_TOKENS = 16
+LEAST_NEW_TOKENS = 2
 KEY_DIGITS = 5
 SHORTEST = 200
 """Tokens that the needle and the question need, with some text around them."""
@@ -50,18 +51,24 @@ def run(options: Options, console: Console) -> Result:
     transformers = _transformers()
     root = _checkout()
     folder = options.model or root / "bench" / "lab" / "model"
+    if options.new_tokens < LEAST_NEW_TOKENS:
+        raise UsageError(
+            f"--new-tokens must be at least {LEAST_NEW_TOKENS}, got {options.new_tokens}: the "
+            "first token is the prefill's"
+        )
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} holds no model; give a folder with --model DIR")
     if options.threads:
         torch.set_num_threads(options.threads)
     tasks = import_module("bench.lab.tasks")
-    sweep = [length for length in SWEEP if length < (options.tokens or 8000)]
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    tokens = _document_length(config, options)
+    sweep = _sweep(tokens)
     memory = 2 * int(_memory.available())
     with steps(console, total=3 + 2 * (options.rounds + len(sweep)) + memory) as progress:
         progress.next("loading the model twice")
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         stock, fast, gold = (_load(folder, dtype) for dtype in (options.dtype,) * 2 + ("float64",))
-        tokens = _document_length(stock.config, options)
         prompt, key = tasks.passkey_document(tokenizer, tokens, options.depth, options.seed)
         patched = adaptive.patch(fast)
         models = {"stock": stock, "patched": fast}
@@ -142,6 +149,11 @@ def _document_length(config: Any, options: Options) -> int:
             f"positions less {options.new_tokens} new tokens), got {tokens}"
         )
     return tokens
+
+
+def _sweep(tokens: int) -> list[int]:
+    """Return the shorter context lengths of the chart, for a document of ``tokens`` tokens."""
+    return [length for length in SWEEP if length + SWEEP_TOKENS <= tokens]
 
 
 def _rounds(

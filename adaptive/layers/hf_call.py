@@ -81,7 +81,7 @@ def why_stock(call: Call, state: LayerState) -> str | None:
     if call.dropout > 0:
         return "dropout"
     return (
-        why_not_plain((query, key, value))
+        why_not_plain((query, key, value, call.mask))
         or _why_not_tensors(query, key, value)
         or _why_not_arguments(call)
     )

@@ -46,6 +46,11 @@ class ConfigChange(AttributeChange):
 
     at_patch: dict[str, Any] = field(default_factory=dict)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Arrive in a copy, perhaps in a process that has patched nothing yet."""
+        self.__dict__.update(state)
+        hf_attention.register()
+
     def undo(self, module: nn.Module) -> None:
         """Put the original back, with what was set on the copy since."""
         ours = self.at_patch[_IMPLEMENTATION]
@@ -97,6 +102,8 @@ def survey(
         for size in sizes
         if not supports(size, torch.float32)
     ]
+    if not sites:
+        found.append("it has no attention layer, so there is nothing to patch")
     if not heads:
         found.append("config.num_attention_heads is not set")
     elif heads % kv_heads:

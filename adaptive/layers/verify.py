@@ -11,13 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_SET_HERE = (
+    "cache_position",
+    "labels",
+    "past_key_values",
+    "position_ids",
+    "return_dict",
+    "use_cache",
+)
+"""Arguments of a decoder's forward that `verify` sets itself, or that have no meaning in steps."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
     """How far the patched model is from the stock one. Prints as one line.
 
     Attributes:
-        max_logit_error: Largest absolute difference of a logit (or output), over all steps.
+        max_logit_error: Largest absolute difference of a logit, over all steps; of an output, for a
+            model without logits.
         max_logit: Largest absolute stock logit, the scale for it.
         token_agreement: Share of tokens, over rows and steps, that greedy decoding chose alike.
         tokens: How many tokens that is a share of; 0 for a model without tokens.
@@ -50,6 +61,13 @@ def verify(
     if new_tokens < 1:
         raise ValueError(f"adaptive: new_tokens must be at least 1, got {new_tokens}")
     given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
+    given = {name: value for name, value in given.items() if value is not None}
+    refused = sorted(given.keys() & set(_SET_HERE)) if "input_ids" in given else []
+    if refused:
+        raise ValueError(
+            f"adaptive: inputs must not have {refused[0]!r}, which verify sets itself, step by "
+            f"step, got {', '.join(given)}"
+        )
     training = model.training
     model.eval()
     try:
@@ -57,10 +75,12 @@ def verify(
             if "input_ids" not in given:
                 return _compare_outputs(model, disabled, given)
             with disabled():
-                stock, chosen = _decode(model, given, new_tokens, None)
-            ours, _ = _decode(model, given, new_tokens, chosen)
+                stock, chosen, headed = _decode(model, given, new_tokens, None)
+            ours, *_ = _decode(model, given, new_tokens, chosen)
     finally:
         model.train(training)
+    if not headed:
+        return _outputs_compared(stock, ours)
     agree = torch.stack([(a.argmax(-1) == b.argmax(-1)) for a, b in zip(stock, ours, strict=True)])
     wrong = (~agree).any(dim=1).nonzero()
     return Verification(
@@ -74,15 +94,18 @@ def verify(
 
 def _decode(
     model: nn.Module, inputs: dict[str, Any], steps: int, forced: list[Tensor] | None
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[list[Tensor], list[Tensor], bool]:
     """Prefill, then decode greedily, or along ``forced`` tokens.
 
+    A model without a head chooses no tokens: it gets those of the prompt once more.
+
     Returns:
-        For each step the logits of the next token, ``[batch, vocabulary]`` in float32, and the
-        token that was appended, ``[batch, 1]``.
+        For each step the logits of the next token, ``[batch, vocabulary]`` in float32 (the hidden
+        state, ``[batch, width]``, without a head), and the token that was appended, ``[batch, 1]``;
+        and whether there is a head.
     """
     accepted = inspect.signature(model.forward).parameters
-    ids = inputs["input_ids"]
+    ids = prompt = inputs["input_ids"]
     mask = inputs.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
     extra = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
@@ -90,6 +113,7 @@ def _decode(
         extra["logits_to_keep"] = 1
     logits, tokens = [], []
     cache = None
+    headed = True
     for step in range(steps):
         places = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         out = model(
@@ -101,11 +125,17 @@ def _decode(
             **extra,
         )
         cache = out.past_key_values
-        logits.append(out.logits[:, -1].float())
-        ids = logits[-1].argmax(-1, keepdim=True) if forced is None else forced[step]
+        headed = "logits" in out
+        logits.append((out.logits if headed else out.last_hidden_state)[:, -1].float())
+        if forced is not None:
+            ids = forced[step]
+        elif headed:
+            ids = logits[-1].argmax(-1, keepdim=True)
+        else:
+            ids = prompt[:, step % prompt.shape[1], None]
         tokens.append(ids)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-    return logits, tokens
+    return logits, tokens, headed
 
 
 def _compare_outputs(
@@ -116,6 +146,10 @@ def _compare_outputs(
     with disabled():
         stock = _tensors(model(**inputs))
     ours = _tensors(model(**inputs))
+    return _outputs_compared(stock, ours)
+
+
+def _outputs_compared(stock: list[Tensor], ours: list[Tensor]) -> Verification:
     return Verification(
         max_logit_error=_error(stock, ours),
         max_logit=max((float(t.abs().max()) for t in stock if t.numel()), default=0.0),

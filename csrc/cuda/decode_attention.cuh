@@ -128,8 +128,10 @@ struct Sight {
     if (key >= limit) return -kInfinity;
     if (!mask) return score;
     const char* at = mask + key * step;
-    if (mask_add) return score + *reinterpret_cast<const float*>(at);
-    return *at ? score : -kInfinity;
+    if (!mask_add) return *at ? score : -kInfinity;
+    // Not by adding -inf: what an excluded key holds may have made the score NaN.
+    const float bias = *reinterpret_cast<const float*>(at);
+    return bias == -kInfinity ? bias : score + bias;
   }
 };
 

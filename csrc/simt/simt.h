@@ -102,15 +102,16 @@ void launch(const char* op, dim3 grid, dim3 block, size_t shared_bytes, Stream s
     if (error == cudaSuccess) return;
     check(error, (std::string("adaptive::") + op + ": launch failed").c_str());
   };
-  // Up to 48 KB need no leave. The driver is asked once per kernel, device and host thread.
-  static thread_local size_t allowed[kMaxDevices];
-  size_t& allowed_here = allowed[current_device_index()];
-  if (shared_bytes > max(allowed_here, size_t{48 << 10})) {
-    const int bytes = static_cast<int>(shared_bytes);
+  // Up to 48 KB need no leave. The driver is asked once per kernel, device and host thread; always
+  // for all there is, since the setting is the kernel's and a smaller one would bind other threads.
+  static thread_local bool allowed[kMaxDevices];
+  bool& allowed_here = allowed[current_device_index()];
+  if (shared_bytes > size_t{48 << 10} && !allowed_here) {
+    const int bytes = current_device().shared_bytes_per_block;
     check_launch(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     check_launch(cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                       cudaSharedmemCarveoutMaxShared));
-    allowed_here = shared_bytes;
+    allowed_here = true;
   }
   // clang-format off
   kKernel<<<grid, block, shared_bytes, stream>>>(args...);

@@ -52,7 +52,7 @@ def test_a_wrong_op_is_noted_as_a_failure_and_the_others_are_measured(tmp_path, 
     monkeypatch.setattr(
         "sys.argv", ["ops", "--threads", "1", "--budget-s", "0", "--json", str(out)]
     )
-    ops.main()
+    assert ops.main() == 1
     document = record.load(out)
     assert len(document["rows"]) == 1
     assert "must be at most" in document["failures"][0]["error"]
@@ -195,7 +195,7 @@ def test_the_model_benchmark_runs_end_to_end_on_a_tiny_model(tmp_path, monkeypat
     out = tmp_path / "models.json"
     options = ["--shape", "tiny", "--contexts", "96", "--memory-context", "0", "--threads", "1"]
     monkeypatch.setattr("sys.argv", ["models", *options, "--budget-s", "2", "--json", str(out)])
-    models.main()
+    assert models.main() == 0
     document = record.load(out)
     assert document["failures"] == []
     variants = document["rows"][0]["variants"]
@@ -235,7 +235,7 @@ def test_a_patched_model_that_computes_something_else_is_not_timed(tmp_path, mon
             str(out),
         ],
     )
-    models.main()
+    assert models.main() == 1
     document = record.load(out)
     assert document["rows"] == []
     assert "'stock StaticCache' must be at most" in document["failures"][0]["error"]

@@ -164,12 +164,15 @@ def test_layouts(decode, dtype, name):
 
 
 @every_dtype
-def test_poison_outside_the_keys_has_no_effect(decode, dtype):
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.float32], ids=["bool", "added"])
+def test_poison_outside_the_keys_has_no_effect(decode, dtype, mask_dtype):
     """NaN beyond the length, and in keys that the mask hides from every query."""
     query, key, value = inputs(dtype, query_tokens=2, capacity=150)
     lengths = int32(71, 150)
     mask = torch.ones(2, 1, 1, 150, dtype=torch.bool)
     mask[1, ..., 3:20] = False
+    if mask_dtype != torch.bool:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
     expected = decode(query, key, value, lengths=lengths, mask=mask)
     for tensor in (key, value):
         tensor[0, :, 71:] = torch.nan

@@ -227,6 +227,15 @@ def test_gradients_and_mixed_dtypes_are_stock(attention):
         function(module, query.detach().bfloat16(), key, value, None, scaling=0.2)
 
 
+def test_a_mask_that_is_learned_gets_its_gradient(attention):
+    function, module, state = attention()
+    learned = torch.zeros(1, 1, 1, TOKENS, requires_grad=True)
+    out, _ = function(module, *tensors(), learned, scaling=0.2)
+    out.square().sum().backward()
+    assert learned.grad.abs().sum() > 0
+    assert state.stock_calls == {"gradient": 1}
+
+
 def test_autocast_is_stock(attention):
     function, module, state = attention()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

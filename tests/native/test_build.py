@@ -1,6 +1,7 @@
 """The build: what it refuses and how it says so; the wheel stands on its own."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -11,12 +12,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def build(tmp_path, **environment):
-    """Run the build into ``tmp_path`` and return (exit code, all that it printed)."""
+def build(tmp_path, root=ROOT, **environment):
+    """Build ``root`` into ``tmp_path`` and return (exit code, all that it printed)."""
     done = subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--build-temp", tmp_path / "o", "--build-lib",
          tmp_path / "lib"],
-        cwd=ROOT, env={**os.environ, "ADAPTIVE_CUDA": "0", **environment},
+        cwd=root, env={**os.environ, "ADAPTIVE_CUDA": "0", **environment},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
     )  # fmt: skip
     return done.returncode, done.stdout
@@ -53,6 +54,33 @@ def test_a_failing_compiler_is_explained(tmp_path):
     code, printed = build(tmp_path, CXX="false")
     assert code != 0
     assert "the native module did not compile; the compiler's message is above" in printed
+
+
+def test_a_path_may_have_spaces(tmp_path):
+    root = tmp_path / "a folder: $5"
+    shutil.copytree(ROOT / "csrc", root / "csrc")
+    shutil.copy(ROOT / "setup.py", root)
+    compiler = tmp_path / "compiler"  # sees a header through -I, and writes what it is told to
+    compiler.write_text(
+        "#!/bin/sh\nfound=\n"
+        "for word; do\n"
+        '  [ -f "${word#-I}/check.h" ] && found=yes\n'
+        '  case "$last" in -o) echo > "$word" ;; -MF) echo "x:" > "$word" ;; esac\n'
+        "  last=$word\n"
+        "done\n"
+        'case " $* " in *" -shared "*) exit 0 ;; esac\n'
+        '[ "$found" ]\n'
+    )
+    compiler.chmod(0o755)
+    code, printed = build(root / "build it", root, CXX=str(compiler))
+    assert code == 0, printed
+    assert list((root / "build it" / "lib").rglob("_native*.so"))
+
+
+def test_an_empty_variable_is_as_good_as_none(tmp_path):
+    code, printed = build(tmp_path, CXX="", PATH="/nowhere")
+    assert code != 0
+    assert "the C++ compiler 'g++' was not found" in printed
 
 
 @pytest.mark.slow

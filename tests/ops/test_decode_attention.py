@@ -209,3 +209,19 @@ def test_the_oracle_agrees_with_softmax_attention():
         query, key, value, attn_mask=mask, enable_gqa=True
     )
     torch.testing.assert_close(out, stock.nan_to_num())
+
+
+def test_a_call_with_little_shared_memory_leaves_other_threads_theirs(device):
+    """On CUDA the limit belongs to the kernel, not to the thread that set it."""
+    sizes = {"head_dim": 256, "dtype": BF16, "query_tokens": 16}
+    much, little = Case(group=1, **sizes), Case(group=4, **sizes)  # 206 and 165 KiB on an H100
+
+    def call(case):
+        with torch.no_grad():
+            assert_accurate(decode_attention, case.arguments(device))
+
+    call(much)
+    other = threading.Thread(target=call, args=(little,))
+    other.start()
+    other.join()
+    call(much)
