@@ -99,7 +99,7 @@ class ListedKeys {
         if (position >= share.length) position = kNone;
       }
     }
-    positions_[slot % kSlots] = position;
+    positions_[static_cast<unsigned>(slot) % kSlots] = position;
   }
 
   /// Whether all entries were, once all tiles have been published and a barrier has followed.
@@ -116,7 +116,7 @@ class ListedKeys {
   }
   /// The row of the source that fills row `r` of the tile of slot `first`; kNone: zeros.
   __device__ __forceinline__ int row(const GatherProblem&, const Share&, int first, int r) const {
-    return positions_[first % kSlots + r];
+    return positions_[static_cast<unsigned>(first) % kSlots + r];
   }
 
   /// No tile is seen by all rows as it is: some entries may lie beyond the length.
