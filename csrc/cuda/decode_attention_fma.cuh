@@ -136,7 +136,7 @@ __device__ __forceinline__ void add_tile(int rows, const FmaTile<D>& tile, const
 }
 
 template <int D, class P>
-__global__ void __launch_bounds__(kThreads) attend_fma(const __grid_constant__ P p) {
+__global__ void __launch_bounds__(kThreads, 2) attend_fma(const __grid_constant__ P p) {
   using S = FmaShape<D>;
   const DecodeAttentionArgs& a = p.args;
   const Plan& plan = p.plan;
