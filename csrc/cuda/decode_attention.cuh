@@ -1,5 +1,9 @@
-// What the kernels of decode_attention share: how a problem is cut into thread blocks, the ring of
-// key and value tiles in shared memory, and how a row of results leaves a block. See README.md.
+// What the attention kernels share: how a problem is cut into thread blocks, which keys a row sees,
+// and how a row of results leaves a block. See README.md.
+//
+// A kernel is compiled for a kind of problem `P`, and does what that asks for: P::Keys says where
+// the block's keys lie (key_ring.cuh, gather_attention.cuh), P::kValues whether there are values to
+// add up, P::kLogits whether every score is written out as well (score_tokens.cuh).
 
 #pragma once
 
@@ -30,9 +34,14 @@ struct Plan {
   int shared_bytes;
 };
 
-/// The argument of every kernel. A *row* is a query of a KV head: row r of KV head h is token
-/// r % query_tokens of head h * group + r / query_tokens.
+class AllKeys;
+
+/// The argument of the kernels of decode_attention. A *row* is a query of a KV head: row r of KV
+/// head h is token r % query_tokens of head h * group + r / query_tokens.
 struct Problem {
+  using Keys = AllKeys;
+  static constexpr bool kValues = true, kLogits = false;
+
   DecodeAttentionArgs args;
   Plan plan;
   bool wide;           // key and value rows start on 16-byte boundaries
@@ -41,20 +50,22 @@ struct Problem {
   float* partial_sum;  // [batch, heads, query_tokens, splits]; 0: no keys, partial_out not written
 };
 
-/// Launch the tensor-core kernel of one element type.
-void attend_float16(const Problem& p, dim3 grid, Stream stream);
-void attend_bfloat16(const Problem& p, dim3 grid, Stream stream);
+/// Launches the tensor-core kernels, for the 2-byte element types.
+void attend_half(const char* op, const Problem& p, Stream stream);
 
-/// The share of one thread block: some rows of a KV head against keys [begin, end).
+/// The share of one thread block: some rows of a KV head against *slots* [begin, end). P::Keys says
+/// which key lies in a slot; in decode_attention, slot s is key s.
 struct Share {
-  int64_t batch, kv_head;
+  int batch, kv_head;
   int split;
   int first_row, rows;
   int length;
+  int listed;  // slots of chosen keys; those of extra tokens begin at the next tile
   int begin, end;
-  bool valid;  // the length lies in 0..capacity
+  bool valid;  // the length lies in 0..capacity, and the count in 0..chosen
 
-  __device__ explicit Share(const Problem& p) {
+  template <class P>
+  __device__ explicit Share(const P& p) {
     const DecodeAttentionArgs& a = p.args;
     const unsigned kv_heads = static_cast<unsigned>(a.kv_heads);
     unsigned rest = blockIdx.x;
@@ -73,10 +84,11 @@ struct Share {
 
     length = a.lengths ? a.lengths[batch] : static_cast<int>(a.capacity);
     valid = length >= 0 && length <= a.capacity;
-    const int64_t tiles = valid ? (length + p.plan.tile_keys - 1) / p.plan.tile_keys : 0;
+    const int slots = P::Keys::slots(p, *this);
+    const int64_t tiles = valid ? (slots + p.plan.tile_keys - 1) / p.plan.tile_keys : 0;
     begin = static_cast<int>(tiles * split / p.plan.splits) * p.plan.tile_keys;
     end = static_cast<int>(tiles * (split + 1) / p.plan.splits) * p.plan.tile_keys;
-    end = min(end, valid ? length : 0);
+    end = min(end, valid ? slots : 0);
   }
 };
 
@@ -105,11 +117,15 @@ struct Row {
   }
 };
 
+/// A score with what is added to it; -inf leaves the key out, whatever its score.
+__device__ __forceinline__ float add_bias(float score, float bias) {
+  return bias == -kInfinity ? bias : score + bias;
+}
+
 /// Which keys a row sees, and what the mask adds to their scores.
 struct Sight {
-  int limit;  // keys from here on are too late, by causality or length
-  const char* mask;
-  int64_t step;  // of the mask along the keys, in bytes
+  int limit;         // keys from here on are too late, by causality or length
+  const char* mask;  // of key 0
 
   __device__ Sight() {}
   __device__ Sight(const DecodeAttentionArgs& a, const Share& share, const Row& row) {
@@ -120,18 +136,16 @@ struct Sight {
     const int64_t offset =
         row.batch * a.mask_stride[0] + row.head * a.mask_stride[1] + row.token * a.mask_stride[2];
     mask = a.mask ? static_cast<const char*>(a.mask) + offset * element_bytes : nullptr;
-    step = a.mask_stride[3] * element_bytes;
   }
 
   /// The score with the mask added; -inf where the row does not see the key.
-  __device__ __forceinline__ float operator()(bool mask_add, float score, int key) const {
+  __device__ __forceinline__ float operator()(const DecodeAttentionArgs& a, float score,
+                                              int key) const {
     if (key >= limit) return -kInfinity;
-    if (!mask) return score;
-    const char* at = mask + key * step;
-    if (!mask_add) return *at ? score : -kInfinity;
-    // Not by adding -inf: what an excluded key holds may have made the score NaN.
-    const float bias = *reinterpret_cast<const float*>(at);
-    return bias == -kInfinity ? bias : score + bias;
+    if (!a.mask) return score;
+    const char* at = mask + key * a.mask_stride[3] * (a.mask_add ? 4 : 1);
+    if (a.mask_add) return add_bias(score, *reinterpret_cast<const float*>(at));
+    return *at ? score : -kInfinity;
   }
 };
 
@@ -146,88 +160,9 @@ __device__ __forceinline__ float weight(float x, float max) {
   return __expf(x - (max == -kInfinity ? 0.0f : max));
 }
 
-/// Stages of key and value tiles in shared memory, filled ahead of their use by cp.async.
-/// Rows are D elements and 16 bytes long: the 16 bytes spread the rows over the banks, so that
-/// eight rows read at the same column (ldmatrix) do not collide. What is not loaded is zero.
-template <class T, int D>
-struct Ring {
-  static constexpr int kVector = 16 / sizeof(T);
-  static constexpr int kStride = D + kVector;
-
-  T* shared;  // [stages, 2, tile_keys, kStride]
-  const T* key;
-  const T* value;
-
-  __device__ Ring(const Problem& p, const Share& share, T* shared)
-      : shared(shared),
-        key(static_cast<const T*>(p.args.key) + share.batch * p.args.key_stride[0] +
-            share.kv_head * p.args.key_stride[1]),
-        value(static_cast<const T*>(p.args.value) + share.batch * p.args.value_stride[0] +
-              share.kv_head * p.args.value_stride[1]) {}
-
-  __device__ T* keys(const Plan& plan, int stage) const {
-    return shared + stage * 2 * plan.tile_keys * kStride;
-  }
-  __device__ T* values(const Plan& plan, int stage) const {
-    return keys(plan, stage) + plan.tile_keys * kStride;
-  }
-
-  /// Starts one group of copies: the keys and values from `first` on that lie before share.end.
-  __device__ __forceinline__ void load(const Problem& p, const Share& share, int stage,
-                                       int first) const {
-    if (first < share.end) {
-      const int rows = min(p.plan.tile_keys, share.end - first);
-#pragma unroll 1
-      for (int which = 0; which < 2; ++which) {
-        T* to = which ? values(p.plan, stage) : keys(p.plan, stage);
-        const int64_t stride = which ? p.args.value_stride[2] : p.args.key_stride[2];
-        const T* from = (which ? value : key) + first * stride;
-        if (p.wide) {
-          load_wide(p, to, from, stride, rows);
-        } else {
-          load_narrow(p, to, from, stride, rows);
-        }
-      }
-    }
-    simt::cp_async_commit();
-  }
-
-  /// Waits for the oldest stage, with stages - 1 groups in flight. A barrier must follow.
-  __device__ static void wait(const Plan& plan) {
-    switch (plan.stages) {
-      case 2: return simt::cp_async_wait<0>();
-      case 3: return simt::cp_async_wait<1>();
-      default: return simt::cp_async_wait<2>();
-    }
-  }
-
- private:
-  __device__ __forceinline__ static void load_wide(const Problem& p, T* to, const T* from,
-                                                   int64_t stride, int rows) {
-    constexpr int kVectors = D / kVector;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < p.plan.tile_keys * kVectors; i += kThreads) {
-      const int row = i / kVectors, column = i % kVectors * kVector;
-      const bool valid = row < rows && column < p.args.head_dim;
-      const T* source = valid ? from + row * stride + column : from;
-      simt::cp_async16(to + row * kStride + column, source, valid);
-    }
-  }
-
-  __device__ __forceinline__ static void load_narrow(const Problem& p, T* to, const T* from,
-                                                     int64_t stride, int rows) {
-#pragma unroll 4
-    for (int i = threadIdx.x; i < p.plan.tile_keys * D; i += kThreads) {
-      const int row = i / D, column = i % D;
-      const bool valid = row < rows && column < p.args.head_dim;
-      to[row * kStride + column] = valid ? from[row * stride + column] : T{};
-    }
-  }
-};
-
 /// One warp writes one row: `value(column)` over `sum`, or both to the workspace.
-template <class Value>
-__device__ void write_row(const Problem& p, const Row& row, int split, float max, float sum,
+template <class P, class Value>
+__device__ void write_row(const P& p, const Row& row, int split, float max, float sum,
                           Value value) {
   const DecodeAttentionArgs& a = p.args;
   const int lane = threadIdx.x % kLanes;
@@ -235,29 +170,33 @@ __device__ void write_row(const Problem& p, const Row& row, int split, float max
     const int64_t part = row.index(a) * p.plan.splits + split;
     if (lane == 0) p.partial_max[part] = max;
     if (lane == 0) p.partial_sum[part] = sum;
-    if (sum == 0.0f) return;
+    if (sum == 0.0f || !P::kValues) return;
     float* out = p.partial_out + part * a.head_dim;
     for (int c = lane; c < a.head_dim; c += kLanes) out[c] = value(c);
     return;
   }
-  float* out = a.out + row.offset(a.out_stride);
-  for (int c = lane; c < a.head_dim; c += kLanes) out[c] = sum == 0.0f ? 0.0f : value(c) / sum;
+  if constexpr (P::kValues) {
+    float* out = a.out + row.offset(a.out_stride);
+    for (int c = lane; c < a.head_dim; c += kLanes) out[c] = sum == 0.0f ? 0.0f : value(c) / sum;
+  }
   if (lane == 0) a.lse[row.index(a)] = sum == 0.0f ? -kInfinity : max + logf(sum);
 }
 
-/// The rows of a block without keys, NaN where the length is out of range.
-__device__ inline void write_empty_rows(const Problem& p, const Share& share) {
+/// The rows of a block without keys, NaN where the length or the count is out of range.
+template <class P>
+__device__ void write_empty_rows(const P& p, const Share& share) {
   const float max = share.valid ? -kInfinity : kNaN, sum = share.valid ? 0.0f : kNaN;
   for (int row = threadIdx.x / kLanes; row < share.rows; row += kWarps) {
     write_row(p, Row(p.args, share, row), share.split, max, sum, [sum](int) { return sum; });
   }
 }
 
-/// Merges what `groups` groups of warps found for the same rows, and writes the rows.
+/// Merges what `groups` groups of warps found for the same rows, and writes the rows; NaN if the
+/// keys were not `good`.
 /// out: [groups, row_tiles * 16, stride]; max, sum: [groups, row_tiles * 16], in shared memory.
-__device__ inline void write_rows(const Problem& p, const Share& share, int groups,
-                                  const float* out, int stride, const float* max,
-                                  const float* sum) {
+template <class P>
+__device__ void write_rows(const P& p, const Share& share, bool good, int groups, const float* out,
+                           int stride, const float* max, const float* sum) {
   const int block_rows = p.plan.row_tiles * kTileRows;
   for (int row = threadIdx.x / kLanes; row < share.rows; row += kWarps) {
     float top = -kInfinity, total = 0.0f;
@@ -265,6 +204,7 @@ __device__ inline void write_rows(const Problem& p, const Share& share, int grou
     for (int r = row; r < groups * block_rows; r += block_rows) {
       total += weight(max[r], top) * sum[r];
     }
+    if (!good) total = kNaN;
     write_row(p, Row(p.args, share, row), share.split, top, total, [&](int column) {
       float value = 0.0f;
       for (int r = row; r < groups * block_rows; r += block_rows) {

@@ -5,7 +5,9 @@
 
 #pragma once
 
-#include "decode_attention.cuh"
+#include "key_ring.cuh"
+#include "plan.h"
+#include "score_tokens.cuh"
 
 namespace adaptive::cuda {
 
@@ -62,9 +64,10 @@ __device__ __forceinline__ float reduce(float x, Reduce combine) {
 }
 
 /// Scores and online softmax of one tile. `sight`, `max` and `sum` belong to the rows of this lane.
-template <int D>
-__device__ __forceinline__ void score_tile(const DecodeAttentionArgs& a, int rows, FmaTile<D>& tile,
-                                           const float* keys, int first,
+template <int D, class P>
+__device__ __forceinline__ void score_tile(const P& p, const Share& share,
+                                           const typename P::Keys& keys, FmaTile<D>& tile,
+                                           const float* key_rows, int first,
                                            const Sight (&sight)[FmaShape<D>::kPasses],
                                            float (&max)[FmaShape<D>::kPasses],
                                            float (&sum)[FmaShape<D>::kPasses]) {
@@ -72,10 +75,14 @@ __device__ __forceinline__ void score_tile(const DecodeAttentionArgs& a, int row
   const int key = threadIdx.x % S::kKeys;
 #pragma unroll
   for (int pass = 0; pass < S::kPasses; ++pass) {
-    if (pass * S::kRowsAtOnce >= rows) break;
+    if (pass * S::kRowsAtOnce >= share.rows) break;
     const int row = pass * S::kRowsAtOnce + threadIdx.x / S::kKeys;
-    const float product = dot<D>(tile.query[row], keys + key * Ring<float, D>::kStride);
-    const float x = sight[pass](a.mask_add, score(a, product), first + key);
+    const float product = dot<D>(tile.query[row], key_rows + key * Ring<float, D, P>::kStride);
+    const float x = keys.see(p, share, sight[pass], score(p.args, product), first, key);
+    if constexpr (P::kLogits) {
+      const Row at(p.args, share, row);
+      if (at.exists) p.logits_of(at)[first + key] = x;
+    }
     const auto larger = [](float a, float b) { return fmaxf(a, b); };
     const auto plus = [](float a, float b) { return a + b; };
     const float top = fmaxf(max[pass], reduce<S::kKeys>(x, larger));
@@ -89,7 +96,7 @@ __device__ __forceinline__ void score_tile(const DecodeAttentionArgs& a, int row
 
 /// Adds one tile to the output of this thread's rows and columns. A key without weight adds
 /// nothing, whatever its value.
-template <int D>
+template <int D, int kStride>
 __device__ __forceinline__ void add_tile(int rows, const FmaTile<D>& tile, const float* values,
                                          float (&out)[FmaShape<D>::kRows][FmaShape<D>::kColumns]) {
   using S = FmaShape<D>;
@@ -108,7 +115,7 @@ __device__ __forceinline__ void add_tile(int rows, const FmaTile<D>& tile, const
     for (int j = 0; j < 4; ++j) {
 #pragma unroll
       for (int c = 0; c < S::kColumns; ++c) {
-        value[j][c] = values[(k + j) * Ring<float, D>::kStride + column + c * kThreads];
+        value[j][c] = values[(k + j) * kStride + column + c * kThreads];
       }
     }
 #pragma unroll
@@ -128,8 +135,8 @@ __device__ __forceinline__ void add_tile(int rows, const FmaTile<D>& tile, const
   }
 }
 
-template <int D>
-__global__ void __launch_bounds__(kThreads) attend_fma(const __grid_constant__ Problem p) {
+template <int D, class P>
+__global__ void __launch_bounds__(kThreads, 2) attend_fma(const __grid_constant__ P p) {
   using S = FmaShape<D>;
   const DecodeAttentionArgs& a = p.args;
   const Plan& plan = p.plan;
@@ -138,9 +145,11 @@ __global__ void __launch_bounds__(kThreads) attend_fma(const __grid_constant__ P
 
   DYN_SHARED(float, shared);
   FmaTile<D>& tile = *reinterpret_cast<FmaTile<D>*>(shared);
-  Ring<float, D> ring(p, share, shared + sizeof(FmaTile<D>) / sizeof(float));
+  const Ring<float, D, P> ring{shared + sizeof(FmaTile<D>) / sizeof(float)};
+  typename P::Keys keys(p, share, ring.end(plan));
+  keys.start(p, share);
   for (int stage = 0; stage < plan.stages - 1; ++stage) {
-    ring.load(p, share, stage, share.begin + stage * S::kKeys);
+    ring.load(p, share, keys, stage, share.begin + stage * S::kKeys);
   }
   for (int i = threadIdx.x / kLanes; i < kTileRows; i += kWarps) {
     const Row row(a, share, i);
@@ -160,12 +169,17 @@ __global__ void __launch_bounds__(kThreads) attend_fma(const __grid_constant__ P
 
   int stage = 0, spare = plan.stages - 1;
   for (int first = share.begin; first < share.end; first += S::kKeys) {
-    Ring<float, D>::wait(plan);
+    const int ahead = first + (plan.stages - 1) * S::kKeys;
+    keys.publish(p, share, ahead);
+    Ring<float, D, P>::wait(plan);
     __syncthreads();
-    ring.load(p, share, spare, first + (plan.stages - 1) * S::kKeys);
-    score_tile<D>(a, share.rows, tile, ring.keys(plan, stage), first, sight, max, sum);
-    __syncthreads();
-    add_tile<D>(share.rows, tile, ring.values(plan, stage), out);
+    ring.load(p, share, keys, spare, ahead);
+    keys.fetch(p, share, ahead + S::kKeys);
+    score_tile(p, share, keys, tile, ring.keys(plan, stage), first, sight, max, sum);
+    if constexpr (P::kValues) {
+      __syncthreads();
+      add_tile<D, Ring<float, D, P>::kStride>(share.rows, tile, ring.values(plan, stage), out);
+    }
     spare = stage;
     stage = stage + 1 == plan.stages ? 0 : stage + 1;
   }
@@ -187,7 +201,17 @@ __global__ void __launch_bounds__(kThreads) attend_fma(const __grid_constant__ P
     tile.sum[row] = sum[pass];
   }
   __syncthreads();
-  write_rows(p, share, 1, tile.query[0], D, tile.max, tile.sum);
+  write_rows(p, share, keys.good(), 1, tile.query[0], D, tile.max, tile.sum);
+}
+
+/// Launches the kernel for the element type and head size of the problem.
+template <class P>
+void attend(const char* op, const P& p, Stream stream) {
+  if (p.args.dtype != DType::kFloat32) return attend_half(op, p, stream);
+  with_head_dim(p.plan, [&]<int D>() {
+    simt::launch<attend_fma<D, P>>(op, attend_grid(p), dim3(kThreads), p.plan.shared_bytes, stream,
+                                   p);
+  });
 }
 
 }  // namespace adaptive::cuda

@@ -9,7 +9,9 @@
 
 #pragma once
 
-#include "decode_attention.cuh"
+#include "key_ring.cuh"
+#include "plan.h"
+#include "score_tokens.cuh"
 
 namespace adaptive::cuda {
 
@@ -31,14 +33,17 @@ __device__ __forceinline__ int tile_offset() {
 }
 
 /// Adds the mask to the scores of 16 keys; -inf where a row does not see a key.
-__device__ __forceinline__ void exclude(bool mask_add, float (&scores)[2][4],
-                                        const Sight (&sight)[2], int first) {
+template <class P>
+__device__ __forceinline__ void exclude(const P& p, const Share& share,
+                                        const typename P::Keys& keys, float (&scores)[2][4],
+                                        const Sight (&sight)[2], int first, int k) {
   const int pair = threadIdx.x % 4 * 2;
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      scores[j][i] = sight[i / 2](mask_add, scores[j][i], first + 8 * j + pair + i % 2);
+      scores[j][i] =
+          keys.see(p, share, sight[i / 2], scores[j][i], first, k + 8 * j + pair + i % 2);
     }
   }
 }
@@ -156,20 +161,20 @@ __device__ __forceinline__ void multiply_values(WarpRows<D>& rows, const float (
 }
 
 /// Copies the block's query rows to shared memory, zeros where there are none.
-template <class T, int D>
-__device__ __forceinline__ void stage_query(const Problem& p, const Share& share, T* to) {
+template <class T, int D, class P>
+__device__ __forceinline__ void stage_query(const P& p, const Share& share, T* to) {
   const DecodeAttentionArgs& a = p.args;
   for (int i = threadIdx.x / kLanes; i < p.plan.row_tiles * kTileRows; i += kWarps) {
     const Row row(a, share, i);
     const T* query = static_cast<const T*>(a.query) + row.offset(a.query_stride);
     for (int c = threadIdx.x % kLanes; c < D; c += kLanes) {
-      to[i * Ring<T, D>::kStride + c] = row.exists && c < a.head_dim ? query[c] : T{};
+      to[i * Ring<T, D, P>::kStride + c] = row.exists && c < a.head_dim ? query[c] : T{};
     }
   }
 }
 
 /// Leaves a warp's fragments in shared memory as rows, see write_rows.
-template <int D>
+template <bool kValues, int D>
 __device__ __forceinline__ void stage_rows(const WarpRows<D>& rows, float* out, float* max,
                                            float* sum) {
   const int lane = threadIdx.x % kLanes, group = lane / 4, pair = lane % 4;
@@ -181,31 +186,35 @@ __device__ __forceinline__ void stage_rows(const WarpRows<D>& rows, float* out, 
     total += __shfl_xor_sync(~0u, total, 2);
     if (pair == 0) max[row] = rows.max[i];
     if (pair == 0) sum[row] = total;
+    if constexpr (kValues) {
 #pragma unroll
-    for (int c = 0; c < D / 8; ++c) {
-      out[row * D + c * 8 + 2 * pair] = rows.out[c][2 * i];
-      out[row * D + c * 8 + 2 * pair + 1] = rows.out[c][2 * i + 1];
+      for (int c = 0; c < D / 8; ++c) {
+        out[row * D + c * 8 + 2 * pair] = rows.out[c][2 * i];
+        out[row * D + c * 8 + 2 * pair + 1] = rows.out[c][2 * i + 1];
+      }
     }
   }
 }
 
-template <class T, int D>
+template <class T, int D, class P>
 __global__ void __launch_bounds__(kThreads, D <= 128 ? 2 : 1)
-    attend_mma(const __grid_constant__ Problem p) {
+    attend_mma(const __grid_constant__ P p) {
   const DecodeAttentionArgs& a = p.args;
   const Plan& plan = p.plan;
   const Share share(p);
   if (share.begin >= share.end) return write_empty_rows(p, share);
 
-  constexpr int kStride = Ring<T, D>::kStride;
-  DYN_SHARED(T, staged);  // query rows, then the ring
-  const Ring<T, D> ring(p, share, staged + plan.row_tiles * kTileRows * kStride);
+  constexpr int kStride = Ring<T, D, P>::kStride;
+  DYN_SHARED(T, staged);  // query rows, then the ring, then what P::Keys keeps
+  const Ring<T, D, P> ring{staged + plan.row_tiles * kTileRows * kStride};
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   const int row_tile = warp % plan.row_tiles, key_group = warp / plan.row_tiles;
   const int key_groups = kWarps / plan.row_tiles;
 
+  typename P::Keys keys(p, share, ring.end(plan));
+  keys.start(p, share);
   for (int stage = 0; stage < plan.stages - 1; ++stage) {
-    ring.load(p, share, stage, share.begin + stage * plan.tile_keys);
+    ring.load(p, share, keys, stage, share.begin + stage * plan.tile_keys);
   }
 
   stage_query<T, D>(p, share, staged);
@@ -216,16 +225,17 @@ __global__ void __launch_bounds__(kThreads, D <= 128 ? 2 : 1)
   const int row = row_tile * kTileRows + lane / 4;
   const Sight sight[2] = {Sight(a, share, Row(a, share, row)),
                           Sight(a, share, Row(a, share, row + 8))};
-  // Below this key every row sees every key.
-  const int common =
-      a.mask ? 0 : share.length - (a.causal ? static_cast<int>(a.query_tokens) - 1 : 0);
+  const int common = keys.common(p, share);
 
   WarpRows<D> rows;
   int stage = 0, spare = plan.stages - 1;
   for (int first = share.begin; first < share.end; first += plan.tile_keys) {
-    Ring<T, D>::wait(plan);
+    const int ahead = first + (plan.stages - 1) * plan.tile_keys;
+    keys.publish(p, share, ahead);
+    Ring<T, D, P>::wait(plan);
     __syncthreads();
-    ring.load(p, share, spare, first + (plan.stages - 1) * plan.tile_keys);
+    ring.load(p, share, keys, spare, ahead);
+    keys.fetch(p, share, ahead + plan.tile_keys);
 
     for (int k = key_group * kKeys; k < plan.tile_keys; k += key_groups * kKeys) {
       if (first + k >= share.end) break;
@@ -233,11 +243,14 @@ __global__ void __launch_bounds__(kThreads, D <= 128 ? 2 : 1)
       multiply_keys<T, D>(p_tile, query, ring.keys(plan, stage) + k * kStride + offset);
 #pragma unroll
       for (int i = 0; i < 8; ++i) p_tile[i / 4][i % 4] = score(a, p_tile[i / 4][i % 4]);
-      if (first + k + kKeys > common) exclude(a.mask_add, p_tile, sight, first + k);
+      if (first + k + kKeys > common) exclude(p, share, keys, p_tile, sight, first, k);
+      if constexpr (P::kLogits) store_logits(p, share, p_tile, row, first + k);
       softmax(p_tile, rows);
-      uint32_t keep[2] = {~0u, ~0u};
-      if (a.mask) weighted_keys(p_tile, keep);
-      multiply_values<T, D>(rows, p_tile, keep, ring.values(plan, stage) + k * kStride + offset);
+      if constexpr (P::kValues) {
+        uint32_t keep[2] = {~0u, ~0u};
+        if (keys.may_hide(p, share, first)) weighted_keys(p_tile, keep);
+        multiply_values<T, D>(rows, p_tile, keep, ring.values(plan, stage) + k * kStride + offset);
+      }
     }
     spare = stage;
     stage = stage + 1 == plan.stages ? 0 : stage + 1;
@@ -245,13 +258,27 @@ __global__ void __launch_bounds__(kThreads, D <= 128 ? 2 : 1)
 
   simt::cp_async_wait<0>();
   __syncthreads();                                    // from here on the ring holds results
-  auto* out = reinterpret_cast<float*>(ring.shared);  // [4 warps, 16, D]
-  float* max = out + kWarps * kTileRows * D;          // [4 warps, 16]
-  float* sum = max + kWarps * kTileRows;              // [4 warps, 16]
+  auto* out = reinterpret_cast<float*>(ring.shared);  // [4 warps, 16, D] if P::kValues
+  float* max = out + (P::kValues ? kWarps * kTileRows * D : 0);  // [4 warps, 16]
+  float* sum = max + kWarps * kTileRows;                         // [4 warps, 16]
   const int tile = key_group * plan.row_tiles + row_tile;
-  stage_rows(rows, out + tile * kTileRows * D, max + tile * kTileRows, sum + tile * kTileRows);
+  stage_rows<P::kValues>(rows, out + tile * kTileRows * D, max + tile * kTileRows,
+                         sum + tile * kTileRows);
   __syncthreads();
-  write_rows(p, share, key_groups, out, D, max, sum);
+  write_rows(p, share, keys.good(), key_groups, out, D, max, sum);
+}
+
+/// Launches the kernel for the element type and head size of the problem.
+template <class P>
+void launch_mma(const char* op, const P& p, Stream stream) {
+  with_head_dim(p.plan, [&]<int D>() {
+    const auto run = [&]<class T>() {
+      simt::launch<attend_mma<T, D, P>>(op, attend_grid(p), dim3(kThreads), p.plan.shared_bytes,
+                                        stream, p);
+    };
+    if (p.args.dtype == DType::kFloat16) return run.template operator()<simt::float16>();
+    return run.template operator()<simt::bfloat16>();
+  });
 }
 
 }  // namespace adaptive::cuda

@@ -35,6 +35,9 @@
 #define blockDim (::simt::host::current_block->size)
 #define gridDim (::simt::host::current_block->grid)
 
+struct alignas(8) float2 {
+  float x, y;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
 };

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from simulated import SOURCES, Builder, Simulated
+from simulated_sparse import SPARSE_SOURCES, Sparse
 
 
 @pytest.fixture(scope="session")
@@ -40,3 +41,15 @@ def objects(builder):
 def decode(builder, objects):
     """decode_attention as CUDA would run it, on a device of 4 multiprocessors."""
     return Simulated(builder.library(*objects))
+
+
+@pytest.fixture(scope="session")
+def sparse_objects(builder):
+    """The compiled sources of the ops of sparse selection, in the order of SPARSE_SOURCES."""
+    return builder.objects(*SPARSE_SOURCES)
+
+
+@pytest.fixture
+def sparse(builder, objects, sparse_objects):
+    """Those ops as CUDA would run them, on a device of 4 multiprocessors."""
+    return Sparse(builder.library(*objects, *sparse_objects))

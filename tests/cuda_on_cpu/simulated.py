@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = [
     ROOT / "csrc/cuda/decode_attention_mma.cu",
     ROOT / "csrc/cuda/decode_attention.cu",
+    ROOT / "csrc/cuda/plan.cu",
     ROOT / "tests/cuda_on_cpu/decode_attention_shim.cpp",
 ]
 FLAGS = [
@@ -46,6 +47,33 @@ class Args(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
     )
+
+
+def pointer(tensor):
+    """The address of a tensor's elements; None: null."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def decode_args(  # noqa: PLR0913
+    query, key, value, out, lse,
+    *, lengths=None, mask=None, causal=True, scale=None, softcap=0.0,
+):  # fmt: skip
+    """The Args of these tensors, without a workspace; value and out may be None."""
+    batch, heads, query_tokens, head_dim = query.shape
+    capacity, none = key.shape[2], (0, 0, 0)
+    strides = (0, 0, 0, 0)
+    if mask is not None:
+        mask = mask.expand(batch, heads, query_tokens, capacity)
+        strides = mask.stride()
+    return Args(
+        pointer(query), pointer(key), pointer(value), pointer(lengths), pointer(mask),
+        pointer(out), pointer(lse), None, 0, DTYPES[query.dtype],
+        mask is not None and mask.dtype == torch.float32, causal,
+        batch, heads, key.shape[1], query_tokens, capacity, head_dim,
+        query.stride()[:3], key.stride()[:3], none if value is None else value.stride()[:3],
+        none if out is None else out.stride()[:3], strides,
+        head_dim**-0.5 if scale is None else scale, softcap,
+    )  # fmt: skip
 
 
 class Builder:
@@ -115,29 +143,11 @@ class Simulated:
 
     def __call__(self, query, key, value, *, out=None, short_workspace=0, **options):
         """As adaptive.ops.decode_attention; `out` may be given to choose its strides."""
-        lengths, mask = options.pop("lengths", None), options.pop("mask", None)
-        causal, scale = options.pop("causal", True), options.pop("scale", None)
-        softcap = options.pop("softcap", 0.0)
-        assert not options
-        batch, heads, query_tokens, head_dim = query.shape
-        capacity = key.shape[2]
         out = torch.full(query.shape, torch.nan) if out is None else out
         lse = torch.full(query.shape[:3], torch.nan)
-        strides = (0, 0, 0, 0)
-        if mask is not None:
-            mask = mask.expand(batch, heads, query_tokens, capacity)
-            strides = mask.stride()
-        pointer = lambda t: None if t is None else t.data_ptr()  # noqa: E731
-        args = Args(
-            pointer(query), pointer(key), pointer(value), pointer(lengths), pointer(mask),
-            pointer(out), pointer(lse), None, 0, DTYPES[query.dtype],
-            mask is not None and mask.dtype == torch.float32, causal,
-            batch, heads, key.shape[1], query_tokens, capacity, head_dim,
-            query.stride()[:3], key.stride()[:3], value.stride()[:3], out.stride()[:3], strides,
-            head_dim**-0.5 if scale is None else scale, softcap,
-        )  # fmt: skip
+        args = decode_args(query, key, value, out, lse, **options)
         wanted = self.library.workspace_bytes(ctypes.byref(args))
-        rows = batch * heads * query_tokens
+        rows, head_dim = lse.numel(), query.shape[3]
         self.splits = wanted // (rows * (head_dim + 2) * 4) if wanted else 1
         workspace = torch.full((max(wanted // 4, 1),), torch.nan)
         args.workspace = workspace.data_ptr()
@@ -195,3 +205,23 @@ def assert_close(out, lse, query, key, value, **options):
     assert (out - exact).abs().max().item() <= bound
     finite = ~torch.isneginf(exact_lse)
     assert torch.allclose(lse[finite].double(), exact_lse[finite], rtol=2e-6, atol=2e-5)
+
+
+def planted(folder, source, file, old, new):
+    """Copies the sources of CUDA to `folder`, with one text of `file` replaced by another.
+
+    Returns where `source` lies then. Of all head sizes only 64 is left, which compiles faster.
+    """
+    for part in ("cuda", "simt"):
+        shutil.copytree(ROOT / "csrc" / part, folder / part)
+    for header in (ROOT / "csrc").glob("*.h"):
+        shutil.copy(header, folder)
+    sizes = "case 128: return run.template operator()<128>();\n    default: return run.template"
+    for path, before, after in (
+        ("cuda/plan.h", f"{sizes} operator()<256>();", "default: return;"),
+        (file, old, new),
+    ):
+        text = (folder / path).read_text()
+        assert text.count(before) == 1, before
+        (folder / path).write_text(text.replace(before, after))
+    return folder / source

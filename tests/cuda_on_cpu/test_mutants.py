@@ -1,25 +1,11 @@
 """Small bugs planted in the CUDA kernels: the checks of this folder must notice each of them."""
 
-import shutil
-
 import pytest
 import torch
-from simulated import ROOT, Simulated, assert_close
+from simulated import ROOT, SOURCES, Simulated, assert_close, planted
 
 MMA, FMA = "cuda/decode_attention_mma.cuh", "cuda/decode_attention_fma.cuh"
-SHARED, MERGE = "cuda/decode_attention.cuh", "cuda/decode_attention.cu"
-
-ONE_MMA_KERNEL = """
-#include "decode_attention_mma.cuh"
-namespace adaptive::cuda {
-void attend_float16(const Problem&, dim3, Stream) {}
-void attend_bfloat16(const Problem& p, dim3 grid, Stream stream) {
-  simt::launch<attend_mma<simt::bfloat16, 64>>("decode_attention", grid, dim3(kThreads),
-                                               p.plan.shared_bytes, stream, p);
-}
-}
-"""
-"""Compiles in a fraction of the time of all kernels."""
+SHARED, RING, MERGE = "cuda/decode_attention.cuh", "cuda/key_ring.cuh", "cuda/plan.cu"
 
 MUTANTS = {
     "no barrier after the wait for a stage": (
@@ -31,25 +17,26 @@ MUTANTS = {
     "no barrier before the warps are merged": (
         MMA, "tile * kTileRows);\n  __syncthreads();", "tile * kTileRows);"),
     "too few stages waited for": (
-        SHARED, "default: return simt::cp_async_wait<2>", "default: return simt::cp_async_wait<3>"),
+        RING, "default: return simt::cp_async_wait<2>", "default: return simt::cp_async_wait<3>"),
     "causal bound one too low": (SHARED, "row.token + 1 -", "row.token -"),
     "causal bound one too high": (SHARED, "row.token + 1 -", "row.token + 2 -"),
-    "causality ignored inside a tile": (MMA, "(a.causal ?", "(false ?"),
+    "causality ignored inside a tile": (RING, "(p.args.causal ?", "(false ?"),
     "last key skipped": (SHARED, "if (key >= limit)", "if (key >= limit - 1)"),
     "rows past the length loaded": (
-        SHARED, "tile_keys, share.end - first", "tile_keys, share.end - first + 1"),
+        RING, "first + r < share.end ?", "first + r <= share.end ?"),
     "wrong group": (SHARED, "kv_head * group + index", "kv_head + group - group + index"),
     "output not rescaled": (MMA, "rows.out[c][i] *= scale[i / 2]", "rows.out[c][i] *= 1.0f"),
     "sum not rescaled": (MMA, "rows.sum[i] *= scale[i];", ""),
     "weights rounded to bfloat16": (
         MMA, "simt::mma_m16n8k16<T>(rows.out[2 * c + i], low, first, second);", ""),
-    "hidden values multiplied": (MMA, "if (a.mask) weighted_keys(p_tile, keep);", ""),
+    "hidden values multiplied": (
+        MMA, "if (keys.may_hide(p, share, first)) weighted_keys(p_tile, keep);", ""),
     "length not checked": (SHARED, "valid = length >= 0 && length <= a.capacity;", "valid = true;"),
     "empty splits merged": (MERGE, "if (sums[s] == 0.0f) continue;", ""),
     "splits merged without their maxima": (
         MERGE, "const float factor = weight(maxima[s], top);", "const float factor = 1.0f;"),
     "scores read before they are written": (
-        FMA, "first, sight, max, sum);\n    __syncthreads();", "first, sight, max, sum);"),
+        FMA, "(P::kValues) {\n      __syncthreads();", "(P::kValues) {"),
     "weights overwritten while in use": (
         FMA, "wait(plan);\n    __syncthreads();", "wait(plan);"),
 }  # fmt: skip
@@ -104,33 +91,14 @@ def plant(builder, objects, tmp_path):
     """Compiles decode_attention with one text replaced by another."""
 
     def plant(file, old, new):
-        folder = tmp_path / "csrc"
-        for part in ("cuda", "simt"):
-            shutil.copytree(ROOT / "csrc" / part, folder / part)
-        for header in ("common.h", "decode_attention.h"):
-            shutil.copy(ROOT / "csrc" / header, folder)
-        text = (folder / file).read_text()
-        assert text.count(old) == 1
-        (folder / file).write_text(text.replace(old, new))
-        if file in (MERGE, FMA):
-            source, rest = folder / MERGE, [objects[0], objects[2]]
-            keep_one_kernel(source)
-        else:
-            source, rest = folder / "cuda/mutant.cu", objects[1:]
-            source.write_text(ONE_MMA_KERNEL)
-        return Simulated(builder.library(*builder.objects(source), *rest))
+        source = {MERGE: MERGE, FMA: "cuda/decode_attention.cu"}.get(
+            file, "cuda/decode_attention_mma.cu"
+        )
+        kept = [o for s, o in zip(SOURCES, objects, strict=True) if s != ROOT / "csrc" / source]
+        mutant = planted(tmp_path / "csrc", source, file, old, new)
+        return Simulated(builder.library(*builder.objects(mutant), *kept))
 
     return plant
-
-
-def keep_one_kernel(source):
-    """Removes all head sizes but 64 from the float32 launch."""
-    text = source.read_text()
-    for size, label in ((128, "case 128"), (256, "default")):
-        line = f"{label}: return run.template operator()<{size}>();"
-        assert line in text
-        text = text.replace(line, "default: return;" if size == 256 else "")
-    source.write_text(text)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -14,9 +14,15 @@ CSRC = ROOT / "csrc"
 SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
 TARGETS = ["80", "90a"]
 KERNELS = {
-    "decode_attention.cu": ["merge_splits", *["attend_fma"] * 3],
+    "decode_attention.cu": ["attend_fma"] * 3,
     "decode_attention_mma.cu": ["attend_mma"] * 6,
     "device.cu": [],
+    "gather_attention.cu": ["attend_fma"] * 3,
+    "gather_attention_mma.cu": ["attend_mma"] * 6,
+    "plan.cu": ["merge_rows"],
+    "score_tokens.cu": ["reduce_scores", *["attend_fma"] * 6],
+    "score_tokens_mma.cu": ["attend_mma"] * 12,
+    "sum_tokens.cu": ["sum_rows"] * 3,
 }
 """The kernels of each file, without their template arguments; ptxas reports on each per target."""
 ENTRY = re.compile(

@@ -1,0 +1,60 @@
+// The CUDA entry points of the ops of sparse selection, callable through ctypes.
+
+#include <cstdint>
+#include <cstdio>
+#include <stdexcept>
+
+#include "gather_attention.h"
+#include "score_tokens.h"
+#include "sum_tokens.h"
+
+namespace {
+
+/// Returns 0, or 1 and the message of the exception.
+template <class Call>
+int guarded(char* error, const Call& call) {
+  try {
+    call();
+    return 0;
+  } catch (const std::exception& e) {
+    std::snprintf(error, 1000, "%s", e.what());
+    return 1;
+  }
+}
+
+/// 0 where the sizes are refused: the op then says why.
+template <class Call>
+int64_t bytes_or_0(const Call& call) {
+  try {
+    return call();
+  } catch (const std::invalid_argument&) {
+    return 0;
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t gather_args_bytes() { return sizeof(adaptive::GatherAttentionArgs); }
+int64_t score_args_bytes() { return sizeof(adaptive::ScoreTokensArgs); }
+int64_t sum_args_bytes() { return sizeof(adaptive::SumTokensArgs); }
+
+int64_t gather_workspace_bytes(const adaptive::GatherAttentionArgs* args) {
+  return bytes_or_0([&] { return adaptive::cuda::gather_attention_workspace_bytes(*args); });
+}
+int64_t score_workspace_bytes(const adaptive::ScoreTokensArgs* args) {
+  return bytes_or_0([&] { return adaptive::cuda::score_tokens_workspace_bytes(*args); });
+}
+
+int gather(const adaptive::GatherAttentionArgs* args, char* error) {
+  return guarded(error, [&] { adaptive::cuda::gather_attention(*args, nullptr); });
+}
+int score(const adaptive::ScoreTokensArgs* args, char* error) {
+  return guarded(error, [&] { adaptive::cuda::score_tokens(*args, nullptr); });
+}
+int sum(const adaptive::SumTokensArgs* args, char* error) {
+  return guarded(error, [&] { adaptive::cuda::sum_tokens(*args, nullptr); });
+}
+
+}  // extern "C"
