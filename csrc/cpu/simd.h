@@ -51,6 +51,19 @@ ADAPTIVE_INLINE void prefetch(const E* row) {
   }
 }
 
+/// Stores what load_pair made of 2 * kWidth elements of type E, in their order.
+template <class S, class E>
+ADAPTIVE_INLINE void store_unit(typename S::Vec low, typename S::Vec high, float* to) {
+  float lows[S::kWidth], highs[S::kWidth];
+  S::store(lows, low);
+  S::store(highs, high);
+#pragma GCC unroll 16
+  for (int i = 0; i < S::kWidth; ++i) {
+    to[E::kInterleaved ? 2 * i : i] = lows[i];
+    to[E::kInterleaved ? 2 * i + 1 : i + S::kWidth] = highs[i];
+  }
+}
+
 /// exp(x) to about one ulp for x up to 88; exactly 0 below -87, so also for -inf; NaN for NaN.
 /// Range reduction and polynomial of Cephes' expf (Moshier, 1992).
 template <class S>
