@@ -31,7 +31,7 @@ class DecodeItemKernel {
 
   void run() {
     load_query();
-    if (item_.sink.weights != nullptr) clear_sink(item_, rows_);
+    if (item_.sink.weights != nullptr) clear_sink(item_, rows_, args_.mask != nullptr);
     Block<E> blocks[2];
     int current = 0;
     keys_.find(item_.begin, blocks[current]);

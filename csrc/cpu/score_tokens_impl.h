@@ -10,18 +10,24 @@
 namespace adaptive::cpu {
 namespace {
 
-/// Marks the keys of an item as seen by no query row, until keep_weights says otherwise.
-inline void clear_sink(const DecodeItem& item, int64_t rows) {
+/// Marks the keys of an item as seen by no query row, until keep_weights says otherwise. Without a
+/// mask there are such keys in the last block only.
+inline void clear_sink(const DecodeItem& item, int64_t rows, bool masked) {
   const auto& [weights, stride, maxima, logits] = item.sink;
+  const int64_t begin = masked ? item.begin : item.end / kBlockKeys * kBlockKeys;
   const int64_t end = (item.end + kBlockKeys - 1) / kBlockKeys * kBlockKeys;
   for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t i = item.begin; i < end; ++i) weights[row * stride + i] = logits ? -kInfinity : -1;
+    for (int64_t i = begin; i < end; ++i) weights[row * stride + i] = logits ? -kInfinity : -1;
   }
 }
 
 template <class E>
 void keep_weights(const WeightSink& sink, const Block<E>& block, int64_t row, const float* s) {
   float* to = sink.weights + row * sink.stride + block.first;
+  if (block.count == kBlockKeys) {
+    __builtin_memcpy(to, s, kBlockKeys * sizeof(float));
+    return;
+  }
   for (int i = 0; i < block.count; ++i) to[block.slot[i]] = s[i];
 }
 
