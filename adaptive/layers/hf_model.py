@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from adaptive.layers import hf_attention, hf_cache
 from adaptive.layers.changes import AttributeChange
 from adaptive.layers.correction import correct, note_pass
-from adaptive.layers.sparse_attention import resolve
+from adaptive.layers.sparse_attention import set_up
 from adaptive.layers.state import PatchRecord, Site, Survey
 from adaptive.ops import decode_attention
 from adaptive.ops.decode_attention import (
@@ -129,10 +129,7 @@ def survey(
 def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
     """Make the changes: one config copy per distinct config, and two hooks on the base module."""
     hf_attention.register()
-    for state in record.states:
-        state.how = resolve(state.row, record.policies)
-    every = (getattr(policy, "correct_every", None) for policy in record.policies)
-    record.correct_every = next(filter(None, every), None)
+    set_up(record)
     original: Any = root.config
     name = hf_attention.NAMES[original._attn_implementation]
     copies: dict[int, Any] = {}
@@ -182,6 +179,7 @@ def before_forward(
     record.want_weights = bool(config.output_attentions if wanted is None else wanted)
     record.selection = None
     if torch.compiler.is_compiling():
+        record.refuse_compiling()
         return None
     changed = None
     if not torch.is_grad_enabled():

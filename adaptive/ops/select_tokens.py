@@ -24,7 +24,7 @@ def make_inputs(
     ties: bool = False,
     masked: bool = False,
     *,
-    dtype: torch.dtype = torch.float32,  # noqa: ARG001
+    dtype: torch.dtype = torch.float32,
     device: str,
     seed: int = 0,
 ) -> tuple[Any, ...]:
