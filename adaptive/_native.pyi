@@ -68,6 +68,17 @@ def scored_attention(
     causal: bool = True,
     reduce: str = "sum",
 ) -> int: ...
+def select_tokens(
+    indices: Tensor,
+    counts: Tensor,
+    workspace: Tensor | None,
+    scores: Tensor,
+    budget: int,
+    lengths: Tensor | None = None,
+    sinks: int = 0,
+    recent: int = 0,
+    mass: float = 1.0,
+) -> int: ...
 def sum_tokens(
     sums: Tensor,
     workspace: Tensor | None,

@@ -46,6 +46,10 @@ void set_attention_outputs(const Check& check, const TensorView* out, const Tens
 /// Checks the size of the last of four axes.
 void check_head_dim(const Check& check, const TensorView& view, const char* name);
 
+/// Checks `lengths` and returns its data; null if it is not given.
+const int32_t* check_lengths(const Check& check, const TensorView& lengths, int64_t batch,
+                             int64_t capacity, const TensorView& like);
+
 /// Lists of chosen keys or pages.
 struct Choice {
   const int32_t* indices;     // [batch, kv_heads, chosen]

@@ -17,17 +17,6 @@ constexpr int64_t kItemsPerThread = 8;                 // taken at a time: total
 constexpr int64_t kBytesPerThread = int64_t{1} << 17;  // below, waking a thread costs more
 constexpr int64_t kAlignedFloats = 64 / sizeof(float);
 
-template <class Kernel>
-[[maybe_unused]] Kernel at_level(Kernel base, Kernel avx2, Kernel avx512) {
-  return level() == Level::kAvx512 ? avx512 : level() == Level::kAvx2 ? avx2 : base;
-}
-
-#if defined(__x86_64__)
-#define ADAPTIVE_AT_LEVEL(kernel) at_level(&kernel##_base, &kernel##_avx2, &kernel##_avx512)
-#else
-#define ADAPTIVE_AT_LEVEL(kernel) &kernel##_base
-#endif
-
 }  // namespace
 
 AlignedFloats aligned_floats(int64_t count) {
