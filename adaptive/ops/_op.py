@@ -101,6 +101,9 @@ class Op(Generic[P, R]):
         return outputs  # type: ignore[no-any-return]
 
     def _fill(self, outputs: tuple[Tensor, ...], args: Any, kwargs: Any) -> None:
+        # OpenMP counts threads per calling thread. Asking makes torch set that of a new one, which
+        # its own ops do and the kernel, that knows no torch, cannot.
+        torch.get_num_threads()
         wanted = self._kernel(*outputs, None, *args, **kwargs)
         if wanted:  # bytes of workspace, without which nothing ran
             workspace = torch.empty(wanted, dtype=torch.uint8, device=outputs[0].device)
