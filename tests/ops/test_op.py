@@ -96,10 +96,19 @@ def test_parameters_and_named_arguments_are_taken():
     assert all(map(torch.equal, named, expected))
 
 
-def test_a_device_without_a_kernel_says_shapes_only():
-    out, lse = decode_attention(*(a if a is None else a.to("meta") for a in inputs()))
+@pytest.mark.parametrize("grad", [False, True])
+def test_meta_tensors_say_shapes_only(grad):
+    with torch.set_grad_enabled(grad):
+        out, lse = decode_attention(*(a if a is None else a.to("meta") for a in inputs()))
     assert out.shape == (1, 4, 1, 64)
     assert lse.device.type == "meta"
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_layout_without_a_kernel_is_refused_not_computed_slowly(grad):
+    query, key, value, *_ = inputs()
+    with torch.set_grad_enabled(grad), pytest.raises(TypeError, match="query must be a strided"):
+        decode_attention(query.to_sparse(), key, value)
 
 
 @pytest.mark.parametrize("call", [decode_attention, "into"], ids=["op", "into"])
