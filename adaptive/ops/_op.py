@@ -81,11 +81,23 @@ class Op(Generic[P, R]):
         """
         if torch.compiler.is_compiling():
             return self._overload(*args, **kwargs)
+        first = args[0] if args else next(iter(kwargs.values()), None)
         try:
-            return self._eager(*args, **kwargs)
+            direct = type(first) is Tensor and not torch.is_grad_enabled() and not first.is_meta
+            if direct and not recorded():
+                return self._run(*args, **kwargs)
+            if isinstance(first, Tensor):
+                interop.refuse_arrays(self.reference, args, kwargs)
+                return self._overload(*args, **kwargs)
         except (RuntimeError, TypeError):
             self._check_names(args, kwargs)  # its words are better
             raise
+        self._check_names(args, kwargs)
+        if first is None:
+            raise TypeError(f"adaptive::{self.name}: the first argument must be a tensor, got None")
+        tensors, named, restore = interop.to_torch(self.reference, args, kwargs)
+        with torch.no_grad():
+            return restore(self._run(*tensors, **named))  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:
         """Return the name under which users import this op."""
@@ -98,21 +110,6 @@ class Op(Generic[P, R]):
         except TypeError:
             self._check_names((), arguments)
             raise
-
-    def _eager(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        first = args[0] if args else next(iter(kwargs.values()), None)
-        direct = type(first) is Tensor and not first.is_meta
-        if direct and not torch.is_grad_enabled() and not recorded():
-            return self._run(*args, **kwargs)
-        if isinstance(first, Tensor):
-            interop.refuse_arrays(self.reference, args, kwargs)
-            return self._overload(*args, **kwargs)
-        if first is None:
-            raise TypeError(f"adaptive::{self.name}: the first argument must be a tensor, got None")
-        self._check_names(args, kwargs)
-        tensors, named, restore = interop.to_torch(self.reference, args, kwargs)
-        with torch.no_grad():
-            return restore(self._run(*tensors, **named))  # type: ignore[no-any-return]
 
     def _run(self, *args: P.args, **kwargs: P.kwargs) -> R:
         outputs = self.outputs(*args, **kwargs)
