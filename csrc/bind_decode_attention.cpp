@@ -4,7 +4,6 @@
 #include <pybind11/stl.h>
 
 #include <cmath>
-#include <optional>
 #include <string>
 
 #include "bindings.h"
@@ -51,8 +50,8 @@ void set_lengths(const Check& check, const TensorView& lengths, DecodeAttentionA
 
 DecodeAttentionArgs decode_attention_args(const TensorView& query, const TensorView& key,
                                           const TensorView& value, const TensorView& lengths,
-                                          const TensorView& mask, std::optional<double> scale,
-                                          double softcap, bool causal) {
+                                          const TensorView& mask, py::handle scale,
+                                          py::handle softcap, py::handle causal) {
   const Check check("decode_attention");
   check.tensor(query, "query", 4);
   check.tensor(key, "key", 4);
@@ -65,7 +64,7 @@ DecodeAttentionArgs decode_attention_args(const TensorView& query, const TensorV
   args.head_dim = query.size(3);
   args.kv_heads = key.size(1);
   args.capacity = key.size(2);
-  args.causal = causal;
+  args.causal = check.flag(causal, "causal");
 
   if (args.query_tokens > kMaxQueryTokens) {
     check.fail(PyExc_ValueError, "query", "have at most 16 query tokens", check.shape(query));
@@ -93,14 +92,14 @@ DecodeAttentionArgs decode_attention_args(const TensorView& query, const TensorV
   check.last_contiguous(key, "key");
   check.last_contiguous(value, "value");
 
-  if (scale && !std::isfinite(*scale)) {
-    check.fail(PyExc_ValueError, "scale", "be finite", std::to_string(*scale));
+  args.scale = scale.is_none() ? static_cast<float>(1 / std::sqrt(double(args.head_dim)))
+                               : check.number(scale, "scale");
+  args.softcap = check.number(softcap, "softcap");
+  // What float32 rounds to zero would switch the cap off.
+  if (args.softcap < 0 || (args.softcap == 0 && PyFloat_AsDouble(softcap.ptr()) != 0)) {
+    check.fail(PyExc_ValueError, "softcap", "be 0 (off) or positive in float32",
+               Check::text(softcap));
   }
-  if (!(softcap >= 0) || !std::isfinite(softcap)) {
-    check.fail(PyExc_ValueError, "softcap", "be 0 (off) or positive", std::to_string(softcap));
-  }
-  args.scale = static_cast<float>(scale.value_or(1 / std::sqrt(double(args.head_dim))));
-  args.softcap = static_cast<float>(softcap);
 
   if (lengths.given()) {
     check.tensor(lengths, "lengths", 1);
@@ -149,8 +148,8 @@ void check_outputs(const Check& check, const TensorView& out, const TensorView& 
 int64_t decode_attention(const TensorView& out, const TensorView& lse,
                          [[maybe_unused]] const TensorView& workspace, const TensorView& query,
                          const TensorView& key, const TensorView& value, const TensorView& lengths,
-                         const TensorView& mask, std::optional<double> scale, double softcap,
-                         bool causal) {
+                         const TensorView& mask, py::handle scale, py::handle softcap,
+                         py::handle causal) {
   DecodeAttentionArgs args =
       decode_attention_args(query, key, value, lengths, mask, scale, softcap, causal);
   const Check check("decode_attention");
@@ -184,8 +183,7 @@ int64_t decode_attention(const TensorView& out, const TensorView& lse,
     return 0;
   }
 #endif
-  check.fail(PyExc_NotImplementedError, "query", "be on a device that this build has kernels for",
-             std::string(py::str(query.object.attr("device"))));
+  check.no_kernel(query, "query");
 }
 
 }  // namespace
