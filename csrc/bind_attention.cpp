@@ -17,15 +17,14 @@ void set_mask(const Check& check, const TensorView& mask, DecodeAttentionArgs& a
 }
 
 void set_scalars(const Check& check, const AttentionInputs& inputs, DecodeAttentionArgs& args) {
-  if (inputs.scale && !std::isfinite(*inputs.scale)) {
-    check.fail(PyExc_ValueError, "scale", "be finite", std::to_string(*inputs.scale));
+  args.scale = inputs.scale.is_none() ? static_cast<float>(1 / std::sqrt(double(args.head_dim)))
+                                      : check.number(inputs.scale, "scale");
+  args.softcap = check.number(inputs.softcap, "softcap");
+  // What float32 rounds to zero would switch the cap off.
+  if (args.softcap < 0 || (args.softcap == 0 && PyFloat_AsDouble(inputs.softcap.ptr()) != 0)) {
+    check.fail(PyExc_ValueError, "softcap", "be 0 (off) or positive in float32",
+               Check::text(inputs.softcap));
   }
-  if (!(inputs.softcap >= 0) || !std::isfinite(inputs.softcap)) {
-    check.fail(PyExc_ValueError, "softcap", "be 0 (off) or positive",
-               std::to_string(inputs.softcap));
-  }
-  args.scale = static_cast<float>(inputs.scale.value_or(1 / std::sqrt(double(args.head_dim))));
-  args.softcap = static_cast<float>(inputs.softcap);
 }
 
 void check_cache(const Check& check, const TensorView& cache, const char* name,
@@ -110,7 +109,7 @@ DecodeAttentionArgs attention_args(const Check& check, const AttentionInputs& in
   args.head_dim = query.size(3);
   args.kv_heads = key.size(1);
   args.capacity = key.size(2);
-  args.causal = inputs.causal;
+  args.causal = check.flag(inputs.causal, "causal");
 
   if (args.query_tokens > kMaxQueryTokens) {
     check.fail(PyExc_ValueError, "query", "have at most 16 query tokens", check.shape(query));

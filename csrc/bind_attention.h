@@ -7,7 +7,6 @@
 
 #include <cmath>
 #include <initializer_list>
-#include <optional>
 #include <string>
 
 #include "bindings.h"
@@ -27,9 +26,9 @@ struct AttentionInputs {
   const TensorView* value;
   const TensorView& lengths;
   const TensorView& mask;
-  std::optional<double> scale;
-  double softcap;
-  bool causal;
+  pybind11::handle scale;
+  pybind11::handle softcap;
+  pybind11::handle causal;
 };
 
 /// Checks them, and fills all of DecodeAttentionArgs but out, lse and workspace.
@@ -68,7 +67,7 @@ void set_strides(const TensorView& view, int64_t (&strides)[3]);
 /// Runs `cpu()`, or `cuda(workspace, bytes, stream)` if that is where `like` lies. Returns 0; or
 /// the bytes of workspace that the op must be called again with, of which `wanted()` tells.
 template <class Cpu, class Wanted, class Cuda>
-int64_t launch(const Check& check, const char* op, const TensorView& like,
+int64_t launch(const Check& check, const char* op, const TensorView& like, const char* name,
                [[maybe_unused]] const TensorView& workspace, Cpu&& cpu,
                [[maybe_unused]] Wanted&& wanted, [[maybe_unused]] Cuda&& cuda) {
   namespace py = pybind11;
@@ -102,8 +101,7 @@ int64_t launch(const Check& check, const char* op, const TensorView& like,
     return 0;
   }
 #endif
-  check.fail(PyExc_NotImplementedError, "query", "be on a device that this build has kernels for",
-             std::string(py::str(like.object.attr("device"))));
+  check.no_kernel(like, name);
 }
 
 }  // namespace adaptive

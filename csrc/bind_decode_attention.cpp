@@ -1,7 +1,6 @@
 // The binding of decode_attention: checks every argument, then launches on the query's device.
 
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include "bind_attention.h"
 #include "decode_attention.h"
@@ -15,15 +14,15 @@ namespace py = pybind11;
 // again with, which is what a CUDA kernel that splits the keys asks for.
 int64_t decode_attention(const TensorView& out, const TensorView& lse, const TensorView& workspace,
                          const TensorView& query, const TensorView& key, const TensorView& value,
-                         const TensorView& lengths, const TensorView& mask,
-                         std::optional<double> scale, double softcap, bool causal) {
+                         const TensorView& lengths, const TensorView& mask, py::handle scale,
+                         py::handle softcap, py::handle causal) {
   const Check check("decode_attention");
   DecodeAttentionArgs args =
       attention_args(check, {query, key, &value, lengths, mask, scale, softcap, causal});
   set_attention_outputs(check, &out, lse, query, args);
   if (lse.numel() == 0) return 0;
   return launch(
-      check, "decode_attention", query, workspace, [&] { cpu::decode_attention(args); },
+      check, "decode_attention", query, "query", workspace, [&] { cpu::decode_attention(args); },
       [&] { return cuda::decode_attention_workspace_bytes(args); },
       [&](void* memory, int64_t bytes, Stream stream) {
         args.workspace = memory;

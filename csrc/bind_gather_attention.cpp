@@ -74,8 +74,8 @@ int64_t gather_attention(const TensorView& out, const TensorView& lse, const Ten
                          const TensorView& indices, const TensorView& counts,
                          const TensorView& lengths, const TensorView& mask,
                          const TensorView& extra_key, const TensorView& extra_value,
-                         const TensorView& extra_bias, std::optional<double> scale, double softcap,
-                         bool causal, int64_t page_size) {
+                         const TensorView& extra_bias, py::handle scale, py::handle softcap,
+                         py::handle causal, int64_t page_size) {
   const Check check("gather_attention");
   GatherAttentionArgs args{};
   args.attention =
@@ -92,7 +92,7 @@ int64_t gather_attention(const TensorView& out, const TensorView& lse, const Ten
   set_attention_outputs(check, &out, lse, query, args.attention);
   if (lse.numel() == 0) return 0;
   return launch(
-      check, "gather_attention", query, workspace, [&] { cpu::gather_attention(args); },
+      check, "gather_attention", query, "query", workspace, [&] { cpu::gather_attention(args); },
       [&] { return cuda::gather_attention_workspace_bytes(args); },
       [&](void* memory, int64_t bytes, Stream stream) {
         args.attention.workspace = memory;
@@ -122,7 +122,7 @@ int64_t sum_tokens(const TensorView& sums, const TensorView& workspace, const Te
   args.sums = sums.data<float>();
   if (sums.numel() == 0) return 0;
   return launch(
-      check, "sum_tokens", source, workspace, [&] { cpu::sum_tokens(args); },
+      check, "sum_tokens", source, "source", workspace, [&] { cpu::sum_tokens(args); },
       [] { return int64_t{0}; },
       [&](void*, int64_t, Stream stream) { cuda::sum_tokens(args, stream); });
 }

@@ -33,7 +33,7 @@ int64_t score(const Check& check, const char* op, const TensorView* out, const T
   args.scores = scores.data<float>();
   if (lse.numel() == 0 && scores.numel() == 0) return 0;
   return launch(
-      check, op, inputs.query, workspace, [&] { cpu::score_tokens(args); },
+      check, op, inputs.query, "query", workspace, [&] { cpu::score_tokens(args); },
       [&] { return cuda::score_tokens_workspace_bytes(args); },
       [&](void* memory, int64_t bytes, Stream stream) {
         args.workspace = memory;
@@ -44,8 +44,8 @@ int64_t score(const Check& check, const char* op, const TensorView* out, const T
 
 int64_t score_tokens(const TensorView& scores, const TensorView& lse, const TensorView& workspace,
                      const TensorView& query, const TensorView& key, const TensorView& lengths,
-                     const TensorView& mask, std::optional<double> scale, double softcap,
-                     bool causal, const std::string& reduce) {
+                     const TensorView& mask, py::handle scale, py::handle softcap,
+                     py::handle causal, const std::string& reduce) {
   return score(Check("score_tokens"), "score_tokens", nullptr, lse, scores, workspace,
                {query, key, nullptr, lengths, mask, scale, softcap, causal}, reduce);
 }
@@ -53,8 +53,8 @@ int64_t score_tokens(const TensorView& scores, const TensorView& lse, const Tens
 int64_t scored_attention(const TensorView& out, const TensorView& lse, const TensorView& scores,
                          const TensorView& workspace, const TensorView& query,
                          const TensorView& key, const TensorView& value, const TensorView& lengths,
-                         const TensorView& mask, std::optional<double> scale, double softcap,
-                         bool causal, const std::string& reduce) {
+                         const TensorView& mask, py::handle scale, py::handle softcap,
+                         py::handle causal, const std::string& reduce) {
   return score(Check("scored_attention"), "scored_attention", &out, lse, scores, workspace,
                {query, key, &value, lengths, mask, scale, softcap, causal}, reduce);
 }

@@ -88,7 +88,7 @@ int64_t select_tokens(const TensorView& indices, const TensorView& counts,
   args.counts = counts.data<int32_t>();
   if (counts.numel() == 0) return 0;
   const int64_t wanted = launch(
-      check, "select_tokens", scores, workspace, [&] { cpu::select_tokens(args); },
+      check, "select_tokens", scores, "scores", workspace, [&] { cpu::select_tokens(args); },
       [&] { return cuda::select_tokens_workspace_bytes(args); },
       [&](void* memory, int64_t bytes, Stream stream) {
         args.workspace = memory;

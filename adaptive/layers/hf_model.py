@@ -293,6 +293,11 @@ def _advice(problems: list[str]) -> list[str]:
             advice.append("build with CUDA: ADAPTIVE_CUDA=1 pip install .")
         elif problem.startswith("device 'meta'"):
             advice.append("load the weights first; a model on the meta device has none")
+        elif " has no head at " in problem:
+            advice.append(
+                "a classifier runs once and never decodes, so there is nothing to speed up: patch "
+                "the model that generates (...ForCausalLM), or the bare one that AutoModel makes"
+            )
         elif problem.startswith("dtype"):
             advice.append("model.to(torch.float32) or model.to(torch.bfloat16)")
     return advice
