@@ -20,7 +20,15 @@ from adaptive.layers.torch_attention import register_attention
 from adaptive.layers.torch_sdpa import attention
 from adaptive.patch import Support, check, patch, patched
 from adaptive.patched import Patched
-from adaptive.policy import Exact, Plan, Policy
+from adaptive.policy import (
+    Exact,
+    Plan,
+    Policy,
+    Quest,
+    RazorAttention,
+    StreamingLLM,
+    TidalDecode,
+)
 
 __version__ = "0.1.0"
 
@@ -33,7 +41,11 @@ __all__ = [
     "Plan",
     "PlanMismatch",
     "Policy",
+    "Quest",
+    "RazorAttention",
+    "StreamingLLM",
     "Support",
+    "TidalDecode",
     "UnknownFamily",
     "UnsupportedModel",
     "__version__",

@@ -1,7 +1,23 @@
 """Policies: which layers and heads do what. Frozen values and pure functions of them."""
 
 from adaptive.policy._policy import Policy
+from adaptive.policy.alibi import alibi_windows
 from adaptive.policy.exact import Exact
-from adaptive.policy.plan import ModelShape, Plan
+from adaptive.policy.plan import Plan
+from adaptive.policy.quest import Quest
+from adaptive.policy.razor import RazorAttention
+from adaptive.policy.shape import ModelShape
+from adaptive.policy.streaming import StreamingLLM
+from adaptive.policy.tidal import TidalDecode
 
-__all__ = ["Exact", "ModelShape", "Plan", "Policy"]
+__all__ = [
+    "Exact",
+    "ModelShape",
+    "Plan",
+    "Policy",
+    "Quest",
+    "RazorAttention",
+    "StreamingLLM",
+    "TidalDecode",
+    "alibi_windows",
+]

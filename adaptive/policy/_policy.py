@@ -20,9 +20,11 @@ class Policy:
 
     Attributes:
         exact: Whether the model computes the same mathematics as without it.
+        modes: Modes of a plan in which it tells layers what to do; empty if they need no numbers.
     """
 
     exact: ClassVar[bool] = False
+    modes: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -46,10 +48,7 @@ class Policy:
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values, with the class under "kind"."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {
-            "kind": type(self).__name__,
-            **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()},
-        }
+        return {"kind": type(self).__name__, **{k: _lists(v) for k, v in values.items()}}
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Policy:
@@ -71,5 +70,13 @@ class Policy:
         if unknown:
             raise ValueError(f"adaptive: {kind} has no field {', '.join(map(repr, unknown))}")
         return _KINDS[kind](
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k != "kind"}
+            **{name: _tuples(value) for name, value in values.items() if name != "kind"}
         )
+
+
+def _lists(value: Any) -> Any:
+    return [_lists(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

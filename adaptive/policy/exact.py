@@ -29,6 +29,11 @@ class Exact(Policy):
     def plan(self, table: Plan) -> Plan:
         """Return ``table`` with every layer dense but the stock ones."""
         layers = len(table.rows)
+        undone = [type(policy).__name__ for policy in table.policies if policy.modes]
+        if undone:
+            raise ValueError(
+                f"adaptive: Exact must come before {undone[0]}, whose layers it would make dense"
+            )
         if self.stock_layers and self.stock_layers[-1] >= layers:
             raise ValueError(
                 f"Exact: stock_layers must be below the model's {layers} layers, "

@@ -2,67 +2,60 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from adaptive.errors import PlanMismatch
+from adaptive.policy._plan_file import from_dict, read_plan, short, to_dict, write_plan
 from adaptive.policy._policy import Policy
+from adaptive.policy.shape import ModelShape
 
 DENSE = "dense"
 STOCK = "stock"
+SELECT = "select"
+REUSE = "reuse"
+PAGES = "pages"
+WINDOW = "window"
+RAZOR = "razor"
 MODES = {
     DENSE: ("#", "reads every key, native kernel"),
     STOCK: (".", "the model's own attention"),
+    SELECT: ("S", "reads every key, and chooses some for the layers below it"),
+    REUSE: ("r", "reads the keys that the last select layer chose"),
+    PAGES: ("p", "reads the pages of keys whose bounds promise most"),
+    WINDOW: ("w", "keeps first and recent tokens, drops the others for good"),
+    RAZOR: ("z", "keeps first and recent tokens, and one that stands for all others"),
 }
 """Every mode a head can have: the sign that maps print for it, and what it means."""
 
-FORMAT = 1
-_MAX_FILE_BYTES = 64 << 20
-_SHORT = 80
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelShape:
-    """What a plan must know about a model, and recognises it by.
-
-    Attributes:
-        model_type: ``config.model_type``, or the class of a plain PyTorch model.
-        heads: Query heads of each attention layer.
-        kv_heads: Key and value heads of each attention layer.
-        head_dim: Head size of each attention layer.
-    """
-
-    model_type: str
-    heads: tuple[int, ...]
-    kv_heads: tuple[int, ...]
-    head_dim: tuple[int, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON values."""
-        return {
-            "model_type": self.model_type,
-            "heads": list(self.heads),
-            "kv_heads": list(self.kv_heads),
-            "head_dim": list(self.head_dim),
-        }
+_WINDOWED = (WINDOW, RAZOR)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A table of modes, layers by KV heads, for models of one shape. Prints as a map.
 
+    The heads of a layer that keep every key share one mode, and so do those that keep a window.
+    A layer that selects does so for all its heads, because later layers take their sets by head.
+
     Attributes:
         shape: The model it is for.
         rows: For each layer, a mode of MODES for each KV head.
-        policies: The policies that made it, for reports.
+        policies: The policies that made it; layers read their numbers.
+        fingerprint: Hashes of the weights it was calibrated on, by part of the model; None: it fits
+            any model of the shape.
+        scores: What calibration measured, by name; kept beside the plan, not compared.
     """
 
     shape: ModelShape
     rows: tuple[tuple[str, ...], ...]
     policies: tuple[Policy, ...] = field(default=())
+    fingerprint: tuple[tuple[str, str], ...] | None = None
+    scores: dict[str, Tensor] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.rows) != len(self.shape.kv_heads):
@@ -79,24 +72,52 @@ class Plan:
                 raise ValueError(
                     f"Plan: rows[{layer}] must hold {', '.join(MODES)}, got {unknown[0]!r}"
                 )
-            if len(set(row)) > 1:
+            rule = _broken_rule(row)
+            if rule is not None:
                 raise ValueError(
-                    f"Plan: rows[{layer}] must have one mode for all its heads, "
-                    f"got {', '.join(sorted(set(row)))}"
+                    f"Plan: rows[{layer}] must {rule}, got {', '.join(sorted(set(row)))}"
                 )
 
     @staticmethod
     def make(shape: ModelShape, policies: Sequence[Policy]) -> Plan:
-        """Return the plan that ``policies`` make together, each from the last one's table."""
+        """Return the plan that ``policies`` make together, each from the last one's table.
+
+        Raises:
+            ValueError: A policy does not fit the model, or two have no meaning together.
+        """
         table = Plan(shape=shape, rows=tuple((STOCK,) * heads for heads in shape.kv_heads))
         for policy in policies:
-            table = policy.plan(table)
-        return replace(table, policies=tuple(policies))
+            table = replace(policy.plan(table), policies=(*table.policies, policy))
+        table.check_policies()
+        return table
+
+    def with_row(self, layer: int, row: tuple[str, ...]) -> Plan:
+        """Return this plan with the modes ``row`` for the KV heads of ``layer``."""
+        return replace(self, rows=(*self.rows[:layer], row, *self.rows[layer + 1 :]))
 
     def with_layer(self, layer: int, mode: str) -> Plan:
         """Return this plan with one mode for all heads of ``layer``."""
-        row = (mode,) * self.shape.kv_heads[layer]
-        return replace(self, rows=(*self.rows[:layer], row, *self.rows[layer + 1 :]))
+        return self.with_row(layer, (mode,) * self.shape.kv_heads[layer])
+
+    def check_policies(self) -> None:
+        """Raise ValueError unless every row can be run with the plan's policies."""
+        runnable = {DENSE, STOCK, *(mode for policy in self.policies for mode in policy.modes)}
+        selected = False
+        for layer, row in enumerate(self.rows):
+            alone = [mode for mode in row if mode not in runnable]
+            if alone:
+                raise ValueError(
+                    f"Plan: policies must have one that says how to run {alone[0]!r} "
+                    f"of rows[{layer}], got {', '.join(map(str, self.policies)) or 'none'}"
+                )
+            selected |= SELECT in row
+            if REUSE in row and not selected:
+                raise ValueError(f"Plan: rows[{layer}] must follow a row that selects, got 'reuse'")
+            if set(row) - {DENSE, STOCK} and self.shape.windows[layer] is not None:
+                raise ValueError(
+                    f"Plan: rows[{layer}] must be dense or stock: the model itself gives that "
+                    f"layer a window of {self.shape.windows[layer]} tokens, got {row[0]!r}"
+                )
 
     def check_shape(self, shape: ModelShape) -> None:
         """Raise PlanMismatch, naming what differs, unless the plan is for a model of ``shape``."""
@@ -104,9 +125,22 @@ class Plan:
             theirs = shape.to_dict()[name]
             if ours != theirs:
                 raise PlanMismatch(
-                    f"adaptive: the plan is for a model with {name} {_short(ours)}, "
-                    f"this model has {_short(theirs)}"
+                    f"adaptive: the plan is for a model with {name} {short(ours)}, "
+                    f"this model has {short(theirs)}"
                 )
+
+    def check_fingerprint(self, fingerprint: tuple[tuple[str, str], ...]) -> None:
+        """Raise PlanMismatch, naming the parts that differ, unless these are the weights."""
+        if self.fingerprint is None:
+            return
+        ours, theirs = dict(self.fingerprint), dict(fingerprint)
+        parts = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+        if parts:
+            raise PlanMismatch(
+                "adaptive: the plan was calibrated on other weights: "
+                f"{len(parts)} of {len({**ours, **theirs})} parts of the model differ, "
+                f"{short(', '.join(parts))}; calibrate again"
+            )
 
     def __str__(self) -> str:
         """Return a map, one line per run of equal layers, one sign per KV head."""
@@ -124,32 +158,27 @@ class Plan:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values."""
-        return {
-            "adaptive_plan": FORMAT,
-            "model": self.shape.to_dict(),
-            "policies": [policy.to_dict() for policy in self.policies],
-            "rows": [list(row) for row in self.rows],
-        }
+        """Return JSON values: all but the scores."""
+        return to_dict(self)
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        """Write the plan as JSON, and its scores, if it has any, as safetensors beside it.
+
+        Raises:
+            ImportError: It has scores, and the package safetensors is missing.
+        """
+        write_plan(self, Path(path))
 
     @staticmethod
     def load(path: str | Path) -> Plan:
-        """Read a plan that `save` wrote. Only JSON is read, nothing is executed.
+        """Read a plan that `save` wrote. Only JSON and safetensors are read, nothing is executed.
 
         Raises:
             OSError: The file cannot be read.
+            ImportError: It has scores, and the package safetensors is missing.
             PlanMismatch: It is not a plan: names the file, the field and what is wrong with it.
         """
-        try:
-            if Path(path).stat().st_size > _MAX_FILE_BYTES:
-                raise ValueError(f"the file must be at most {_MAX_FILE_BYTES} bytes")
-            return Plan.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise PlanMismatch(f"adaptive: {path} is not a plan: {error}") from error
+        return read_plan(Plan, Path(path))
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Plan:
@@ -158,53 +187,17 @@ class Plan:
         Raises:
             ValueError, TypeError: A field is missing, unknown or wrong; named in the message.
         """
-        _check_keys("plan", values, ("adaptive_plan", "model", "policies", "rows"))
-        if values["adaptive_plan"] != FORMAT:
-            raise ValueError(f"adaptive_plan must be {FORMAT}, got {values['adaptive_plan']!r}")
-        model = values["model"]
-        _check_keys("model", model, ("model_type", "heads", "kv_heads", "head_dim"))
-        if not isinstance(model["model_type"], str):
-            raise TypeError(f"model.model_type must be a string, got {model['model_type']!r}")
-        counts = [
-            _counts(f"model.{name}", model[name]) for name in ("heads", "kv_heads", "head_dim")
-        ]
-        if len({len(numbers) for numbers in counts}) != 1:
-            raise ValueError("model.heads, .kv_heads and .head_dim must have one number per layer")
-        for name in ("policies", "rows"):
-            if not isinstance(values[name], list):
-                raise TypeError(f"{name} must be a list, got {values[name]!r}")
-        for layer, row in enumerate(values["rows"]):
-            if not isinstance(row, list) or not all(isinstance(mode, str) for mode in row):
-                raise TypeError(f"rows[{layer}] must be a list of modes, got {_short(row)}")
-        heads, kv_heads, head_dim = counts
-        return Plan(
-            shape=ModelShape(
-                model_type=model["model_type"], heads=heads, kv_heads=kv_heads, head_dim=head_dim
-            ),
-            rows=tuple(tuple(row) for row in values["rows"]),
-            policies=tuple(Policy.from_dict(policy) for policy in values["policies"]),
-        )
+        return from_dict(Plan, values)
 
 
-def _check_keys(name: str, values: object, wanted: tuple[str, ...]) -> None:
-    if not isinstance(values, dict):
-        raise TypeError(f"{name} must be an object, got {_short(values)}")
-    missing, unknown = set(wanted) - values.keys(), values.keys() - set(wanted)
-    if missing:
-        raise ValueError(f"{name} must have the field {min(missing)!r}")
-    if unknown:
-        raise ValueError(f"{name} must not have the field {min(unknown)!r}")
-
-
-def _counts(name: str, values: object) -> tuple[int, ...]:
-    if not isinstance(values, list):
-        raise TypeError(f"{name} must be a list, got {_short(values)}")
-    for number in values:
-        if type(number) is not int or number < 1:
-            raise ValueError(f"{name} must hold whole numbers from 1, got {_short(number)}")
-    return tuple(values)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _SHORT else text[: _SHORT - 3] + "..."
+def _broken_rule(row: Sequence[str]) -> str | None:
+    """The rule that the modes of one layer break together; None if none."""
+    whole = {mode for mode in row if mode not in _WINDOWED}
+    windowed = set(row) - whole
+    if len(whole) > 1:
+        return "have one mode for all its heads that keep every key"
+    if len(windowed) > 1:
+        return "have one mode for all its heads that keep a window"
+    if windowed and whole & {STOCK, SELECT}:
+        return f"have {whole.pop()} on all its heads or none"
+    return None

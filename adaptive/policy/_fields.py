@@ -1,0 +1,91 @@
+"""Checks of the numbers that a user gives to a policy; each error names field, rule and value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from adaptive.policy._policy import Policy
+
+
+def refused(policy: Policy, name: str, rule: str, value: object) -> ValueError:
+    """Return the error for the field ``name`` of ``policy``, to be raised by the caller."""
+    return ValueError(f"adaptive: {type(policy).__name__}.{name} must {rule}, got {value!r}")
+
+
+def check_count(policy: Policy, name: str, least: int, optional: bool = False) -> None:
+    """Raise unless the field is a whole number from ``least`` on, or None where that is allowed."""
+    value = getattr(policy, name)
+    if optional and value is None:
+        return
+    if type(value) is not int or value < least:
+        rule = f"be a whole number from {least} on" + (", or None" if optional else "")
+        raise refused(policy, name, rule, value)
+
+
+def is_share(value: object, least: float = 0.0) -> bool:
+    """Whether ``value`` is a number above ``least`` and at most 1."""
+    return type(value) in (int, float) and least < value <= 1  # type: ignore[operator]
+
+
+def check_share(policy: Policy, name: str) -> None:
+    """Raise unless the field is None or a number between 0 and 1, both excluded."""
+    value = getattr(policy, name)
+    if value is not None and (not is_share(value) or value == 1):
+        raise refused(policy, name, "be above 0 and below 1, or None", value)
+
+
+def check_rate(policy: Policy, name: str) -> None:
+    """Raise unless the field is a number from 0 to 1."""
+    value = getattr(policy, name)
+    if value != 0 and not is_share(value) or isinstance(value, bool):
+        raise refused(policy, name, "be a number from 0 to 1", value)
+
+
+def check_flag(policy: Policy, name: str) -> None:
+    """Raise unless the field is True or False."""
+    if not isinstance(getattr(policy, name), bool):
+        raise refused(policy, name, "be True or False", getattr(policy, name))
+
+
+def set_layers(policy: Policy, name: str, optional: bool = False) -> None:
+    """Make the field a tuple of layer numbers.
+
+    Raises:
+        ValueError: It is not a list or tuple of ascending whole numbers from 0.
+    """
+    value = getattr(policy, name)
+    if optional and value is None:
+        return
+    whole = isinstance(value, list | tuple) and all(type(index) is int for index in value)
+    if not whole or list(value) != sorted(set(value)) or any(index < 0 for index in value):
+        rule = "be ascending layer numbers from 0" + (", or None" if optional else "")
+        raise refused(policy, name, rule, value)
+    object.__setattr__(policy, name, tuple(value))
+
+
+def check_layers_exist(policy: Policy, name: str, layers: Sequence[int], total: int) -> None:
+    """Raise unless all ``layers`` are below ``total``, the model's number of layers."""
+    for layer in layers:
+        if layer >= total:
+            raise refused(policy, name, f"be below the model's {total} layers", layer)
+
+
+def check_budget(policy: Policy, share: bool) -> None:
+    """Raise unless ``policy.budget`` is a count above sinks and recent tokens, or a share.
+
+    Args:
+        policy: With the fields "budget", "sinks" and "recent".
+        share: Whether a float above 0 and at most 1 is taken, as a share of the tokens.
+    """
+    budget = policy.budget  # type: ignore[attr-defined]
+    if share and type(budget) is float:
+        if not math.isfinite(budget) or not is_share(budget):
+            raise refused(policy, "budget", "be a share above 0 and at most 1", budget)
+        return
+    least = policy.sinks + policy.recent + 1  # type: ignore[attr-defined]
+    if type(budget) is not int or budget < least:
+        rule = f"be a whole number above sinks + recent = {least - 1}"
+        raise refused(policy, "budget", rule + (", or a share up to 1.0" if share else ""), budget)
