@@ -12,7 +12,7 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,12 +146,12 @@ def run(options: argparse.Namespace, recorder: Recorder, console: Console) -> No
     """Ask every item of every policy; what is left to do shows as a bar."""
     torch.set_num_threads(options.threads)
     model, tokenizer = load(HERE / "model")
-    text_bytes = len(data.long_document().encode())
-    bytes_per_token = text_bytes / len(tasks.encoder(tokenizer)(data.long_document()))
+    document = data.long_document()
+    bytes_per_token = len(document.encode()) / len(tasks.encoder(tokenizer)(document))
     wanted = policies(model, options.budgets)
-    patches = {DENSE: adaptive.patch(model)}
+    patches = {DENSE: adaptive.patch(copy.deepcopy(model))}
     for name, chosen in wanted.items():
-        patches[name] = adaptive.patch(copy.deepcopy(load(HERE / "model")[0]), *chosen)
+        patches[name] = adaptive.patch(copy.deepcopy(model), *chosen)
     scores: dict[str, dict[str, Score]] = {name: {} for name in patches}
     counts = {task: getattr(options, task) for task in ("passkey", "keys", "variables", "text")}
     with Progress(
@@ -198,12 +198,13 @@ def arguments() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--context", type=int, default=8192, help="tokens of a prompt")
     add("--budgets", type=int, nargs="+", default=list(BUDGETS), help="keys per step and KV head")
-    add("--passkey", type=int, default=99, help="prompts with one key")
-    add("--keys", type=int, default=12, help="prompts with four named keys")
-    add("--variables", type=int, default=12, help="prompts with a chain of variables")
-    add("--text", type=int, default=12, help=f"texts, {TEXT_TOKENS} tokens each")
+    add("--passkey", type=int, default=100, help="prompts with one key")
+    add("--keys", type=int, default=8, help="prompts with four named keys")
+    add("--variables", type=int, default=8, help="prompts with a chain of variables")
+    add("--text", type=int, default=8, help=f"texts, {TEXT_TOKENS} tokens each")
     add("--threads", type=int, default=torch.get_num_threads())
     add("--json", type=Path, help="result file")
+    add("--chart", type=Path, help="PNG of quality over keys read to draw")
     return parser
 
 
@@ -228,7 +229,7 @@ def print_rows(console: Console, rows: Sequence[dict[str, Any]]) -> None:
 def main() -> int:
     """Measure, print, write."""
     options = arguments().parse_args()
-    settings = {k: v for k, v in vars(options).items() if k != "json"}
+    settings = {k: v for k, v in vars(options).items() if k not in ("json", "chart")}
     recorder = Recorder("quality", options.json, settings)
     began = time.monotonic()
     with torch.inference_mode():
@@ -236,6 +237,10 @@ def main() -> int:
     print_rows(Console(), recorder.document["rows"])
     recorder.document["seconds"] = round(time.monotonic() - began)
     recorder.save()
+    if options.chart:
+        from bench.quality_chart import draw
+
+        draw(recorder.document, options.chart)
     return 0
 
 
