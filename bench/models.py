@@ -44,8 +44,20 @@ MAKE_CACHE: dict[str, Callable[..., Any]] = {
     "stock default": dynamic_cache,
     "stock StaticCache": static_cache,
     "patched": adopted_cache,
+    "TidalDecode": adopted_cache,
+    "Quest": adopted_cache,
+    "StreamingLLM": adopted_cache,
 }
 """The variants, and how each gets its cache."""
+
+POLICIES: dict[str, tuple[adaptive.Policy, ...]] = {
+    "TidalDecode": (adaptive.TidalDecode(budget=2048, min_context=1, audit_every=None),),
+    "Quest": (adaptive.Quest(budget=2048, min_context=1, audit_every=None),),
+    "StreamingLLM": (adaptive.StreamingLLM(window=2044, sinks=4),),
+}
+"""Variants that skip keys, with 2048 of them a step; their results are not those of the others."""
+
+DEFAULT_VARIANTS = ("stock default", "stock StaticCache", "patched")
 
 BASELINE = "stock default"
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 2e-2}
@@ -66,11 +78,12 @@ class Bench:
     threads: int
     models: dict[str, Any]
     truth: dict[int, Tensor]
+    patches: dict[str, Any]
 
     @property
     def config(self) -> Any:
         """The shape, as transformers describes it."""
-        return self.models[BASELINE].config
+        return next(iter(self.models.values())).config
 
     def measure(self, context: int, budget_s: float) -> dict[str, Any]:
         """Compare, then time, all variants at one context length."""
@@ -96,17 +109,20 @@ class Bench:
             before = sum(_native.calls().values())
             run()
             native_calls[name] = sum(_native.calls().values()) - before
-        if native_calls.get("patched", 1) == 0:
-            raise RuntimeError("bench: the patched model must run the native kernel, got 0 calls")
-        truth = self.truth.get(context, logits[BASELINE][0])
+        for name in self.patches:
+            if native_calls[name] == 0:
+                raise RuntimeError(f"bench: {name!r} must run the native kernels, got 0 calls")
+        truth = self.truth.get(context, next(iter(logits.values()))[0])
         errors = {name: relative_error(seen[0], truth) for name, seen in logits.items()}
         tolerance = TOLERANCE[str(self.dtype).removeprefix("torch.")]
         for name, error in errors.items():
-            if error > tolerance:
+            if error > tolerance and name not in POLICIES:
                 raise WrongResultError(
                     f"bench: the logits' relative error of {name!r} must be at most {tolerance}, "
                     f"got {error:.3g}"
                 )
+        for patched in self.patches.values():
+            patched.reset_stats()
         left = max(0.0, budget_s - (time.monotonic() - began))
         timings = interleave(
             steps,
@@ -121,7 +137,7 @@ class Bench:
             "dtype": str(self.dtype).removeprefix("torch."),
             "threads": self.threads,
             "kv_bytes": kv_bytes(self.config, context, self.dtype),
-            "error_against": "float32" if context in self.truth else BASELINE,
+            "error_against": "float32" if context in self.truth else next(iter(self.models)),
             "variants": {
                 name: {
                     "ms": round(timing.median_us / 1e3, 3),
@@ -131,16 +147,34 @@ class Bench:
                     "dropped": timing.dropped,
                     "error": errors[name],
                     "native_calls_per_step": native_calls[name],
-                    **agreement(logits[name], logits[BASELINE]),
+                    **agreement(logits[name], next(iter(logits.values()))),
+                    **self.split(name),
                 }
                 for name, timing in timings.items()
             },
             "speedup_over": {
                 stock: round(speedup(timings[stock], timings["patched"]), 3)
                 for stock in timings
-                if stock != "patched" and "patched" in timings
+                if stock not in self.patches and "patched" in timings
+            },
+            "policy_speedup": {
+                name: {
+                    other: round(speedup(timings[other], timings[name]), 3)
+                    for other in timings
+                    if other not in POLICIES
+                }
+                for name in timings
+                if name in POLICIES
             },
         }
+
+    def split(self, name: str) -> dict[str, float]:
+        """Mean milliseconds of a step in attention, of a patched model."""
+        if name not in self.patches:
+            return {}
+        report = self.patches[name].report()
+        seconds = sum(layer.seconds for layer in report.layers)
+        return {"attention_ms": round(1e3 * seconds / max(1, report.forward_calls), 3)}
 
 
 def token_at(number: int, vocabulary: int) -> int:
@@ -185,6 +219,11 @@ def print_row(console: Console, row: dict[str, Any]) -> None:
             highlight=False,
             soft_wrap=True,
         )
+        if "attention_ms" in v:
+            console.print(f"  {'':18} of it {v['attention_ms']:.1f} ms attention", highlight=False)
+    for name, ratios in row["policy_speedup"].items():
+        text = ", ".join(f"{ratio:.2f}x {other}" for other, ratio in ratios.items())
+        console.print(f"  {name} is {text}", highlight=False)
     for stock, ratio in row["speedup_over"].items():
         console.print(f"  patched is {ratio:.2f}x {stock}", highlight=False)
 
@@ -238,9 +277,12 @@ def run(options: argparse.Namespace, recorder: Recorder, console: Console) -> No
         show("model")
         first = build(options.shape, dtype)
         models = {name: first if name == BASELINE else twin(first) for name in variants}
-        if "patched" in models:
-            adaptive.patch(models["patched"])
-        bench = Bench(options.shape, dtype, options.threads, models, truth)
+        patches = {
+            name: adaptive.patch(model, *POLICIES.get(name, ()))
+            for name, model in models.items()
+            if MAKE_CACHE[name] is adopted_cache
+        }
+        bench = Bench(options.shape, dtype, options.threads, models, truth, patches)
         progress.advance(task)
         for number, context in enumerate(options.contexts):
             show(f"decoding at {context} tokens")
@@ -264,7 +306,13 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--shape", default="llama-3.2-1b", choices=sorted(SHAPES))
     parser.add_argument("--dtype", default="bfloat16", choices=sorted(TOLERANCE))
     parser.add_argument("--contexts", nargs="+", type=int, default=list(CONTEXTS))
-    parser.add_argument("--variants", nargs="+", default=list(MAKE_CACHE), choices=list(MAKE_CACHE))
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=list(DEFAULT_VARIANTS),
+        choices=list(MAKE_CACHE),
+        help="default: %(default)s",
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--budget-s", type=float, default=480.0, help="wall time to aim at")
     parser.add_argument(
