@@ -78,7 +78,7 @@ class Bench:
             began = time.monotonic()
             errors = prove(variants, truth, TOLERANCE[cell.dtype])
             for name, form in cell.suite.beside.items():
-                variants[name] = lambda form=form: form(*arguments)
+                variants[name] = _at_level(form, arguments, _native.best_cpu_level())
             left = max(0.0, budget_s / len(self.threads) - (time.monotonic() - began))
             timings = interleave(
                 variants, threads=threads, budget_s=left, at_least=3, before=self.flush
@@ -120,7 +120,9 @@ class Bench:
         return variants
 
 
-def _at_level(op: Op[..., Any], arguments: tuple[Any, ...], level: str) -> Callable[[], Tensor]:
+def _at_level(
+    op: Callable[..., Any], arguments: tuple[Any, ...], level: str
+) -> Callable[[], Tensor]:
     def run() -> Tensor:
         _native.set_cpu_level(level)
         return first(op(*arguments))
@@ -142,7 +144,7 @@ def cells(options: argparse.Namespace) -> list[Cell]:
         sweep = suite.cuda_sweep if options.device == "cuda" else suite.sweep
         for sizes, dtype in product(sweep or op.models, options.dtype):
             wanted = options.tokens is None or sizes.get("capacity") in options.tokens
-            if options.op in (None, name) and wanted:
+            if (options.op is None or name in options.op) and wanted:
                 found.append(Cell(op, suite, sizes, dtype))
     return found
 
@@ -210,7 +212,7 @@ def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.ops", description=__doc__)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--op", choices=sorted(OPS), help="one op (default: all)")
+    parser.add_argument("--op", nargs="+", choices=sorted(OPS), help="these ops (default: all)")
     parser.add_argument(
         "--dtype", nargs="+", default=["bfloat16", "float32"], choices=sorted(TOLERANCE)
     )

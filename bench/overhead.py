@@ -57,6 +57,7 @@ def _ways(
 ) -> dict[str, tuple[Callable[..., Any], dict[str, Any], Sequence[Any]]]:
     given = op.make_inputs(**sizes, dtype=torch.float32, device="cpu")
     outputs = op.outputs(*given)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     named = dict(zip(inspect.signature(op.outputs).parameters, given, strict=False))
     filled = (*outputs, None, *given)
     return {

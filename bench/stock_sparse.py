@@ -7,7 +7,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from adaptive.layers.kv_store import KVStore
-from adaptive.ops import decode_attention, gather_attention, score_tokens, scored_attention
+from adaptive.ops import (
+    decode_attention,
+    gather_attention,
+    score_tokens,
+    scored_attention,
+    select_tokens,
+    sum_tokens,
+)
 from bench.stock import Suite, fold
 
 LONG = [
@@ -104,6 +111,33 @@ def scored_truth(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tenso
     return (torch.softmax(score, -1) @ value.double()).view(query.shape)
 
 
+def topk_sorted(scores: Tensor, budget: int, *_: object) -> Tensor:
+    """torch.topk without sorting by value, then its positions sorted."""
+    return scores.topk(budget, sorted=False).indices.sort(-1).values
+
+
+def topk_truth(scores: Tensor, budget: int, *_: object) -> Tensor:
+    """Positions of the largest by a stable sort."""
+    order = scores.double().sort(dim=-1, descending=True, stable=True).indices
+    return order[..., :budget].sort(-1).values.double()
+
+
+def summed(source: Tensor, indices: Tensor, *_: object) -> Tensor:
+    """Copy the chosen rows out, head by head, and add them up in float32."""
+    rows = indices.flatten(0, 1)
+    found = [
+        head.index_select(0, row).sum(0, dtype=torch.float32)
+        for head, row in zip(source.flatten(0, 1), rows, strict=True)
+    ]
+    return torch.stack(found).view(source.shape[0], source.shape[1], -1)
+
+
+def summed_truth(source: Tensor, indices: Tensor, *_: object) -> Tensor:
+    """The sum in float64."""
+    where = indices.long()[..., None].expand(-1, -1, -1, source.shape[3])
+    return source.gather(2, where).double().sum(2)
+
+
 SUITES = {
     gather_attention.name: Suite(
         forms={"index_select + matmuls": gather_index_select, "gather + SDPA": gather_sdpa},
@@ -119,7 +153,6 @@ SUITES = {
         truth=weights_truth,
         sweep=LONG,
         cuda_sweep=LONG_CUDA,
-        place=lambda query, key, *rest: (*in_store(query, key, key)[:2], *rest),
     ),
     scored_attention.name: Suite(
         forms={"folded matmuls + sum": scored},
@@ -127,7 +160,33 @@ SUITES = {
         sweep=LONG,
         cuda_sweep=LONG_CUDA,
         beside={"decode_attention alone": every_key},
-        place=in_store,
+    ),
+    select_tokens.name: Suite(
+        forms={"topk + sort": topk_sorted},
+        truth=topk_truth,
+        sweep=[
+            {"batch": 1, "kv_heads": 8, "capacity": tokens, "budget": 2048}
+            for tokens in (32768, 131072)
+        ],
+        cuda_sweep=[
+            {"batch": batch, "kv_heads": 8, "capacity": tokens, "budget": 2048}
+            for batch, tokens in ((1, 131072), (1, 32768), (16, 131072))
+        ],
+        beside={"topk alone": lambda scores, budget, *_: scores.topk(budget, sorted=False).indices},
+    ),
+    sum_tokens.name: Suite(
+        forms={"index_select + sum": summed},
+        truth=summed_truth,
+        sweep=[{**sizes, "chosen": 2048} for sizes in LONG],
+        cuda_sweep=[{**sizes, "chosen": 2048} for sizes in LONG_CUDA],
+        moved_bytes=lambda source, indices, *_: (
+            indices.numel() * source.shape[3] * source.element_size() + indices.nbytes
+        ),
+        place=lambda source, indices, counts: (
+            source,
+            indices,
+            torch.full_like(counts, indices.shape[2]),
+        ),
     ),
 }
 """By name of the op."""

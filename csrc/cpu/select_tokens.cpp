@@ -59,11 +59,7 @@ class Search {
                             kernels_.sum(scores + recent, length - recent, scale_);
       keep_share(args_.mass * total, forced);
     }
-    for (int64_t i = 0; i < collected_; ++i) {
-      const bool tie = values_[i] == threshold_;
-      if (values_[i] > threshold_ || (tie && ties_ > 0)) *to++ = positions_[i];
-      ties_ -= tie;
-    }
+    to = std::copy_n(positions_.get(), compact(), to);
     return static_cast<int32_t>(copy_seen(scores, recent, length, to) - indices);
   }
 
@@ -86,11 +82,15 @@ class Search {
     if (collected_ < wanted && bound > kLowest) collect(scores, begin, end, kLowest, nan);
     chosen_ = std::min(wanted, collected_);
     std::copy_n(values_.get(), collected_, ranked_.get());
-    if (chosen_ < collected_ && chosen_ > 0) {
+    if (chosen_ == 0) {
+      cut(kInfinity);
+    } else if (chosen_ == collected_) {
+      cut(kLowest);
+    } else {
       std::nth_element(ranked_.get(), ranked_.get() + chosen_ - 1, ranked_.get() + collected_,
                        std::greater<>());
+      cut(ranked_[chosen_ - 1]);
     }
-    cut(chosen_ > 0 ? *std::min_element(ranked_.get(), ranked_.get() + chosen_) : kInfinity);
     return !nan;
   }
 
@@ -124,6 +124,18 @@ class Search {
     }
     chosen_ = kept;
     cut(kept > 0 ? ranked_[kept - 1] : kInfinity);
+  }
+
+  // Moves the positions of the chosen scores to the front, without a branch to mispredict.
+  int64_t compact() {
+    int64_t kept = 0;
+    for (int64_t i = 0; i < collected_; ++i) {
+      const bool tie = values_[i] == threshold_;
+      positions_[kept] = positions_[i];
+      kept += (values_[i] > threshold_) | (tie & (ties_ > 0));
+      ties_ -= tie;
+    }
+    return kept;
   }
 
   // Sets the threshold; counts how many of the chosen tie with it.
