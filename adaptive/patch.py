@@ -16,6 +16,7 @@ from adaptive.errors import (
     UnknownFamily,
     UnsupportedModel,
 )
+from adaptive.layers.fingerprint import fingerprint
 from adaptive.layers.state import RECORD, STATE, LayerState, PatchRecord, Survey
 from adaptive.patched import Patched
 from adaptive.policy import Exact, ModelShape, Plan, Policy
@@ -89,7 +90,7 @@ def patch(model: nn.Module, *policies: Policy | Plan) -> Patched:
         TypeError: An argument is no model, policy or plan.
         ValueError: A policy does not fit the model.
     """
-    root, survey, support, plan = _examine(model, policies)
+    root, survey, support, plan = examine(model, policies)
     if support.error is not None or plan is None:
         error = support.error or UnsupportedModel
         raise error("adaptive: " + "\n".join((*support.problems, *support.advice)))
@@ -116,7 +117,7 @@ def check(model: nn.Module, *policies: Policy | Plan) -> Support:
     Raises:
         TypeError: An argument is no model, policy or plan.
     """
-    return _examine(model, policies)[2]
+    return examine(model, policies)[2]
 
 
 def patched(model: nn.Module) -> Patched:
@@ -132,10 +133,14 @@ def patched(model: nn.Module) -> Patched:
     return Patched(model, root, record)
 
 
-def _examine(
+def examine(
     model: nn.Module, policies: Sequence[Policy | Plan]
 ) -> tuple[nn.Module, Survey, Support, Plan | None]:
-    """Return the module to patch, what is there, what to say about it, and the plan for it."""
+    """Return the module to patch, what is there, what to say about it, and the plan for it.
+
+    Raises:
+        TypeError, ValueError: As `patch`.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"adaptive: model must be an nn.Module, got {type(model).__name__}")
     for policy in policies:
@@ -157,7 +162,7 @@ def _examine(
         error = UnsupportedModel
     else:
         try:
-            plan = _plan(survey.shape, policies)
+            plan = _plan(root, survey.shape, policies)
         except PlanMismatch as mismatch:
             problems, error = [str(mismatch).removeprefix("adaptive: ")], PlanMismatch
         else:
@@ -248,7 +253,7 @@ def _install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
         torch_attention.install(root, survey, record)
 
 
-def _plan(shape: ModelShape, policies: Sequence[Policy | Plan]) -> Plan:
+def _plan(root: nn.Module, shape: ModelShape, policies: Sequence[Policy | Plan]) -> Plan:
     plans = [policy for policy in policies if isinstance(policy, Plan)]
     if not plans:
         chosen = [policy for policy in policies if isinstance(policy, Policy)]
@@ -256,4 +261,7 @@ def _plan(shape: ModelShape, policies: Sequence[Policy | Plan]) -> Plan:
     if len(policies) > 1:
         raise TypeError("adaptive: give either one Plan or policies, got both or several plans")
     plans[0].check_shape(shape)
+    plans[0].check_policies()
+    if plans[0].fingerprint is not None:
+        plans[0].check_fingerprint(fingerprint(root, shape))
     return plans[0]

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from adaptive.layers import hf_attention, hf_cache
 from adaptive.layers.changes import AttributeChange
 from adaptive.layers.correction import correct, note_pass
+from adaptive.layers.hf_windows import own_windows
 from adaptive.layers.sparse_attention import resolve
 from adaptive.layers.state import PatchRecord, Site, Survey
 from adaptive.ops import decode_attention
@@ -92,6 +93,7 @@ def survey(
         heads=tuple(site.heads for site in sites),
         kv_heads=tuple(site.kv_heads for site in sites),
         head_dim=tuple(site.head_dim for site in sites),
+        windows=own_windows(config, len(sites)),
     )
     found = [*problems, *_version_problems(), *_implementation_problems(root, modules)]
     found += _tensor_problems(root)
@@ -238,11 +240,9 @@ def _held(layer: Any) -> tuple[str, int, int]:
 
 
 def _head_dim(module: nn.Module, config: Any) -> int:
-    for name in ("head_dim", "head_size"):
-        size = getattr(module, name, None)
-        if isinstance(size, int):
-            return size
-    return int(config.hidden_size // config.num_attention_heads)
+    sizes = (getattr(module, name, None) for name in ("head_dim", "head_size"))
+    known = next((size for size in sizes if isinstance(size, int)), None)
+    return int(config.hidden_size // config.num_attention_heads) if known is None else known
 
 
 def _version_problems() -> list[str]:
