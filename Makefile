@@ -60,8 +60,9 @@ $(VENV)/torch.txt:
 	  sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { \
 	  echo "The headers of $(PYTHON) are missing: install python3-dev (Debian, Ubuntu) or" \
 	  "python3-devel (Fedora)"; exit 1; }
-	@command -v $${CXX:-c++} >/dev/null || { \
-	  echo "No C++ compiler found: install g++ (Debian: apt install g++) or set CXX"; exit 1; }
+	@set -- $${CXX:-g++}; command -v "$$1" >/dev/null || { \
+	  echo "The C++ compiler '$$*' was not found: install g++ (Debian: apt install g++) or name" \
+	  "yours: CXX=clang++ make $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { \
 	  echo "python -m venv failed: install python3-venv (Debian, Ubuntu)"; exit 1; }
 	$(PIP) install '$(TORCH)'

@@ -10,9 +10,7 @@ from torch import nn
 from adaptive import _native
 from adaptive.adapters import family_for
 from adaptive.errors import (
-    AdaptiveError,
     PatchConflict,
-    PlanMismatch,
     UnknownFamily,
     UnsupportedModel,
 )
@@ -50,7 +48,7 @@ class Support:
     have: tuple[str, ...]
     problems: tuple[str, ...]
     advice: tuple[str, ...]
-    error: type[AdaptiveError] | None = None
+    error: type[Exception] | None = None
 
     @property
     def ok(self) -> bool:
@@ -87,10 +85,12 @@ def patch(model: nn.Module, *policies: Policy | Plan) -> Patched:
         UnsupportedModel: The model or its setup is not supported; all reasons are listed.
         PatchConflict: It is patched already.
         PlanMismatch: The plan is for another model.
-        TypeError: An argument is no model, policy or plan.
+        TypeError: An argument is no model, policy or plan; or there is a plan beside others.
         ValueError: A policy does not fit the model.
     """
     root, survey, support, plan = examine(model, policies)
+    if isinstance(plan, ValueError):
+        raise plan
     if support.error is not None or plan is None:
         error = support.error or UnsupportedModel
         raise error("adaptive: " + "\n".join((*support.problems, *support.advice)))
@@ -112,10 +112,11 @@ def patch(model: nn.Module, *policies: Policy | Plan) -> Patched:
 def check(model: nn.Module, *policies: Policy | Plan) -> Support:
     """Say whether `patch` would work on ``model``, what is missing, and what would help.
 
-    Changes nothing, runs nothing, and does not raise for a model that is not supported.
+    Changes nothing, runs nothing, and does not raise for a model that is not supported, nor for
+    policies or a plan that do not fit it: those are problems that it reports.
 
     Raises:
-        TypeError: An argument is no model, policy or plan.
+        TypeError: An argument is no model, policy or plan; or there is a plan beside others.
     """
     return examine(model, policies)[2]
 
@@ -135,11 +136,10 @@ def patched(model: nn.Module) -> Patched:
 
 def examine(
     model: nn.Module, policies: Sequence[Policy | Plan]
-) -> tuple[nn.Module, Survey, Support, Plan | None]:
+) -> tuple[nn.Module, Survey, Support, Plan | ValueError | None]:
     """Return the module to patch, what is there, what to say about it, and the plan for it.
 
-    Raises:
-        TypeError, ValueError: As `patch`.
+    Instead of the plan: the error of policies that do not fit, or None if nothing would.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"adaptive: model must be an nn.Module, got {type(model).__name__}")
@@ -152,8 +152,9 @@ def examine(
     if problem is None and RECORD in root.__dict__:
         problem = "the model is patched already; give all policies in one call, or unpatch() it"
     survey = _survey(root) if problem is None else _nothing(root, problem)
-    problems, plan = list(survey.problems), None
-    error: type[AdaptiveError] | None = None
+    problems = list(survey.problems)
+    plan: Plan | ValueError | None = None
+    error: type[Exception] | None = None
     if RECORD in root.__dict__:
         error = PatchConflict
     elif not survey.known:
@@ -163,8 +164,9 @@ def examine(
     else:
         try:
             plan = _plan(root, survey.shape, policies)
-        except PlanMismatch as mismatch:
-            problems, error = [str(mismatch).removeprefix("adaptive: ")], PlanMismatch
+        except ValueError as misfit:  # a PlanMismatch, or a policy's own
+            plan, error = misfit, type(misfit)
+            problems = [str(misfit).removeprefix("adaptive: ")]
         else:
             problems = _plan_problems(survey, plan)
             error = UnsupportedModel if problems else None

@@ -106,8 +106,9 @@ class Patched:
             new_tokens: Tokens to decode, at least 1.
 
         Raises:
-            ValueError: ``new_tokens`` is below 1, or ``inputs`` holds what is set step by step,
-                such as "position_ids".
+            ValueError: ``new_tokens`` is below 1, token ids are not whole numbers in rows, or
+                ``inputs`` holds what is set step by step, such as "position_ids".
+            TypeError: ``inputs`` is no tensor or dict, or not what the model's forward takes.
             PatchConflict: The model is not patched any more.
         """
         self._require_active("verify")

@@ -115,6 +115,14 @@ def run_cuda(cells: Sequence["Cell"], recorder: Recorder, console: Console) -> N
         console.print(row, soft_wrap=True)
 
 
+def _kind(cell: "Cell", name: str) -> str:
+    if name in cell.suite.beside:
+        return "beside"
+    if name in cell.suite.forms:
+        return "stock"
+    return "peer" if name == FLASHINFER else "native"
+
+
 def measure(cell: "Cell", ceiling: float) -> dict[str, Any]:
     """Prove and time one cell."""
     arguments = cell.op.make_inputs(**cell.sizes, dtype=getattr(torch, cell.dtype), device="cuda")
@@ -126,18 +134,20 @@ def measure(cell: "Cell", ceiling: float) -> dict[str, Any]:
         variants[FLASHINFER] = flashinfer_decode(*arguments[:3])
     truth = cell.suite.truth(*arguments)
     errors = prove(variants, truth, TOLERANCE[cell.dtype])
+    for name, form in cell.suite.beside.items():
+        variants[name] = lambda form=form: form(*arguments)
     timings = time_cuda(variants)
     best = min(stock, key=lambda name: timings[name].median_us)
-    moved_bytes = sum(a.nbytes for a in arguments if isinstance(a, Tensor)) + 4 * truth.numel()
+    moved_bytes = cell.suite.moved(arguments, truth)
     found = {}
     for name, timing in timings.items():
         speed = moved_bytes / (timing.median_us * 1e3)
         found[name] = {
-            "kind": "stock" if name in stock else "peer" if name == FLASHINFER else "native",
+            "kind": _kind(cell, name),
             **timing.to_dict(),
             "gb_s": round(speed, 1),
             "share": round(speed / ceiling, 3),
-            "error": errors[name],
+            "error": errors.get(name),
         }
     return {
         "op": cell.op.name,

@@ -68,13 +68,17 @@ class Bench:
         arguments = cell.op.make_inputs(
             **cell.sizes, dtype=getattr(torch, cell.dtype), device="cpu"
         )
+        if cell.suite.place is not None:
+            arguments = cell.suite.place(*arguments)
         truth = cell.suite.truth(*arguments)
-        moved_bytes = sum(a.nbytes for a in arguments if isinstance(a, Tensor)) + 4 * truth.numel()
+        moved_bytes = cell.suite.moved(arguments, truth)
         for threads in self.threads:
             torch.set_num_threads(threads)
             variants = self._variants(cell, arguments, threads)
             began = time.monotonic()
             errors = prove(variants, truth, TOLERANCE[cell.dtype])
+            for name, form in cell.suite.beside.items():
+                variants[name] = lambda form=form: form(*arguments)
             left = max(0.0, budget_s / len(self.threads) - (time.monotonic() - began))
             timings = interleave(
                 variants, threads=threads, budget_s=left, at_least=3, before=self.flush
@@ -90,11 +94,11 @@ class Bench:
             for name, timing in timings.items():
                 speed = moved_bytes / (timing.median_us * 1e3)
                 row["variants"][name] = {
-                    "kind": "stock" if name in cell.suite.forms else "native",
+                    "kind": _kind(cell.suite, name),
                     **timing.to_dict(),
                     "gb_s": round(speed, 3),
                     "share": round(speed / self.bandwidth[threads], 3),
-                    "error": errors[name],
+                    "error": errors.get(name),
                 }
             stock = [name for name in timings if name in cell.suite.forms]
             best = min(stock, key=lambda name: timings[name].median_us)
@@ -124,6 +128,12 @@ def _at_level(op: Op[..., Any], arguments: tuple[Any, ...], level: str) -> Calla
     return run
 
 
+def _kind(suite: Suite, name: str) -> str:
+    if name in suite.beside:
+        return "beside"
+    return "stock" if name in suite.forms else "native"
+
+
 def cells(options: argparse.Namespace) -> list[Cell]:
     """Everything to measure, the most wanted first: sizes by sweep, then dtypes."""
     found = []
@@ -147,8 +157,9 @@ def print_row(console: Console, row: dict[str, Any]) -> None:
     )
     for name, v in row["variants"].items():
         share = f"{v['share']:6.0%}" if "share" in v else " " * 6
+        error = "another result" if v["error"] is None else f"error {v['error']:.1e}"
         console.print(
-            f"  {name:22} {v['us']:11.1f} us  {v['gb_s']:7.2f} GB/s {share}  error {v['error']:.1e}"
+            f"  {name:22} {v['us']:11.1f} us  {v['gb_s']:7.2f} GB/s {share}  {error}"
             f"  {row['ratio_to_best_stock'][name]:6.2f}x best stock"
             f"  ({v['clean']} clean, {v['dropped']} dropped)",
             highlight=False,

@@ -12,6 +12,7 @@ ROW_FIELDS: dict[str, frozenset[str]] = {
     "ops": frozenset({"op", "sizes", "dtype", "threads", "moved_bytes", "variants"}),
     "modules": frozenset({"what", "memory", "dtype", "threads", "variants", "speedup"}),
     "models": frozenset({"model", "context", "dtype", "threads", "kv_bytes", "variants"}),
+    "quality": frozenset({"policy", "budget", "context", "kv_read_share", "tasks"}),
 }
 VARIANT_FIELDS: dict[str, frozenset[str]] = {
     "ops": frozenset({"kind", "us", "us_min", "clean", "dropped", "gb_s", "error"}),
@@ -77,7 +78,7 @@ def validate(document: dict[str, Any]) -> None:
             raise ValueError(f"bench: {field} must be in a result document, got {list(document)}")
     for number, row in enumerate(document["rows"]):
         _require(row, ROW_FIELDS[kind], f"rows[{number}]")
-        for name, variant in row["variants"].items():
+        for name, variant in row.get("variants", {}).items():
             _require(variant, VARIANT_FIELDS[kind], f"rows[{number}].variants[{name!r}]")
 
 

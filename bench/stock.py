@@ -5,7 +5,7 @@ its own ``models`` sizes, so a new op is benchmarked from the day it is declared
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +29,10 @@ class Suite:
         truth: The same in float64.
         sweep: Sizes to measure, the most wanted first; empty: the op's ``models``.
         cuda_sweep: The same for a GPU, which smaller sizes would not fill.
+        beside: What is timed in turn with the others though its result is another one, by name:
+            what users would run instead.
+        moved_bytes: Bytes that the op has to move for these arguments; None: all of them.
+        place: Puts the arguments where users have them; None: anywhere.
     """
 
     forms: Mapping[str, Form]
@@ -36,6 +40,15 @@ class Suite:
     single_thread_only: frozenset[str] = frozenset()
     sweep: Sequence[Sizes] = ()
     cuda_sweep: Sequence[Sizes] = ()
+    beside: Mapping[str, Form] = field(default_factory=dict)
+    moved_bytes: Callable[..., int] | None = None
+    place: Callable[..., tuple[Any, ...]] | None = None
+
+    def moved(self, arguments: Sequence[object], result: Tensor) -> int:
+        """Bytes read and written by one call."""
+        if self.moved_bytes is not None:
+            return self.moved_bytes(*arguments) + 4 * result.numel()
+        return sum(a.nbytes for a in arguments if isinstance(a, Tensor)) + 4 * result.numel()
 
 
 def fold(query: Tensor, key: Tensor) -> Tensor:
@@ -101,6 +114,7 @@ DECODE = Suite(
 )
 
 SUITES: dict[str, Suite] = {"decode_attention": DECODE}
+"""By name of the op; `bench.stock_sparse` has more."""
 
 
 def _as_double(reference: Callable[..., Any]) -> Form:
@@ -124,8 +138,10 @@ def first(result: Tensor | Sequence[Tensor]) -> Tensor:
 
 def suite_for(op: Op[..., Any]) -> Suite:
     """The op's suite, or one that compares it with its own reference."""
-    if op.name in SUITES:
-        return SUITES[op.name]
+    from bench.stock_sparse import SUITES as SPARSE  # which uses this module
+
+    if op.name in (suites := {**SUITES, **SPARSE}):
+        return suites[op.name]
     return Suite(
         forms={"reference": lambda *a: first(op.reference(*a))}, truth=_as_double(op.reference)
     )

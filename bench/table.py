@@ -161,11 +161,42 @@ def modules_table(document: Document) -> str:
     )
 
 
+def quality_table(document: Document) -> str:
+    """What each policy answers at each budget, and what it reads for that."""
+    rows = []
+    for row in document["rows"]:
+        tasks = row["tasks"]
+        text = tasks["text"]
+        name = row["policy"] + (f", {row['budget']} keys" if row["budget"] else "")
+        rows.append(
+            [
+                name,
+                f"{row['kv_read_share']:.1%}",
+                *(f"{tasks[task]['accuracy']:.0%}" for task in ("passkey", "keys", "variables")),
+                f"{text['bits_per_byte']:.3f}",
+                f"{text['kl_from_dense']:.3f}",
+                f"{text['top1_agreement']:.0%}",
+            ]
+        )
+    answers = {task: row["tasks"][task]["answers"] for task in ("passkey", "keys", "variables")}
+    header = ["policy", "KV read", *(f"{task} (of {n})" for task, n in answers.items())]
+    header += ["bits per byte", "KL from dense", "same token as dense"]
+    context = document["rows"][0]["context"]
+    return (
+        render(header, rows)
+        + f"\n\nLab model, {tokens_label(context)} tokens read densely, answers and "
+        + f"{document['rows'][0]['tasks']['text']['tokens']} tokens of held-out text decoded with "
+        + "the policy, the right tokens fed. "
+        + machine_line(document)
+    )
+
+
 TABLES: dict[str, tuple[str, Callable[[Document], str]]] = {
     "decode": ("models", models_table),
     "memory": ("models", memory_table),
     "modules": ("modules", modules_table),
     "ops": ("ops", ops_table),
+    "quality": ("quality", quality_table),
 }
 """Name between the markers -> kind of result file it is made from, and how."""
 

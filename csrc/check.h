@@ -5,6 +5,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cmath>
 #include <initializer_list>
 #include <string>
 
@@ -29,9 +30,8 @@ class Check {
   /// A tensor of `rank` axes that has memory on the CPU or a CUDA device.
   void tensor(const TensorView& view, const char* argument, int rank) const {
     if (view.api == nullptr) {
-      const auto got = pybind11::str(pybind11::type::of(view.object).attr("__name__"));
       fail(PyExc_TypeError, argument, "be a strided torch.Tensor with data on cpu or cuda",
-           std::string(got) + (view.object.is_none() ? "" : device_suffix(view)));
+           type_name(view.object) + (view.object.is_none() ? "" : device_suffix(view)));
     }
     if (rank >= 0 && view.tensor.ndim != rank) {
       fail(PyExc_ValueError, argument, "have " + std::to_string(rank) + " dimensions", shape(view));
@@ -47,6 +47,16 @@ class Check {
         view.tensor.device.id != other.tensor.device.id) {
       fail(PyExc_ValueError, argument, "be on " + device(other), device(view));
     }
+  }
+
+  /// `view` lies on a device that nobody has written a kernel for, or that this build leaves out.
+  [[noreturn]] void no_kernel(const TensorView& view, const char* argument) const {
+#ifdef ADAPTIVE_CUDA
+    const char* condition = "be on cpu or cuda, which have kernels";
+#else
+    const char* condition = "be on cpu, the only device that this build has kernels for";
+#endif
+    fail(PyExc_NotImplementedError, argument, condition, device(view));
   }
 
   DType dtype(const TensorView& view, const char* argument,
@@ -106,6 +116,36 @@ class Check {
     if (!fits) fail(PyExc_ValueError, argument, "broadcast to [" + wanted + "]", shape(view));
   }
 
+  /// A number as the float that the kernel computes with: finite after rounding, too.
+  float number(pybind11::handle object, const char* argument) const {
+    const double value = PyFloat_AsDouble(object.ptr());
+    if (value == -1 && PyErr_Occurred()) {
+      const bool huge = PyErr_ExceptionMatches(PyExc_OverflowError);
+      PyErr_Clear();
+      if (huge) fail(PyExc_ValueError, argument, "be finite in float32", type_name(object));
+      fail(PyExc_TypeError, argument, "be a number", type_name(object));
+    }
+    const auto narrow = static_cast<float>(value);
+    if (!std::isfinite(narrow)) {
+      fail(PyExc_ValueError, argument, "be finite in float32", text(object));
+    }
+    return narrow;
+  }
+
+  /// A truth value. None and text are none: `causal=None` is a mistake, not a choice.
+  bool flag(pybind11::handle object, const char* argument) const {
+    const PyNumberMethods* methods = Py_TYPE(object.ptr())->tp_as_number;
+    const bool can = !object.is_none() && methods != nullptr && methods->nb_bool != nullptr;
+    const int truth = can ? PyObject_IsTrue(object.ptr()) : -1;
+    if (truth < 0) {
+      PyErr_Clear();
+      fail(PyExc_TypeError, argument, "be True or False", type_name(object));
+    }
+    return truth == 1;
+  }
+
+  static std::string text(pybind11::handle object) { return pybind11::str(pybind11::repr(object)); }
+
   static std::string shape(const TensorView& view) {
     std::string text = "shape [";
     for (int axis = 0; axis < view.tensor.ndim; ++axis) {
@@ -138,6 +178,10 @@ class Check {
       case DType::kInt64: return code == dlpack::kInt && bits == 64;
     }
     return false;
+  }
+
+  static std::string type_name(pybind11::handle object) {
+    return pybind11::str(pybind11::type::of(object).attr("__name__"));
   }
 
   static std::string device(const TensorView& view) {

@@ -27,7 +27,7 @@ struct Tensor {
   int32_t ndim;
   DataType dtype;
   int64_t* shape;
-  int64_t* strides;  // in elements; may be null for a contiguous tensor
+  int64_t* strides;  // in elements; null: compact, row-major
   uint64_t byte_offset;
 };
 

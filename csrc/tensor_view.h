@@ -18,7 +18,12 @@ struct TensorView {
 
   bool given() const { return object && !object.is_none(); }
   int64_t size(int axis) const { return tensor.shape[axis]; }
-  int64_t stride(int axis) const { return tensor.strides[axis]; }
+  int64_t stride(int axis) const {
+    if (tensor.strides != nullptr) return tensor.strides[axis];
+    int64_t product = 1;  // DLPack lets a compact row-major tensor leave its strides out
+    for (int inner = axis + 1; inner < tensor.ndim; ++inner) product *= tensor.shape[inner];
+    return product;
+  }
   int64_t numel() const {
     int64_t count = 1;
     for (int axis = 0; axis < tensor.ndim; ++axis) count *= tensor.shape[axis];

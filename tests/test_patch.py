@@ -4,7 +4,13 @@ import pytest
 import torch
 from models import greedy, make, token_ids
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 import adaptive
 from adaptive.layers import changes
@@ -140,6 +146,13 @@ def test_what_is_not_supported_is_refused_by_name(name, options, message):
     assert fingerprint(model) == before
 
 
+def test_a_classifier_is_refused_with_the_reason():
+    model = LlamaForSequenceClassification(make("llama").config)
+    with pytest.raises(adaptive.UnsupportedModel, match=r"'lm_head'\n.*never decodes.*ForCausalLM"):
+        adaptive.patch(model)
+    adaptive.patch(model.model).unpatch()
+
+
 def test_settings_of_a_family_are_refused_by_name():
     model = make("gpt2", implementation="eager", reorder_and_upcast_attn=True)
     with pytest.raises(adaptive.UnsupportedModel, match="reorder_and_upcast_attn=True"):
@@ -227,8 +240,13 @@ def test_the_plan_is_what_the_layers_read():
         first, second = patched.report().layers
     assert (first.native_calls, first.stock_calls) == (0, {"plan": 5})
     assert (second.native_calls, second.mode) == (4, plans.DENSE)
-    with pytest.raises(ValueError, match="below the model's 2 layers, got 7"):
-        adaptive.patch(model, adaptive.Exact(stock_layers=(7,)))
+    too_deep = adaptive.Exact(stock_layers=(7,))
+    with pytest.raises(ValueError, match="below the model's 2 layers, got 7") as caught:
+        adaptive.patch(model, too_deep)
+    assert "exact.py" in str(caught.traceback[-1].path)  # the policy is where to look
+    support = adaptive.check(model, too_deep)
+    assert support.error is ValueError
+    assert support.problems == (str(caught.value),)
 
 
 def test_a_plan_is_accepted_for_its_own_shape_of_model_alone(tmp_path):
@@ -245,5 +263,6 @@ def test_a_plan_is_accepted_for_its_own_shape_of_model_alone(tmp_path):
         adaptive.patch(other, plan)
     assert not adaptive.check(make("qwen3"), plan).ok
     assert fingerprint(other) == before
-    with pytest.raises(TypeError, match="one Plan"):
-        adaptive.patch(model, plan, adaptive.Exact())
+    for call in (adaptive.patch, adaptive.check):
+        with pytest.raises(TypeError, match="one Plan"):
+            call(model, plan, adaptive.Exact())

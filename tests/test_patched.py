@@ -137,9 +137,24 @@ class TestVerify:
             patched.verify(token_ids(), new_tokens=0)
         with pytest.raises(ValueError, match="inputs must not have 'use_cache'"):
             patched.verify({"input_ids": token_ids(), "use_cache": True})
+        for ids in (token_ids().float(), token_ids()[0], token_ids()[:, :0]):
+            with pytest.raises(ValueError, match=r"input_ids must be whole numbers \[batch, tok"):
+                patched.verify(ids)
+        for wrong in ([[1, 2]], "text", {"input_ids": [[1, 2]]}):
+            with pytest.raises(TypeError, match=r"must be a Tensor.*got (list|str)"):
+                patched.verify(wrong)
         patched.unpatch()
         with pytest.raises(adaptive.PatchConflict, match="not patched any more"):
             patched.verify(token_ids())
+
+    def test_of_a_plain_module_takes_its_keyword_arguments(self):
+        patched = adaptive.patch(nn.MultiheadAttention(64, 2).eval())
+        query = torch.randn(1, 2, 64)
+        with pytest.raises(TypeError, match=r"must be a dict of .*\(query, key, .*got a Tensor"):
+            patched.verify(query)
+        with pytest.raises(TypeError, match=r"MultiheadAttention.forward \(query.*got 'queries'"):
+            patched.verify({"queries": query, "key": query, "value": query})
+        assert patched.verify({"query": query, "key": query, "value": query}).max_logit > 0
 
 
 class TestReport:

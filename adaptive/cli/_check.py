@@ -82,6 +82,8 @@ def _config(model: str) -> tuple[str, Any]:
     known = sorted(CONFIG_MAPPING.keys())
     if model in known:
         return f"the default configuration of {model!r}", AutoConfig.for_model(model)
+    if folder.is_absolute() or model.startswith("."):
+        raise UsageError(f"{folder} is not a folder; give one with a config.json, or a model type")
     if "/" in model:
         raise UsageError(
             f"{model} is not a folder. Models are not downloaded here: fetch it first "
@@ -99,7 +101,13 @@ def _build(config: Any, dtype: torch.dtype) -> nn.Module:
     So a model of any size costs nothing.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UsageError(
+            f"transformers has no causal language model of type {config.model_type!r}; encoders, "
+            "encoder-decoders and models of images or sound do not decode this way"
+        )
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)

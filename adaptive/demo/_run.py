@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from importlib import import_module
@@ -63,6 +64,7 @@ def run(options: Options, console: Console) -> Result:
     tasks = import_module("bench.lab.tasks")
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     tokens = _document_length(config, options)
+    _make_writable(options.out)
     sweep = _sweep(tokens)
     memory = 2 * int(_memory.available())
     with steps(console, total=3 + 2 * (options.rounds + len(sweep)) + memory) as progress:
@@ -132,6 +134,17 @@ def _checkout() -> Path:
     )
 
 
+def _make_writable(folder: Path) -> None:
+    """Make the folder of the chart, before minutes of measuring for it."""
+    reason = "not writable"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+    if not os.access(folder, os.W_OK) or not folder.is_dir():
+        raise UsageError(f"--out must be a folder to write the chart to, got {folder}: {reason}")
+
+
 def _load(folder: Path, dtype: str) -> Any:
     """Load the model from ``folder``; nothing is downloaded."""
     auto = import_module("transformers").AutoModelForCausalLM
@@ -142,6 +155,11 @@ def _document_length(config: Any, options: Options) -> int:
     """Return the prompt's length: what the user asked for, or 8000, within the model's reach."""
     positions = int(config.max_position_embeddings)
     reach = positions - options.new_tokens
+    if reach < SHORTEST:
+        raise UsageError(
+            f"--new-tokens must be at most {positions - SHORTEST} (the model's {positions} "
+            f"positions less a document of {SHORTEST} tokens), got {options.new_tokens}"
+        )
     tokens = options.tokens or min(8000, reach)
     if not SHORTEST <= tokens <= reach:
         raise UsageError(

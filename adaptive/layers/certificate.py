@@ -59,6 +59,8 @@ class MassLog:
         Args:
             mass: ``[batch, heads, query_tokens]``; NaN for heads that were not measured.
         """
+        if torch.compiler.is_compiling():
+            return
         self._new.append(mass)
         if len(self._new) >= SETTLE_AFTER:
             self.values()
@@ -109,6 +111,8 @@ class ReadLog:
             tokens_each: Tokens in one of them.
             bytes_each: Bytes of the key and value of one token of one head.
         """
+        if torch.compiler.is_compiling():
+            return
         self._new.append((counts, tokens_each, bytes_each))
         if len(self._new) >= SETTLE_AFTER:
             self.totals()

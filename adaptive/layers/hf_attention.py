@@ -211,8 +211,10 @@ def _native(call: Call, state: LayerState, split: HeadSplit | None) -> Attended:
             inputs.query, inputs.key, inputs.value, mask=inputs.mask, **inputs.options()
         )
     elif state.how.windowed:
+        state.record.refuse_compiling()
         out = windowed_attention.attend(state, inputs, _layer_of(call))
     else:
+        state.record.refuse_compiling()
         layer = _layer_of(call)
         store = None if layer is None else layer.store
         out = attend_whole(state, inputs, store if isinstance(store, KVStore) else None)

@@ -14,7 +14,7 @@ from adaptive.layers import hf_attention, hf_cache
 from adaptive.layers.correction import correct, note_pass
 from adaptive.layers.hf_config import ask_for
 from adaptive.layers.hf_windows import own_windows
-from adaptive.layers.sparse_attention import resolve
+from adaptive.layers.sparse_attention import set_up
 from adaptive.layers.state import PatchRecord, Site, Survey
 from adaptive.ops import decode_attention
 from adaptive.ops.decode_attention import (
@@ -103,10 +103,7 @@ def survey(
 def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
     """Make the changes: one config copy per distinct config, and two hooks on the base module."""
     hf_attention.register()
-    for state in record.states:
-        state.how = resolve(state.row, record.policies)
-    every = (getattr(policy, "correct_every", None) for policy in record.policies)
-    record.correct_every = next(filter(None, every), None)
+    set_up(record)
     original: Any = root.config
     name = hf_attention.NAMES[original._attn_implementation]
     ask_for(root, record.log, name)
@@ -144,6 +141,7 @@ def before_forward(
     record.want_weights = bool(config.output_attentions if wanted is None else wanted)
     record.selection = None
     if torch.compiler.is_compiling():
+        record.refuse_compiling()
         return None
     changed = None
     if not torch.is_grad_enabled():
@@ -255,6 +253,11 @@ def _advice(problems: list[str]) -> list[str]:
             advice.append("build with CUDA: ADAPTIVE_CUDA=1 pip install .")
         elif problem.startswith("device 'meta'"):
             advice.append("load the weights first; a model on the meta device has none")
+        elif " has no head at " in problem:
+            advice.append(
+                "a classifier runs once and never decodes, so there is nothing to speed up: patch "
+                "the model that generates (...ForCausalLM), or the bare one that AutoModel makes"
+            )
         elif problem.startswith("dtype"):
             advice.append("model.to(torch.float32) or model.to(torch.bfloat16)")
     return advice

@@ -136,7 +136,7 @@ class Report:
         return f"{seconds / self.forward_seconds:.0%}" if self.forward_seconds else "-"
 
     def _caption(self) -> str:
-        kernels = ", ".join(f"{name} x{n}" for name, n in self.native_calls.items() if n) or "none"
+        kernels = ", ".join(f"{name} x{n}" for name, n in self.native_calls.items()) or "none"
         lines = [f"{self.forward_calls} passes; native kernels run: {kernels}"]
         caches = {layer.cache for layer in self.layers if layer.cache}
         if caches:
@@ -172,7 +172,7 @@ def report(model: str, record: PatchRecord, native_calls: dict[str, int]) -> Rep
         layers=tuple(_layer(state) for state in record.states),
         forward_calls=record.forward_calls,
         forward_seconds=record.forward_seconds if record.timed and record.forward_calls else None,
-        native_calls={name: n - start.get(name, 0) for name, n in native_calls.items()},
+        native_calls={n: c - start.get(n, 0) for n, c in native_calls.items() if c > start.get(n, 0)},
         notes=dict(record.notes),
     )
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from adaptive.layers.certificate import retained_mass
 from adaptive.layers.derived import PageBounds, RunningSums
 from adaptive.layers.kv_store import KVStore
-from adaptive.layers.state import LayerState
+from adaptive.layers.state import LayerState, PatchRecord
 from adaptive.ops import (
     decode_attention,
     gather_attention,
@@ -115,6 +115,26 @@ def resolve(row: Sequence[str], policies: Sequence[Policy]) -> How | None:
     )
 
 
+def set_up(record: PatchRecord) -> None:
+    """Tell every layer how to run its row of the plan."""
+    for state in record.states:
+        state.how = resolve(state.row, record.policies)
+    every = (getattr(policy, "correct_every", None) for policy in record.policies)
+    record.correct_every = next(filter(None, every), None)
+    record.eager_only = _eager_only(record)
+
+
+def _eager_only(record: PatchRecord) -> str:
+    hows: list[How] = [state.how for state in record.states if state.how is not None]
+    if any(how.windowed for how in hows):
+        return "layers whose heads drop keys"
+    if any(how.mode == PAGES for how in hows):
+        return "selection of pages"
+    if any(getattr(how.policy, "compensate", False) for how in hows):
+        return "TidalDecode(compensate=True)"
+    return "TidalDecode(correct_every=...)" if record.correct_every else ""
+
+
 def log_mass(state: LayerState, mass: Tensor, kv_heads: Sequence[int]) -> None:
     """Keep the retained mass, ``[batch, heads, query_tokens]``, of the heads of some KV heads."""
     site = state.site
@@ -141,7 +161,7 @@ def attend_whole(state: LayerState, inputs: Inputs, store: KVStore | None) -> Te
     how: How = state.how
     tokens = inputs.key.shape[2]
     per_token = 2 * inputs.key.shape[3] * inputs.key.element_size()
-    state.dense_bytes += inputs.key.shape[0] * inputs.key.shape[1] * tokens * per_token
+    state.count_read(0, 0, inputs.key.shape[0] * inputs.key.shape[1] * tokens * per_token)
     if how.policy is None or how.mode == DENSE:
         return attend_densely(state, inputs, "dense")
     if not state.record.sparse:
@@ -167,8 +187,8 @@ def attend_densely(state: LayerState, inputs: Inputs, path: str) -> Tensor:
 def _count_read(state: LayerState, inputs: Inputs) -> None:
     """Count that every key and value was read."""
     batch, heads, tokens, _ = inputs.key.shape
-    state.kv_tokens += batch * tokens * heads // state.site.kv_heads
-    state.kv_bytes += 2 * inputs.key.numel() * inputs.key.element_size()
+    read = 2 * inputs.key.numel() * inputs.key.element_size()
+    state.count_read(batch * tokens * heads // state.site.kv_heads, read, 0)
 
 
 def _select(state: LayerState, inputs: Inputs, policy: TidalDecode) -> Tensor:
@@ -229,17 +249,23 @@ def _gathered(
     query, key, value, mask = inputs[:4]
     options = {"mask": mask, "page_size": page_size, **inputs.options()}
     out, kept = gather_attention(query, key, value, indices, counts, **extra, **options)
-    before = state.paths.get(state.how.mode, 0)
+    audit = _audit_is_due(state, audit_every)
     state.count_path(state.how.mode)
     state.gathered.add(counts, page_size, 2 * key.shape[3] * key.element_size())
-    if audit_every is not None and before % audit_every == 0:
+    if audit:
         if extra:  # the compensation token has no part in what was kept
             _, kept = gather_attention(query, key, value, indices, counts, **options)
         _, full = score_tokens(query, key, mask=mask, reduce="logit", **inputs.options())
         log_mass(state, retained_mass(kept, full), state.how.whole)
         state.count_path("audit")
-        state.kv_bytes += key.numel() * key.element_size()
+        state.count_read(0, key.numel() * key.element_size(), 0)
     return out
+
+
+def _audit_is_due(state: LayerState, every: int | None) -> bool:
+    if every is None or torch.compiler.is_compiling():
+        return False
+    return state.paths.get(state.how.mode, 0) % every == 0
 
 
 def _compensation(

@@ -33,6 +33,8 @@ would run the original's weights); nothing but these dicts holds state; no count
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
+import torch
+
 from adaptive.layers.certificate import MassLog, ReadLog
 from adaptive.layers.changes import ChangeLog
 from adaptive.policy import ModelShape, Plan, Policy
@@ -114,6 +116,7 @@ class PatchRecord:
         selection: What the last select layer of the pass now running chose; None: nothing yet.
         correct_every: Sparsely decoded tokens after which they are corrected; None: never.
         sparse: False while a pass must read every key, as a correction does.
+        eager_only: What of the plan needs more than a compiled graph can do; "" if nothing.
     """
 
     COUNTERS: ClassVar[tuple[str, ...]] = ("forward_calls", "forward_seconds", "timed", "notes")
@@ -135,10 +138,18 @@ class PatchRecord:
     selection: Any = None
     correct_every: int | None = None
     sparse: bool = True
+    eager_only: str = ""
 
     def note(self, text: str) -> None:
         """Count something that the report should say."""
+        if torch.compiler.is_compiling():
+            return
         self.notes[text] = self.notes.get(text, 0) + 1
+
+    def refuse_compiling(self) -> None:
+        """Raise if torch.compile is at work and the plan needs more than a graph can do."""
+        if self.eager_only and torch.compiler.is_compiling():
+            raise NotImplementedError(f"adaptive: {self.eager_only} cannot run under torch.compile")
 
     def reset(self, native_calls: dict[str, int]) -> None:
         """Set all counters to zero.
@@ -218,7 +229,17 @@ class LayerState:
 
     def count_path(self, path: str) -> None:
         """Count one native call that was answered in the way called ``path``."""
+        if torch.compiler.is_compiling():
+            return
         self.paths[path] = self.paths.get(path, 0) + 1
+
+    def count_read(self, tokens: int, read_bytes: int, dense_bytes: int) -> None:
+        """Count what one call read: keys, bytes, and bytes that it would read densely."""
+        if torch.compiler.is_compiling():
+            return
+        self.kv_tokens += tokens
+        self.kv_bytes += read_bytes
+        self.dense_bytes += dense_bytes
 
     def count_stock(self, reason: str, query_tokens: int, seconds: float = 0.0) -> None:
         """Count one call that the stock implementation answered, and why."""

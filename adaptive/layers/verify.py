@@ -58,16 +58,11 @@ def verify(
     new_tokens: int,
 ) -> Verification:
     """Run ``model`` stock, inside ``disabled()``, and patched; see `Patched.verify`."""
+    if not isinstance(new_tokens, int):
+        raise TypeError(f"adaptive: new_tokens must be an int, got {type(new_tokens).__name__}")
     if new_tokens < 1:
         raise ValueError(f"adaptive: new_tokens must be at least 1, got {new_tokens}")
-    given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
-    given = {name: value for name, value in given.items() if value is not None}
-    refused = sorted(given.keys() & set(_SET_HERE)) if "input_ids" in given else []
-    if refused:
-        raise ValueError(
-            f"adaptive: inputs must not have {refused[0]!r}, which verify sets itself, step by "
-            f"step, got {', '.join(given)}"
-        )
+    given = _arguments(model, inputs)
     training = model.training
     model.eval()
     try:
@@ -90,6 +85,46 @@ def verify(
         tokens=agree.numel(),
         first_disagreement=int(wrong[0]) if len(wrong) else None,
     )
+
+
+def _arguments(model: nn.Module, inputs: Mapping[str, Any] | Tensor) -> dict[str, Any]:
+    """Return ``inputs`` as keyword arguments of the model's forward, all of them checked by name.
+
+    The forward of the class: that of the instance may be ours, and take anything.
+    """
+    parameters = inspect.signature(type(model).forward).parameters
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    taken = [n for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    taken = taken[1:]
+    wanted = f"the keyword arguments of {type(model).__name__}.forward ({', '.join(taken)})"
+    if isinstance(inputs, Tensor):
+        if "input_ids" not in taken and not anything:
+            raise TypeError(f"adaptive: inputs must be a dict of {wanted}, got a Tensor")
+        inputs = {"input_ids": inputs}
+    elif not isinstance(inputs, Mapping):
+        kind = type(inputs).__name__
+        raise TypeError(f"adaptive: inputs must be a Tensor or a dict of {wanted}, got {kind}")
+    given = {name: value for name, value in inputs.items() if value is not None}
+    unknown = [] if anything else [name for name in given if name not in taken]
+    if unknown:
+        raise TypeError(f"adaptive: inputs must be {wanted}, got {unknown[0]!r}")
+    if "input_ids" not in given:
+        return given
+    refused = sorted(given.keys() & set(_SET_HERE))
+    if refused:
+        raise ValueError(
+            f"adaptive: inputs must not have {refused[0]!r}, which verify sets itself, step by "
+            f"step, got {', '.join(given)}"
+        )
+    ids = given["input_ids"]
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"adaptive: input_ids must be a Tensor, got {type(ids).__name__}")
+    if ids.dtype not in (torch.int32, torch.int64) or ids.dim() != 2 or not ids.numel():  # noqa: PLR2004
+        raise ValueError(
+            "adaptive: input_ids must be whole numbers [batch, tokens], at least one token, "
+            f"got {ids.dtype} {list(ids.shape)}"
+        )
+    return given
 
 
 def _decode(

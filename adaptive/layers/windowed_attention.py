@@ -133,9 +133,11 @@ def _count_windowed(state: LayerState, split: HeadSplit) -> None:
     state.count_path("razor" if how.compensation else "window")
     store = split.window.store
     heads = len(how.windowed)
-    state.kv_bytes += store.used_bytes
-    state.kv_tokens += split.batch * store.length * heads // state.site.kv_heads
-    state.dense_bytes += store.used_bytes // max(store.length, 1) * split.length
+    state.count_read(
+        split.batch * store.length * heads // state.site.kv_heads,
+        store.used_bytes,
+        store.used_bytes // max(store.length, 1) * split.length,
+    )
 
 
 def visible_tokens(mask: Tensor | None, batch: int) -> Tensor | None:

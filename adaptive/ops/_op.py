@@ -1,15 +1,17 @@
 """Declares operators. The only module that talks to torch.library and to the native module.
 
-An op is declared once, as a typed PyTorch function: the *reference*. From it come the schema, the
-fallback for devices without a kernel, and the oracle that native kernels are tested against. The
-op's ``outputs`` function allocates what the kernel fills; on fake tensors it is what torch.compile
-needs to know. A kernel is found by name: ``adaptive._native.<name>``.
+An op is declared once, as a typed PyTorch function: the *reference*. From it come the schema and
+the oracle that native kernels are tested against. The op's ``outputs`` function allocates what the
+kernel fills; on fake tensors it is what torch.compile needs to know, and on meta tensors it is all
+there is to do. A kernel is found by name: ``adaptive._native.<name>``, which refuses, by name, the
+devices that it does not know.
 
 An eager call outside autograd goes straight to the kernel. Under torch.compile, under autograd and
 for tensor subclasses it goes through the dispatcher. Arguments that are not torch tensors but speak
 DLPack (NumPy, CuPy) are viewed as tensors, and the results come back as the caller's kind.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -60,29 +62,37 @@ class Op(Generic[P, R]):
         self.edges = edges
         self.models = models
         self.__doc__ = reference.__doc__
+        self._signature = inspect.signature(reference)
         self.native: tuple[str, ...] = ("cpu", "cuda") if _native.cuda else ("cpu",)
 
-        self._kernel = getattr(_native, self.name, None)
-        if self._kernel is None:
-            self.native = ()
+        self._kernel = getattr(_native, self.name)
         _library.define(self.name + torch.library.infer_schema(reference, mutates_args=()))
-        _library.impl(self.name, reference, "CompositeExplicitAutograd")
+        _library.impl(self.name, self._run, "CompositeExplicitAutograd")
         _library.impl(self.name, self._refuse_gradient, "Autograd")
-        for device in self.native:
-            _library.impl(self.name, self._run, device.upper())
         torch.library.register_fake(f"adaptive::{self.name}", outputs, lib=_library)
         self._overload: Callable[P, R] = getattr(torch.ops.adaptive, self.name).default
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run the native kernel of the arguments' device, or the reference if it has none."""
-        first = args[0] if args else next(iter(kwargs.values()), None)
+        """Run the native kernel of the arguments' device; on meta tensors, say shapes only.
+
+        Raises:
+            NotImplementedError: This build has no kernel for the device.
+            TypeError: An argument is unknown or missing.
+        """
         if torch.compiler.is_compiling():
             return self._overload(*args, **kwargs)
-        if type(first) is Tensor and not torch.is_grad_enabled() and not recorded():
-            return self._run(*args, **kwargs)
-        if isinstance(first, Tensor):
-            interop.refuse_arrays(self.reference, args, kwargs)
-            return self._overload(*args, **kwargs)
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        try:
+            direct = type(first) is Tensor and not torch.is_grad_enabled() and not first.is_meta
+            if direct and not recorded():
+                return self._run(*args, **kwargs)
+            if isinstance(first, Tensor):
+                interop.refuse_arrays(self.reference, args, kwargs)
+                return self._overload(*args, **kwargs)
+        except (RuntimeError, TypeError):
+            self._check_names(args, kwargs)  # its words are better
+            raise
+        self._check_names(args, kwargs)
         if first is None:
             raise TypeError(f"adaptive::{self.name}: the first argument must be a tensor, got None")
         tensors, named, restore = interop.to_torch(self.reference, args, kwargs)
@@ -95,20 +105,33 @@ class Op(Generic[P, R]):
 
     def into(self, *outputs: Tensor, **arguments: Any) -> None:
         """Run the native kernel into ``outputs``, which the caller allocated like ``outputs()``."""
-        self._fill(outputs, (), arguments)
+        try:
+            self._fill(outputs, (), arguments)
+        except TypeError:
+            self._check_names((), arguments)
+            raise
 
     def _run(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        if self._kernel is None:
-            return self.reference(*args, **kwargs)
         outputs = self.outputs(*args, **kwargs)
         self._fill(outputs if isinstance(outputs, tuple) else (outputs,), args, kwargs)
         return outputs  # type: ignore[no-any-return]
 
     def _fill(self, outputs: tuple[Tensor, ...], args: Any, kwargs: Any) -> None:
+        # OpenMP counts threads per calling thread. Asking makes torch set that of a new one, which
+        # its own ops do and the kernel, that knows no torch, cannot.
+        torch.get_num_threads()
         wanted = self._kernel(*outputs, None, *args, **kwargs)
         if wanted:  # bytes of workspace, without which nothing ran
             workspace = torch.empty(wanted, dtype=torch.uint8, device=outputs[0].device)
             self._kernel(*outputs, workspace, *args, **kwargs)
+
+    def _check_names(self, args: Any, kwargs: Any) -> None:
+        """Raise TypeError unless the arguments are those of the reference, whatever they hold."""
+        try:
+            self._signature.bind(*args, **kwargs)
+        except TypeError as error:
+            names = ", ".join(self._signature.parameters)
+            raise TypeError(f"adaptive::{self.name}: arguments must be {names}: {error}") from None
 
     def _refuse_gradient(self, *args: P.args, **kwargs: P.kwargs) -> R:
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]

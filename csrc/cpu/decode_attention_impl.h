@@ -1,12 +1,14 @@
-// decode_attention's kernel, one template on a SIMD trait and an element type. Keys come in blocks
-// of 64: all query rows score a block, take its softmax online and accumulate its values while the
-// block is in cache, so that memory is read once whatever the number of rows. A tile of up to 4
-// rows shares every load. Each row's arithmetic is the same in any tile.
+// The kernel of decode attention and of its kin that choose keys or score them, one template on a
+// SIMD trait and an element type. Keys come in blocks of 64: all query rows score a block, take its
+// softmax online and accumulate its values while the block is in cache, so that memory is read once
+// whatever the number of rows. A tile of up to 4 rows shares every load. Each row's arithmetic is
+// the same in any tile.
 
 #pragma once
 
 #include "cpu/decode_attention_kernel.h"
 #include "cpu/decode_attention_keys.h"
+#include "cpu/score_tokens_impl.h"
 #include "cpu/simd.h"
 
 namespace adaptive::cpu {
@@ -29,6 +31,7 @@ class DecodeItemKernel {
 
   void run() {
     load_query();
+    if (item_.sink.weights != nullptr) clear_sink(item_, rows_, args_.mask != nullptr);
     Block<E> blocks[2];
     int current = 0;
     keys_.find(item_.begin, blocks[current]);
@@ -38,12 +41,13 @@ class DecodeItemKernel {
       for_tiles([&](auto tile, int64_t row) { score<decltype(tile)::kRows>(block, row); });
       for (int64_t row = 0; row < rows_; ++row) softmax(block, row);
       keys_.find(block.first + kBlockKeys, next);
+      current = 1 - current;
+      if (args_.value == nullptr) continue;
       for_tiles([&](auto tile, int64_t row) {
         // What is in cache already costs nothing to fetch again.
         const E* const* ahead = row == 0 && next.count > 0 ? next.key : block.value;
         accumulate<decltype(tile)::kRows>(block, ahead, row);
       });
-      current = 1 - current;
     }
     store_acc();
   }
@@ -161,9 +165,10 @@ class DecodeItemKernel {
     const Vec scale = S::set1(args_.scale);
     for (int i = 0; i < block.count; i += S::kWidth) S::store(s + i, S::mul(scale, S::load(s + i)));
     if (args_.softcap > 0) cap(s, block.count);
-    if (args_.mask != nullptr && args_.mask_add) keys_.add_mask(block, row, s);
-    if (!block.whole) keys_.hide_unseen(block, row, s);
+    keys_.finish_scores(block, row, s);
     for (int i = block.count; i % S::kWidth != 0; ++i) s[i] = -kInfinity;
+    const WeightSink& sink = item_.sink;
+    if (sink.logits) keep_weights(sink, block, row, s);
 
     Vec block_max = S::set1(-kInfinity);
     for (int i = 0; i < block.count; i += S::kWidth) block_max = S::max(S::load(s + i), block_max);
@@ -180,6 +185,9 @@ class DecodeItemKernel {
     if (new_max != old_max) rescale(row, exp<S>(S::sub(S::set1(old_max), shift)));
     item_.max[row] = new_max;
     item_.sum[row] += S::reduce_add(sum);
+    if (sink.weights == nullptr || sink.logits) return;
+    keep_weights(sink, block, row, s);
+    sink.maxima[(row * sink.stride + block.first) / kBlockKeys] = new_max;
   }
 
   void cap(float* s, int count) const {
@@ -257,13 +265,8 @@ class DecodeItemKernel {
       float* to = item_.acc + row * head_dim_;
       for (int column = 0; column < head_dim_; column += kUnit) {
         float unit[kUnit];
-        const float* low = acc(row) + column;
-        const float* high = low + S::kWidth;
-#pragma GCC unroll 16
-        for (int i = 0; i < S::kWidth; ++i) {
-          unit[E::kInterleaved ? 2 * i : i] = low[i];
-          unit[E::kInterleaved ? 2 * i + 1 : i + S::kWidth] = high[i];
-        }
+        const float* from = acc(row) + column;
+        store_unit<S, E>(S::load(from), S::load(from + S::kWidth), unit);
         const int count = head_dim_ - column < kUnit ? tail_ : kUnit;
         __builtin_memcpy(to + column, unit, count * sizeof(float));
       }

@@ -18,4 +18,17 @@ Level level();
 /// is above best_level().
 void set_level(Level level);
 
+template <class Kernel>
+Kernel at_level(Kernel base, Kernel avx2, Kernel avx512) {
+  return level() == Level::kAvx512 ? avx512 : level() == Level::kAvx2 ? avx2 : base;
+}
+
 }  // namespace adaptive::cpu
+
+/// Of the functions kernel_base, kernel_avx2 and kernel_avx512, that of the level in force.
+#if defined(__x86_64__)
+#define ADAPTIVE_AT_LEVEL(kernel) \
+  ::adaptive::cpu::at_level(&kernel##_base, &kernel##_avx2, &kernel##_avx512)
+#else
+#define ADAPTIVE_AT_LEVEL(kernel) (&kernel##_base)
+#endif

@@ -8,6 +8,10 @@
 //   max(a, b), min(a, b)        b where either is NaN
 //   select_less(a, b, x, y)     x where a < b, y elsewhere and where either is NaN
 //   ldexp(a, n)                 a * 2^n for whole n in -126..127, anything beyond
+//   any_nan(a)                  whether any lane is NaN
+//   compress(a, b, i, v, p)     stores the lanes of a that are at least those of b to v, and their
+//                               numbers, lane 0 being i, to p; returns how many; may write up to
+//                               kWidth entries
 //   reduce4(a, b, c, d, out)    the four sums over lanes, each in the same order of additions
 //
 // Everything lives in an anonymous namespace and nothing of the standard library is called: a
@@ -48,6 +52,19 @@ ADAPTIVE_INLINE void prefetch(const E* row) {
 #pragma GCC unroll 8
   for (int i = 0; i < kBytes; i += kCacheLine) {
     __builtin_prefetch(reinterpret_cast<const char*>(row) + i, 0, 2);
+  }
+}
+
+/// Stores what load_pair made of 2 * kWidth elements of type E, in their order.
+template <class S, class E>
+ADAPTIVE_INLINE void store_unit(typename S::Vec low, typename S::Vec high, float* to) {
+  float lows[S::kWidth], highs[S::kWidth];
+  S::store(lows, low);
+  S::store(highs, high);
+#pragma GCC unroll 16
+  for (int i = 0; i < S::kWidth; ++i) {
+    to[E::kInterleaved ? 2 * i : i] = lows[i];
+    to[E::kInterleaved ? 2 * i + 1 : i + S::kWidth] = highs[i];
   }
 }
 

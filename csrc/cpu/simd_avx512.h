@@ -4,6 +4,7 @@
 
 // GCC 11 to 13 warn about variables inside their own header (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 
 #include "cpu/simd.h"
@@ -35,6 +36,18 @@ struct SimdAvx512 {
   }
   static ADAPTIVE_INLINE float reduce_max(Vec a) { return _mm512_reduce_max_ps(a); }
   static ADAPTIVE_INLINE float reduce_add(Vec a) { return _mm512_reduce_add_ps(a); }
+
+  static ADAPTIVE_INLINE bool any_nan(Vec a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
+  static ADAPTIVE_INLINE int compress(Vec a, Vec bound, int32_t first, float* values,
+                                      int32_t* positions) {
+    const __mmask16 kept = _mm512_cmp_ps_mask(a, bound, _CMP_GE_OQ);
+    if (kept == 0) return 0;
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    _mm512_storeu_ps(values, _mm512_maskz_compress_ps(kept, a));
+    const __m512i place = _mm512_add_epi32(lanes, _mm512_set1_epi32(first));
+    _mm512_storeu_si512(positions, _mm512_maskz_compress_epi32(kept, place));
+    return __builtin_popcount(kept);
+  }
 
   static ADAPTIVE_INLINE void reduce4(Vec a, Vec b, Vec c, Vec d, float* out) {
     const Vec ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));

@@ -39,6 +39,22 @@ struct SimdBase {
   }
   static ADAPTIVE_INLINE float reduce_add(Vec a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 
+  static ADAPTIVE_INLINE bool any_nan(Vec a) {
+    bool found = false;
+    for (int i = 0; i < kWidth; ++i) found |= a[i] != a[i];
+    return found;
+  }
+  static ADAPTIVE_INLINE int compress(Vec a, Vec bound, int32_t first, float* values,
+                                      int32_t* positions) {
+    int count = 0;
+    for (int i = 0; i < kWidth; ++i) {
+      values[count] = a[i];
+      positions[count] = first + i;
+      count += a[i] >= bound[i];
+    }
+    return count;
+  }
+
   static ADAPTIVE_INLINE void reduce4(Vec a, Vec b, Vec c, Vec d, float* out) {
     out[0] = reduce_add(a);
     out[1] = reduce_add(b);

@@ -81,7 +81,7 @@ class Builder:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.compiler = shutil.which(os.environ.get("CXX", "g++"))
+        self.compiler = shutil.which(os.environ.get("CXX") or "g++")
 
     def objects(self, *sources: Path, flags: tuple[str, ...] = ()) -> list[Path]:
         """Compiles each source, two at a time."""

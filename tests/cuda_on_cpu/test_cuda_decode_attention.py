@@ -194,6 +194,18 @@ def test_a_length_out_of_range_makes_its_row_nan(decode, dtype, multiprocessors)
 
 
 @every_dtype
+@pytest.mark.parametrize("multiprocessors", [1, 40], ids=["one split", "many splits"])
+def test_what_other_rows_hold_changes_no_bit(decode, dtype, multiprocessors):
+    decode.set_device(multiprocessors)
+    tensors = inputs(dtype, batch=3, query_tokens=2, capacity=300)
+    before = decode(*tensors, lengths=int32(200, 300, 7))
+    moved = [t[[2, 0, 1]] * t.new_tensor([9, 1, 9]).view(3, 1, 1, 1) for t in tensors]
+    after = decode(*moved, lengths=int32(0, 200, 130))
+    for a, b in zip(before, after, strict=True):
+        assert torch.equal(a[0], b[1])
+
+
+@every_dtype
 def test_nan_in_a_key_reaches_its_row_alone(decode, dtype):
     query, key, value = inputs(dtype, kv_heads=1)
     key[0, 0, 40] = torch.nan

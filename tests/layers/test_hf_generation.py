@@ -5,8 +5,9 @@ import copy
 import models
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, DynamicLayer, StaticCache
 
+import adaptive
 from adaptive.layers import kv_memory
 from adaptive.layers.hf_cache import AdaptiveCacheLayer, adopt, new_cache
 
@@ -169,3 +170,21 @@ def test_a_model_compiles_whole_with_any_cache(llama, kind):
                 for a, b in steps
             ]
     assert torch.allclose(torch.cat(parts, 1), expected, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_compiled_pass_runs_the_kernel_uncounted_and_takes_over_no_cache():
+    """What docs/architecture.md says of torch.compile."""
+    model = models.make("llama")
+    patched = adaptive.patch(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    ids, cache = models.token_ids(1, 13), DynamicCache(config=model.config)
+    with torch.no_grad():
+        compiled(input_ids=ids[:, :12], past_key_values=cache)
+        compiled(input_ids=ids[:, 12:], past_key_values=cache)
+    report = patched.report()
+    assert report.native_calls == {"decode_attention:cpu": 4}
+    assert [layer.native_calls for layer in report.layers] == [0, 0]
+    assert report.forward_calls == 0
+    assert {type(layer) for layer in cache.layers} == {DynamicLayer}

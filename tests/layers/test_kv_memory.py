@@ -20,7 +20,9 @@ ON_LINUX = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="rea
 
 @pytest.fixture
 def lazy_memory():
-    """Fresh memory as users have it: not filled."""
+    """Fresh memory as users have it: not filled, and without what earlier tests wrote."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
     torch.utils.deterministic.fill_uninitialized_memory = False
     yield
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -38,6 +38,18 @@ def test_a_wrong_environment_is_explained(tmp_path, environment, message):
     assert "Traceback" not in printed
 
 
+def test_make_looks_for_the_compiler_that_the_build_uses(tmp_path):
+    environment = {**os.environ, "CXX": "no-such-compiler -O2"}
+    done = subprocess.run(
+        ["make", f"VENV={tmp_path / 'venv'}", f"PYTHON={sys.executable}", "TORCH=--version",
+         tmp_path / "venv" / "torch.txt"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "The C++ compiler 'no-such-compiler -O2' was not found" in done.stdout
+    assert not (tmp_path / "venv").exists()
+
+
 def test_a_wrong_architecture_is_explained(tmp_path):
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()

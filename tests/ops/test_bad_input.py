@@ -148,9 +148,26 @@ BAD = {
         TypeError,
         "mask must be bool or float32",
     ),
-    "scale is NaN": ({"scale": math.nan}, ValueError, "scale must be finite, got nan"),
+    "scale is NaN": ({"scale": math.nan}, ValueError, "scale must be finite in float32, got nan"),
+    "scale beyond float32": ({"scale": 1e300}, ValueError, r"scale must be finite .*got 1e\+300"),
+    "scale beyond float64": ({"scale": 10**400}, ValueError, "scale must be finite .*got int"),
+    "scale is text": ({"scale": "1"}, TypeError, "scale must be a number, got str"),
+    "scale is complex": ({"scale": 1j}, TypeError, "scale must be a number, got complex"),
     "softcap negative": ({"softcap": -1.0}, ValueError, "softcap must be 0 .*got -1"),
-    "softcap infinite": ({"softcap": math.inf}, ValueError, "softcap must be 0 .*got inf"),
+    "softcap infinite": ({"softcap": math.inf}, ValueError, "softcap must be finite .*got inf"),
+    "softcap that float32 rounds to off": (
+        {"softcap": 1e-60},
+        ValueError,
+        r"softcap must be 0 \(off\) or positive in float32, got 1e-60",
+    ),
+    "softcap is None": ({"softcap": None}, TypeError, "softcap must be a number, got NoneType"),
+    "causal is None": ({"causal": None}, TypeError, "causal must be True or False, got NoneType"),
+    "causal is text": ({"causal": "no"}, TypeError, "causal must be True or False, got str"),
+    "unknown argument": (
+        {"casual": True},
+        TypeError,
+        "adaptive::decode_attention: arguments must be query, .*unexpected.* 'casual'",
+    ),
 }
 
 
@@ -159,6 +176,35 @@ def test_is_refused_by_name(name):
     changes, error, message = BAD[name]
     with torch.no_grad(), pytest.raises(error, match=message):
         decode_attention(**arguments(**changes))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("kind", [torch.Tensor, np.ndarray])
+def test_arguments_of_no_op_are_named(kind, grad):
+    query, key, value = arguments().values()
+    if kind is np.ndarray:
+        query, key, value = query.numpy(), key.numpy(), value.numpy()
+    start = "adaptive::decode_attention: arguments must be query, .*"
+    with torch.set_grad_enabled(grad):
+        with pytest.raises(TypeError, match=start + "unexpected .*'casual'"):
+            decode_attention(query, key, value, casual=True)
+        with pytest.raises(TypeError, match=start + "missing .*'value'"):
+            decode_attention(query, key)
+        with pytest.raises(TypeError, match=start + "too many"):
+            decode_attention(query, key, value, None, None, None, 0.0, True, value)
+    outputs = decode_attention.outputs(*arguments().values())
+    with pytest.raises(TypeError, match=start + "unexpected .*'casual'"):
+        decode_attention.into(*outputs, **arguments(), casual=True)
+
+
+@pytest.mark.parametrize(
+    "number", [2, np.float32(2), torch.tensor(2.0)], ids=lambda n: str(type(n))
+)
+def test_every_kind_of_number_is_one(number):
+    with torch.no_grad():
+        out, _ = decode_attention(**arguments(), scale=number, softcap=number, causal=np.False_)
+        expected, _ = decode_attention(**arguments(), scale=2.0, softcap=2.0, causal=False)
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize(

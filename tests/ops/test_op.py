@@ -1,6 +1,8 @@
 """The op mechanism: which way a call takes, what it costs, what it refuses."""
 
+import ctypes
 import statistics
+import threading
 import time
 
 import pytest
@@ -94,10 +96,52 @@ def test_parameters_and_named_arguments_are_taken():
     assert all(map(torch.equal, named, expected))
 
 
-def test_a_device_without_a_kernel_says_shapes_only():
-    out, lse = decode_attention(*(a if a is None else a.to("meta") for a in inputs()))
+@pytest.mark.parametrize("grad", [False, True])
+def test_meta_tensors_say_shapes_only(grad):
+    with torch.set_grad_enabled(grad):
+        out, lse = decode_attention(*(a if a is None else a.to("meta") for a in inputs()))
     assert out.shape == (1, 4, 1, 64)
     assert lse.device.type == "meta"
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_layout_without_a_kernel_is_refused_not_computed_slowly(grad):
+    query, key, value, *_ = inputs()
+    with torch.set_grad_enabled(grad), pytest.raises(TypeError, match="query must be a strided"):
+        decode_attention(query.to_sparse(), key, value)
+
+
+@pytest.mark.parametrize("call", [decode_attention, "into"], ids=["op", "into"])
+def test_a_new_thread_obeys_set_num_threads(call):
+    """The kernel asks OpenMP, whose number of threads is each calling thread's own."""
+    openmp = ctypes.CDLL(_native.__file__)  # finds what the kernel links to
+    query, key, value, *_ = inputs()
+    outputs = decode_attention.outputs(query, key, value)
+    seen = []
+
+    def attend():
+        torch.set_grad_enabled(False)
+        seen.append(openmp.omp_get_max_threads())
+        if call == "into":
+            decode_attention.into(*outputs, query=query, key=key, value=value)
+        else:
+            call(query, key, value)
+        seen.append(openmp.omp_get_max_threads())
+
+    def in_a_new_thread(threads):
+        torch.set_num_threads(threads)
+        thread = threading.Thread(target=attend)
+        thread.start()
+        thread.join()
+
+    before = torch.get_num_threads()
+    try:
+        in_a_new_thread(before)
+        wanted = seen[0] + 1  # not what a new thread has anyway
+        in_a_new_thread(wanted)
+    finally:
+        torch.set_num_threads(before)
+    assert seen[-1] == wanted
 
 
 def test_overhead_of_an_eager_call_is_about_that_of_an_allocation():

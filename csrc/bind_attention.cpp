@@ -1,0 +1,198 @@
+// The checks that the bindings of attention ops share.
+
+#include "bind_attention.h"
+
+namespace adaptive {
+namespace {
+
+constexpr int64_t kMaxQueryTokens = 16;
+constexpr int64_t kMinHeadDim = 32, kMaxHeadDim = 256;
+constexpr int64_t kHeadDimStep = 8;
+
+void set_mask(const Check& check, const TensorView& mask, DecodeAttentionArgs& args) {
+  const int64_t full[4] = {args.batch, args.heads, args.query_tokens, args.capacity};
+  check.broadcast(mask, "mask", full, args.mask_stride);
+  args.mask = mask.data<void>();
+  args.mask_add = check.dtype(mask, "mask", {DType::kBool, DType::kFloat32}) == DType::kFloat32;
+}
+
+void set_scalars(const Check& check, const AttentionInputs& inputs, DecodeAttentionArgs& args) {
+  args.scale = inputs.scale.is_none() ? static_cast<float>(1 / std::sqrt(double(args.head_dim)))
+                                      : check.number(inputs.scale, "scale");
+  args.softcap = check.number(inputs.softcap, "softcap");
+  // What float32 rounds to zero would switch the cap off.
+  if (args.softcap < 0 || (args.softcap == 0 && PyFloat_AsDouble(inputs.softcap.ptr()) != 0)) {
+    check.fail(PyExc_ValueError, "softcap", "be 0 (off) or positive in float32",
+               Check::text(inputs.softcap));
+  }
+}
+
+void check_cache(const Check& check, const TensorView& cache, const char* name,
+                 const TensorView& query, DType dtype) {
+  check.dtype(cache, name, {dtype});
+  check.same_device(cache, name, query);
+  check.last_contiguous(cache, name);
+}
+
+// The list of one row and head. Finds out whether all is well first, then what is not.
+void check_list(const Check& check, const Choice& choice, int64_t row, int64_t head,
+                int64_t entries) {
+  const std::string at = "[" + std::to_string(row) + ", " + std::to_string(head);
+  const int32_t count =
+      choice.counts[row * choice.counts_stride[0] + head * choice.counts_stride[1]];
+  if (count < 0 || count > choice.chosen) {
+    check.fail(PyExc_IndexError, ("counts" + at + "]").c_str(),
+               "be in 0.." + std::to_string(choice.chosen), std::to_string(count));
+  }
+  const int32_t* list =
+      choice.indices + row * choice.indices_stride[0] + head * choice.indices_stride[1];
+  if (count == 0) return;
+  bool ascends = list[0] >= 0 && list[count - 1] < entries;
+  for (int32_t i = 1; i < count; ++i) ascends &= list[i - 1] < list[i];
+  for (int32_t i = 0; !ascends && i < count; ++i) {
+    const std::string name = "indices" + at + ", " + std::to_string(i) + "]";
+    if (list[i] < 0 || list[i] >= entries) {
+      check.fail(PyExc_IndexError, name.c_str(), "be in 0.." + std::to_string(entries - 1),
+                 std::to_string(list[i]));
+    }
+    if (i > 0 && list[i - 1] >= list[i]) {
+      check.fail(PyExc_IndexError, name.c_str(),
+                 "be more than the one before, " + std::to_string(list[i - 1]),
+                 std::to_string(list[i]));
+    }
+  }
+}
+
+}  // namespace
+
+void set_strides(const TensorView& view, int64_t (&strides)[3]) {
+  for (int axis = 0; axis < 3; ++axis) strides[axis] = view.stride(axis);
+}
+
+void check_head_dim(const Check& check, const TensorView& view, const char* name) {
+  const int64_t size = view.size(3);
+  if (size < kMinHeadDim || size > kMaxHeadDim || size % kHeadDimStep != 0) {
+    check.fail(PyExc_ValueError, name, "have a head_dim of 32..256 that is a multiple of 8",
+               check.shape(view));
+  }
+}
+
+const int32_t* check_lengths(const Check& check, const TensorView& lengths, int64_t batch,
+                             int64_t capacity, const TensorView& like) {
+  if (!lengths.given()) return nullptr;
+  check.tensor(lengths, "lengths", 1);
+  check.same_device(lengths, "lengths", like);
+  check.dtype(lengths, "lengths", {DType::kInt32});
+  check.size(lengths, "lengths", 0, batch);
+  check.last_contiguous(lengths, "lengths");
+  const int32_t* values = lengths.data<int32_t>();
+  if (lengths.tensor.device.type != dlpack::kCpu) return values;  // the CUDA kernel looks itself
+  for (int64_t row = 0; row < batch; ++row) {
+    if (values[row] < 0 || values[row] > capacity) {
+      check.fail(PyExc_IndexError, ("lengths[" + std::to_string(row) + "]").c_str(),
+                 "be in 0.." + std::to_string(capacity), std::to_string(values[row]));
+    }
+  }
+  return values;
+}
+
+DecodeAttentionArgs attention_args(const Check& check, const AttentionInputs& inputs) {
+  const TensorView &query = inputs.query, &key = inputs.key;
+  check.tensor(query, "query", 4);
+  check.tensor(key, "key", 4);
+  if (inputs.value != nullptr) check.tensor(*inputs.value, "value", 4);
+
+  DecodeAttentionArgs args{};
+  args.batch = query.size(0);
+  args.heads = query.size(1);
+  args.query_tokens = query.size(2);
+  args.head_dim = query.size(3);
+  args.kv_heads = key.size(1);
+  args.capacity = key.size(2);
+  args.causal = check.flag(inputs.causal, "causal");
+
+  if (args.query_tokens > kMaxQueryTokens) {
+    check.fail(PyExc_ValueError, "query", "have at most 16 query tokens", check.shape(query));
+  }
+  check_head_dim(check, query, "query");
+  check.size(key, "key", 0, args.batch);
+  check.size(key, "key", 3, args.head_dim);
+  if (inputs.value != nullptr) {
+    for (int axis = 0; axis < 4; ++axis) check.size(*inputs.value, "value", axis, key.size(axis));
+  }
+  if (args.kv_heads == 0 ? args.heads != 0 : args.heads % args.kv_heads != 0) {
+    check.fail(PyExc_ValueError, "query",
+               "have a multiple of key's " + std::to_string(args.kv_heads) + " heads",
+               std::to_string(args.heads));
+  }
+
+  args.dtype = check.dtype(query, "query", {DType::kFloat32, DType::kFloat16, DType::kBfloat16});
+  check.last_contiguous(query, "query");
+  check_cache(check, key, "key", query, args.dtype);
+  if (inputs.value != nullptr) check_cache(check, *inputs.value, "value", query, args.dtype);
+  set_scalars(check, inputs, args);
+
+  args.lengths = check_lengths(check, inputs.lengths, args.batch, args.capacity, query);
+  if (inputs.mask.given()) {
+    check.tensor(inputs.mask, "mask", -1);
+    check.same_device(inputs.mask, "mask", query);
+    set_mask(check, inputs.mask, args);
+  }
+  args.query = query.data<void>();
+  args.key = key.data<void>();
+  set_strides(query, args.query_stride);
+  set_strides(key, args.key_stride);
+  if (inputs.value != nullptr) {
+    args.value = inputs.value->data<void>();
+    set_strides(*inputs.value, args.value_stride);
+  }
+  return args;
+}
+
+void check_output(const Check& check, const TensorView& output, const char* name,
+                  std::initializer_list<int64_t> sizes, const TensorView& like) {
+  check.tensor(output, name, static_cast<int>(sizes.size()));
+  check.dtype(output, name, {DType::kFloat32});
+  check.same_device(output, name, like);
+  int axis = 0;
+  for (const int64_t size : sizes) check.size(output, name, axis++, size);
+}
+
+void set_attention_outputs(const Check& check, const TensorView* out, const TensorView& lse,
+                           const TensorView& query, DecodeAttentionArgs& args) {
+  if (out != nullptr) {
+    check_output(check, *out, "out", {args.batch, args.heads, args.query_tokens, args.head_dim},
+                 query);
+    check.last_contiguous(*out, "out");
+    args.out = out->data<float>();
+    set_strides(*out, args.out_stride);
+  }
+  check_output(check, lse, "lse", {args.batch, args.heads, args.query_tokens}, query);
+  check.contiguous(lse, "lse");
+  args.lse = lse.data<float>();
+}
+
+Choice check_choice(const Check& check, const TensorView& indices, const TensorView& counts,
+                    int64_t batch, int64_t kv_heads, int64_t entries, const TensorView& like) {
+  check.tensor(indices, "indices", 3);
+  check.tensor(counts, "counts", 2);
+  for (const auto& [view, name] : {std::pair{&indices, "indices"}, std::pair{&counts, "counts"}}) {
+    check.dtype(*view, name, {DType::kInt32});
+    check.same_device(*view, name, like);
+    check.size(*view, name, 0, batch);
+    check.size(*view, name, 1, kv_heads);
+  }
+  check.last_contiguous(indices, "indices");
+  const Choice choice{.indices = indices.data<int32_t>(),
+                      .indices_stride = {indices.stride(0), indices.stride(1)},
+                      .counts = counts.data<int32_t>(),
+                      .counts_stride = {counts.stride(0), counts.stride(1)},
+                      .chosen = indices.size(2)};
+  if (indices.tensor.device.type != dlpack::kCpu) return choice;  // the CUDA kernel looks itself
+  for (int64_t row = 0; row < batch; ++row) {
+    for (int64_t head = 0; head < kv_heads; ++head) check_list(check, choice, row, head, entries);
+  }
+  return choice;
+}
+
+}  // namespace adaptive
