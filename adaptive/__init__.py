@@ -8,6 +8,7 @@ import torch  # noqa: F401  (first: its OpenMP runtime is the one that the kerne
 
 from adaptive import _native
 from adaptive.adapters import Family, register_family
+from adaptive.calibrate import calibrate
 from adaptive.cpu_level import cpu_level, set_cpu_level
 from adaptive.errors import (
     AdaptiveError,
@@ -51,6 +52,7 @@ __all__ = [
     "__version__",
     "_native",
     "attention",
+    "calibrate",
     "check",
     "cpu_level",
     "patch",

@@ -14,6 +14,7 @@ from adaptive.errors import (
     UnknownFamily,
     UnsupportedModel,
 )
+from adaptive.layers.fingerprint import fingerprint
 from adaptive.layers.state import RECORD, STATE, LayerState, PatchRecord, Survey
 from adaptive.patched import Patched
 from adaptive.policy import Exact, ModelShape, Plan, Policy
@@ -87,7 +88,7 @@ def patch(model: nn.Module, *policies: Policy | Plan) -> Patched:
         TypeError: An argument is no model, policy or plan; or there is a plan beside others.
         ValueError: A policy does not fit the model.
     """
-    root, survey, support, plan = _examine(model, policies)
+    root, survey, support, plan = examine(model, policies)
     if isinstance(plan, ValueError):
         raise plan
     if support.error is not None or plan is None:
@@ -117,7 +118,7 @@ def check(model: nn.Module, *policies: Policy | Plan) -> Support:
     Raises:
         TypeError: An argument is no model, policy or plan; or there is a plan beside others.
     """
-    return _examine(model, policies)[2]
+    return examine(model, policies)[2]
 
 
 def patched(model: nn.Module) -> Patched:
@@ -133,7 +134,7 @@ def patched(model: nn.Module) -> Patched:
     return Patched(model, root, record)
 
 
-def _examine(
+def examine(
     model: nn.Module, policies: Sequence[Policy | Plan]
 ) -> tuple[nn.Module, Survey, Support, Plan | ValueError | None]:
     """Return the module to patch, what is there, what to say about it, and the plan for it.
@@ -162,7 +163,7 @@ def _examine(
         error = UnsupportedModel
     else:
         try:
-            plan = _plan(survey.shape, policies)
+            plan = _plan(root, survey.shape, policies)
         except ValueError as misfit:  # a PlanMismatch, or a policy's own
             plan, error = misfit, type(misfit)
             problems = [str(misfit).removeprefix("adaptive: ")]
@@ -254,7 +255,7 @@ def _install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
         torch_attention.install(root, survey, record)
 
 
-def _plan(shape: ModelShape, policies: Sequence[Policy | Plan]) -> Plan:
+def _plan(root: nn.Module, shape: ModelShape, policies: Sequence[Policy | Plan]) -> Plan:
     plans = [policy for policy in policies if isinstance(policy, Plan)]
     if not plans:
         chosen = [policy for policy in policies if isinstance(policy, Policy)]
@@ -262,4 +263,7 @@ def _plan(shape: ModelShape, policies: Sequence[Policy | Plan]) -> Plan:
     if len(policies) > 1:
         raise TypeError("adaptive: give either one Plan or policies, got both or several plans")
     plans[0].check_shape(shape)
+    plans[0].check_policies()
+    if plans[0].fingerprint is not None:
+        plans[0].check_fingerprint(fingerprint(root, shape))
     return plans[0]

@@ -12,6 +12,17 @@ ROOT = Path(__file__).parents[1]
 
 MAY_IMPORT = {
     "patch": {"adapters", "layers", "policy", "patched"},
+    "calibrate": {
+        "calibrate_heads",
+        "calibrate_layers",
+        "calibrate_run",
+        "layers",
+        "patch",
+        "policy",
+    },
+    "calibrate_run": {"calibrate_heads", "calibrate_layers", "layers"},
+    "calibrate_heads": {"ops", "policy"},
+    "calibrate_layers": {"ops", "policy"},
     "patched": {"adapters", "layers", "policy"},
     "layers": {"policy", "ops"},
     "policy": {"ops"},

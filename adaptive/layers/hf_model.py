@@ -1,9 +1,7 @@
 """Takes hold of a transformers model: what is there, and the changes that patch() makes to it."""
 
-import copy
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, NoReturn
 
@@ -13,8 +11,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from adaptive.layers import hf_attention, hf_cache
-from adaptive.layers.changes import AttributeChange
 from adaptive.layers.correction import correct, note_pass
+from adaptive.layers.hf_config import ask_for
+from adaptive.layers.hf_windows import own_windows
 from adaptive.layers.sparse_attention import set_up
 from adaptive.layers.state import PatchRecord, Site, Survey
 from adaptive.ops import decode_attention
@@ -32,32 +31,6 @@ FORWARD = "_adaptive_forward"
 
 CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching")
 OLDEST, NEWEST = (4, 57), 5
-_IMPLEMENTATION = "_attn_implementation_internal"
-_MISSING = object()
-
-
-@dataclass
-class ConfigChange(AttributeChange):
-    """A module's ``config`` was swapped for a copy that asks for our attention.
-
-    What the user sets on the copy while the model is patched goes back to the original: undoing
-    takes back what patch() did, nothing else.
-    """
-
-    at_patch: dict[str, Any] = field(default_factory=dict)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Arrive in a copy, perhaps in a process that has patched nothing yet."""
-        self.__dict__.update(state)
-        hf_attention.register()
-
-    def undo(self, module: nn.Module) -> None:
-        """Put the original back, with what was set on the copy since."""
-        ours = self.at_patch[_IMPLEMENTATION]
-        for key, value in self.after.__dict__.items():
-            if value is not self.at_patch.get(key, _MISSING) and value != ours:
-                self.before.__dict__[key] = value
-        super().undo(module)
 
 
 def survey(
@@ -92,6 +65,7 @@ def survey(
         heads=tuple(site.heads for site in sites),
         kv_heads=tuple(site.kv_heads for site in sites),
         head_dim=tuple(site.head_dim for site in sites),
+        windows=own_windows(config, len(sites)),
     )
     found = [*problems, *_version_problems(), *_implementation_problems(root, modules)]
     found += _tensor_problems(root)
@@ -132,19 +106,7 @@ def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
     set_up(record)
     original: Any = root.config
     name = hf_attention.NAMES[original._attn_implementation]
-    copies: dict[int, Any] = {}
-    for module_name, module in root.named_modules():
-        config = module.__dict__.get("config")
-        if _IMPLEMENTATION not in getattr(config, "__dict__", {}):
-            continue
-        if id(config) not in copies:
-            copied = copies[id(config)] = copy.copy(config)
-            copied.__dict__[_IMPLEMENTATION] = name
-        after = copies[id(config)]
-        record.log.make(
-            root,
-            ConfigChange(module_name, "config", True, config, after, dict(after.__dict__)),
-        )
+    ask_for(root, record.log, name)
     for entry in CONTINUOUS_BATCHING:
         if hasattr(root, entry):
             record.log.set(root, "", entry, refuse_continuous_batching)
@@ -236,11 +198,9 @@ def _held(layer: Any) -> tuple[str, int, int]:
 
 
 def _head_dim(module: nn.Module, config: Any) -> int:
-    for name in ("head_dim", "head_size"):
-        size = getattr(module, name, None)
-        if isinstance(size, int):
-            return size
-    return int(config.hidden_size // config.num_attention_heads)
+    sizes = (getattr(module, name, None) for name in ("head_dim", "head_size"))
+    known = next((size for size in sizes if isinstance(size, int)), None)
+    return int(config.hidden_size // config.num_attention_heads) if known is None else known
 
 
 def _version_problems() -> list[str]:

@@ -3,6 +3,7 @@
 from adaptive.ops._op import OPS, Op, recorded
 from adaptive.ops.decode_attention import decode_attention
 from adaptive.ops.gather_attention import gather_attention
+from adaptive.ops.head_scores import head_scores
 from adaptive.ops.score_tokens import score_tokens
 from adaptive.ops.scored_attention import scored_attention
 from adaptive.ops.select_tokens import select_tokens
@@ -13,6 +14,7 @@ __all__ = [
     "Op",
     "decode_attention",
     "gather_attention",
+    "head_scores",
     "recorded",
     "score_tokens",
     "scored_attention",

@@ -40,7 +40,7 @@ def check_share(policy: Policy, name: str) -> None:
 def check_rate(policy: Policy, name: str) -> None:
     """Raise unless the field is a number from 0 to 1."""
     value = getattr(policy, name)
-    if value != 0 and not is_share(value) or isinstance(value, bool):
+    if (value != 0 and not is_share(value)) or isinstance(value, bool):
         raise refused(policy, name, "be a number from 0 to 1", value)
 
 

@@ -41,21 +41,16 @@ def read_duo(folder: Path, sparsity: float) -> Pattern:
 
     Of heads with equal numbers those of earlier layers keep their keys.
     """
-    if sparsity != 0 and not is_share(sparsity) or isinstance(sparsity, bool):
+    if (sparsity != 0 and not is_share(sparsity)) or isinstance(sparsity, bool):
         raise ValueError(f"adaptive: sparsity must be a number from 0 to 1, got {sparsity!r}")
     gates = _table(folder / "full_attention_heads.tsv")
     path = folder / "config.json"
     config = _json(path)
-    numbers = [config.get(name) for name in ("sink_size", "recent_size")]
-    for name, number, least in zip(("sink_size", "recent_size"), numbers, (0, 1), strict=True):
-        if type(number) is not int or number < least:
-            raise ValueError(
-                f"adaptive: {path}: {name} must be a whole number from {least} on, got {number!r}"
-            )
+    sinks = _count(path, config, "sink_size", 0)
+    recent = _count(path, config, "recent_size", 1)
     places = [(layer, head) for layer, row in enumerate(gates) for head in range(len(row))]
     ranked = sorted(places, key=lambda place: (-gates[place[0]][place[1]], place))
     kept = ranked[: len(places) - round(sparsity * len(places))]
-    sinks, recent = numbers
     return Pattern(
         kept=tuple(sorted(kept)),
         layers=len(gates),
@@ -117,6 +112,15 @@ def _number(path: Path, line: int, text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"adaptive: {path}, line {line}: must hold numbers, got {text!r}")
     return value
+
+
+def _count(path: Path, config: dict[str, Any], name: str, least: int) -> int:
+    number = config.get(name)
+    if type(number) is not int or number < least:
+        raise ValueError(
+            f"adaptive: {path}: {name} must be a whole number from {least} on, got {number!r}"
+        )
+    return number
 
 
 def _json(path: Path) -> dict[str, Any]:

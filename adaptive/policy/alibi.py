@@ -29,14 +29,13 @@ def alibi_windows(
         raise ValueError(
             f"adaptive: norms must be as many as slopes, {len(slopes)}, got {len(norms)}"
         )
-    for name, values, fits in (
-        ("slopes", slopes, lambda x: x > 0),
-        ("norms", norms, lambda x: x >= 0),
-        ("eps", [eps], lambda x: 0 < x < 1),
+    for name, values, rule, good in (
+        ("slopes", slopes, "be above 0", [slope > 0 for slope in slopes]),
+        ("norms", norms, "be 0 or more", [norm >= 0 for norm in norms]),
+        ("eps", [eps], "be above 0 and below 1", [0 < eps < 1]),
     ):
-        for value in values:
-            if not (math.isfinite(value) and fits(value)):
-                limits = {"slopes": "above 0", "norms": "0 or more", "eps": "between 0 and 1"}
-                raise ValueError(f"adaptive: {name} must be {limits[name]}, got {value!r}")
+        for value, fits in zip(values, good, strict=True):
+            if not (math.isfinite(value) and fits):
+                raise ValueError(f"adaptive: {name} must {rule}, got {value!r}")
     reach = [2 * norm - math.log(eps) for norm in norms]
     return tuple(math.ceil(far / slope) for far, slope in zip(reach, slopes, strict=True))

@@ -55,7 +55,7 @@ class Quest(Policy):
         check_count(self, "min_context", 1)
         check_count(self, "audit_every", 1, optional=True)
 
-    def tokens(self, length: int) -> int:  # noqa: ARG002  (what a share would need)
+    def tokens(self, length: int) -> int:
         """Keys per KV head at ``length`` tokens."""
         return self.budget
 

@@ -176,6 +176,11 @@ class RazorAttention(Policy):
                 table = table.with_row(layer, row)
         return table
 
+    def may_drop(self, table: Plan) -> list[tuple[int, int]]:
+        """(layer, KV head) pairs of ``table`` that could keep a window: not in a dense layer."""
+        free = free_layers(table, self.dense_layers)
+        return [(layer, head) for layer in free for head in range(table.shape.kv_heads[layer])]
+
     def _pairs(self, heads: object) -> Heads:
         """Return ``heads`` as ascending pairs."""
         if isinstance(heads, Mapping):

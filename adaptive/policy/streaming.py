@@ -37,7 +37,7 @@ class StreamingLLM(Policy):
         if self.layers == ():
             raise refused(self, "layers", "name a layer, or be None", ())
 
-    def window_tokens(self, length: int) -> int:  # noqa: ARG002  (what a share would need)
+    def window_tokens(self, length: int) -> int:
         """Recent tokens kept at ``length`` tokens."""
         return self.window
 
