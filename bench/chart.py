@@ -9,7 +9,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-from bench.table import tokens_label
+from bench.markdown import tokens_label
 
 LINES = {
     "stock default": ("stock, default cache", "#c2410c", "o"),

@@ -10,39 +10,12 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
+from bench.markdown import Document, machine_line, render, tokens_label
 from bench.record import load
+from bench.table_sparse import quality_table, sparse_models_table, sparse_ops_table
 
-Document = dict[str, Any]
 HEADLINE_TOKENS = (16384, 32768)
-
-
-def tokens_label(tokens: int) -> str:
-    """16384 -> 16k; 256 -> 256."""
-    return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
-
-
-def render(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; numbers to the right."""
-    align = ["---"] + ["--:"] * (len(header) - 1)
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, align, *rows))
-
-
-def machine_line(document: Document) -> str:
-    """One sentence on where and how the numbers were made."""
-    machine = document["machine"]
-    versions = machine["versions"]
-    read = document.get("bandwidth_gb_s", {})
-    speeds = ", ".join(
-        f"{value:.1f} GB/s with {n} thread{'s' * (n != '1')}" for n, value in sorted(read.items())
-    )
-    return (
-        f"{machine['cpu']}, {machine['cores']} cores, measured read bandwidth {speeds}; "
-        f"torch {versions['torch']}, transformers {versions['transformers']}; "
-        f"transparent huge pages: {machine['huge_pages']}; commit `{machine['commit']}`, "
-        f"{machine['date'][:10]}."
-    )
 
 
 def models_table(document: Document) -> str:
@@ -106,7 +79,8 @@ def ops_table(document: Document) -> str:
     rows = []
     for row in document["rows"]:
         tokens = row["sizes"].get("capacity")
-        if row["threads"] != 1 or tokens not in HEADLINE_TOKENS:
+        wanted = row["op"] == "decode_attention" and tokens in HEADLINE_TOKENS
+        if row["threads"] != 1 or not wanted:
             continue
         ours = next(v for v in row["variants"].values() if v["kind"] == "native")
         best = row["variants"][row["best_stock"]]
@@ -161,42 +135,14 @@ def modules_table(document: Document) -> str:
     )
 
 
-def quality_table(document: Document) -> str:
-    """What each policy answers at each budget, and what it reads for that."""
-    rows = []
-    for row in document["rows"]:
-        tasks = row["tasks"]
-        text = tasks["text"]
-        name = row["policy"] + (f", {row['budget']} keys" if row["budget"] else "")
-        rows.append(
-            [
-                name,
-                f"{row['kv_read_share']:.1%}",
-                *(f"{tasks[task]['accuracy']:.0%}" for task in ("passkey", "keys", "variables")),
-                f"{text['bits_per_byte']:.3f}",
-                f"{text['kl_from_dense']:.3f}",
-                f"{text['top1_agreement']:.0%}",
-            ]
-        )
-    answers = {task: row["tasks"][task]["answers"] for task in ("passkey", "keys", "variables")}
-    header = ["policy", "KV read", *(f"{task} (of {n})" for task, n in answers.items())]
-    header += ["bits per byte", "KL from dense", "same token as dense"]
-    context = document["rows"][0]["context"]
-    return (
-        render(header, rows)
-        + f"\n\nLab model, {tokens_label(context)} tokens read densely, answers and "
-        + f"{document['rows'][0]['tasks']['text']['tokens']} tokens of held-out text decoded with "
-        + "the policy, the right tokens fed. "
-        + machine_line(document)
-    )
-
-
 TABLES: dict[str, tuple[str, Callable[[Document], str]]] = {
     "decode": ("models", models_table),
     "memory": ("models", memory_table),
     "modules": ("modules", modules_table),
     "ops": ("ops", ops_table),
     "quality": ("quality", quality_table),
+    "sparse_models": ("models", sparse_models_table),
+    "sparse_ops": ("ops", sparse_ops_table),
 }
 """Name between the markers -> kind of result file it is made from, and how."""
 

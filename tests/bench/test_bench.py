@@ -164,14 +164,20 @@ def test_every_op_has_something_to_measure_and_a_truth_that_its_reference_meets(
     options = ops.arguments().parse_args([])
     assert {cell.op.name for cell in ops.cells(options)} == OPS.keys()
     for op in OPS.values():
-        sizes = {"batch": 2, "heads": 8, "kv_heads": 2, "capacity": 70, "head_dim": 32}
-        arguments = op.make_inputs(**sizes, dtype=torch.float32, device="cpu")
+        small = {"batch": 2, "heads": 8, "kv_heads": 2, "capacity": 70, "head_dim": 32}
+        small |= {"chosen": 20, "budget": 20}
         suite = stock.suite_for(op)
+        sizes = {name: small[name] for name in (suite.sweep or op.models)[0]}
+        arguments = op.make_inputs(**sizes, dtype=torch.float32, device="cpu")
+        if suite.place is not None:
+            arguments = suite.place(*arguments)
         truth = suite.truth(*arguments)
+        assert suite.moved(arguments, truth) > 0
         assert truth.dtype == torch.float64
         forms = {"reference": lambda op=op, a=arguments: stock.first(op.reference(*a))}
         forms |= {n: lambda f=f, a=arguments: f(*a) for n, f in suite.forms.items()}
-        assert max(prove(forms, truth, 1e-4).values()) > 0
+        rounds = stock.first(op.reference(*arguments)).is_floating_point()
+        assert (max(prove(forms, truth, 1e-4).values()) > 0) is rounds
 
 
 def test_an_op_without_a_suite_is_measured_against_its_reference():
