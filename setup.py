@@ -22,7 +22,7 @@ ISA_FLAGS = {
     "_avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c",
 }
 DEFAULT_ARCHS = "80;90a"
-PTX_ARCH = "90"  # newer GPUs compile from this at load time
+PTX_ARCH = "80"  # newer GPUs compile from it at load time; no pass of nvcc of its own
 
 NINJA_RULES = """\
 rule cxx
@@ -83,10 +83,11 @@ def gencode_flags() -> str:
             raise SystemExit(
                 f"adaptive: ADAPTIVE_CUDA_ARCHS must look like {DEFAULT_ARCHS!r}, got {archs!r}"
             )
-    flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
-    if archs == DEFAULT_ARCHS:
-        flags.append(f"-gencode=arch=compute_{PTX_ARCH},code=compute_{PTX_ARCH}")
-    return " ".join(flags)
+    ptx = (PTX_ARCH,) if archs == DEFAULT_ARCHS else ()
+    return " ".join(
+        word(f"-gencode=arch=compute_{n},code=[sm_{n}{f',compute_{n}' * (n in ptx)}]")
+        for n in names
+    )
 
 
 def word(argument: object) -> str:
