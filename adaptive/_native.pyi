@@ -21,3 +21,14 @@ def decode_attention(
     softcap: float = 0.0,
     causal: bool = True,
 ) -> int: ...
+def select_tokens(
+    indices: Tensor,
+    counts: Tensor,
+    workspace: Tensor | None,
+    scores: Tensor,
+    budget: int,
+    lengths: Tensor | None = None,
+    sinks: int = 0,
+    recent: int = 0,
+    mass: float = 1.0,
+) -> int: ...

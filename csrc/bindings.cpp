@@ -69,4 +69,5 @@ PYBIND11_MODULE(_native, m) {
   m.def("cpu_level", [] { return level_name(cpu::level()); });
   m.def("set_cpu_level", &set_cpu_level, py::arg("level"));
   bind_decode_attention(m);
+  bind_select_tokens(m);
 }

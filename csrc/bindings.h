@@ -10,5 +10,6 @@ namespace adaptive {
 void count_call(const char* kernel);
 
 void bind_decode_attention(pybind11::module_& m);
+void bind_select_tokens(pybind11::module_& m);
 
 }  // namespace adaptive

@@ -12,7 +12,7 @@ I32 = torch.int32
 MASKED_SHARE = 0.2
 
 
-def make_inputs(
+def make_inputs(  # noqa: PLR0913
     batch: int,
     kv_heads: int,
     capacity: int,
@@ -24,7 +24,7 @@ def make_inputs(
     ties: bool = False,
     masked: bool = False,
     *,
-    dtype: torch.dtype = torch.float32,  # noqa: ARG001
+    dtype: torch.dtype = torch.float32,
     device: str,
     seed: int = 0,
 ) -> tuple[Any, ...]:
@@ -50,10 +50,9 @@ def outputs(
     mass: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Uninitialised ``indices`` and ``counts`` for these arguments."""
-    batch, kv_heads, capacity = scores.shape
-    width = min(budget, capacity)
-    indices = torch.empty((batch, kv_heads, width), dtype=I32, device=scores.device)
-    return indices, torch.empty((batch, kv_heads), dtype=I32, device=scores.device)
+    *heads, capacity = scores.shape  # what is wrong with them, the kernel says
+    indices = scores.new_empty((*heads, max(0, min(budget, capacity))), dtype=I32)
+    return indices, scores.new_empty(heads, dtype=I32)
 
 
 @op(
@@ -116,17 +115,17 @@ def select_tokens(
         recent: Always choose this many of the last keys in use.
         mass: Choose as few keys as have this share of the sum of all scores in use, forced ones
             included and counted; ``budget`` is the limit. In (0, 1]; 1: choose ``budget`` keys.
-            Below 1 no score may be negative, -inf aside. Sums are taken in units of 2^-32 times
-            the largest score of the row and head, rounded to nearest, so they do not depend on
-            the order.
+            Below 1 no score may be negative or infinite, -inf aside. Sums are taken in units of
+            2^-32 times the largest score of the row and head, rounded to nearest, so they do not
+            depend on the order.
 
     Returns:
         ``(indices, counts)``, int32: ``[batch, kv_heads, min(budget, capacity)]``, ascending, -1
         after the last; and how many there are, ``[batch, kv_heads]``.
 
     Raises:
-        ValueError: A shape, layout or option is wrong; a score is NaN, or negative though ``mass``
-            is below 1. On CUDA, that row's count is -1 instead.
+        ValueError: A shape, layout or option is wrong; a score is NaN, or negative or inf
+            though ``mass`` is below 1. On CUDA, that row's count is -1 instead.
         TypeError: A dtype is wrong.
         IndexError: A length is out of range. On CUDA, that row's counts are -1 instead.
     """

@@ -50,6 +50,21 @@ struct SimdAvx2 {
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
   }
 
+  static ADAPTIVE_INLINE int append_not_less(Vec a, Vec limit, int32_t first, float* values,
+                                             int32_t* positions) {
+    auto lanes = static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, limit, _CMP_NLT_UQ)));
+    if (lanes == 0) return 0;
+    float all[kWidth];
+    store(all, a);
+    int count = 0;
+    for (; lanes != 0; lanes &= lanes - 1) {
+      const int lane = __builtin_ctz(lanes);
+      values[count] = all[lane];
+      positions[count++] = first + lane;
+    }
+    return count;
+  }
+
   static ADAPTIVE_INLINE void load_pair(const Float32* p, Vec& a, Vec& b) {
     a = load(&p->value);
     b = load(&p[kWidth].value);

@@ -46,6 +46,16 @@ struct SimdAvx512 {
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
   }
 
+  static ADAPTIVE_INLINE int append_not_less(Vec a, Vec limit, int32_t first, float* values,
+                                             int32_t* positions) {
+    const __mmask16 lanes = _mm512_cmp_ps_mask(a, limit, _CMP_NLT_UQ);
+    const __m512i order = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i at = _mm512_add_epi32(_mm512_set1_epi32(first), order);
+    _mm512_storeu_ps(values, _mm512_maskz_compress_ps(lanes, a));
+    _mm512_storeu_si512(positions, _mm512_maskz_compress_epi32(lanes, at));
+    return __builtin_popcount(lanes);
+  }
+
   static ADAPTIVE_INLINE void load_pair(const Float32* p, Vec& a, Vec& b) {
     a = _mm512_loadu_ps(p);
     b = _mm512_loadu_ps(p + kWidth);

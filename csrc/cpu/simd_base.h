@@ -46,6 +46,18 @@ struct SimdBase {
     out[3] = reduce_add(d);
   }
 
+  static ADAPTIVE_INLINE int append_not_less(Vec a, Vec limit, int32_t first, float* values,
+                                             int32_t* positions) {
+    const auto below = a < limit;  // -1 where true
+    int count = 0;
+    for (int lane = 0; lane < kWidth; ++lane) {
+      values[count] = a[lane];
+      positions[count] = first + lane;
+      count += 1 + below[lane];
+    }
+    return count;
+  }
+
   static ADAPTIVE_INLINE void load_pair(const Float32* p, Vec& a, Vec& b) {
     a = load(&p->value);
     b = load(&p[kWidth].value);
