@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include "cpu/select_tokens_cut.h"
 #include "cpu/select_tokens_kernel.h"
 #include "cpu/simd.h"
 
@@ -64,7 +65,18 @@ uint64_t sum_parts(const float* scores, int64_t count, double unit) {
 }
 
 template <class S>
-constexpr SelectKernel kSelect = {take<S>, scan<S>, sum_parts<S>};
+void rank(const float* scores, int64_t count, uint32_t* keys) {
+  for (int64_t i = 0; i < count; ++i) keys[i] = key_of(scores[i]);
+}
+
+template <class S>
+Cut cut(uint32_t* keys, int64_t count, uint64_t goal) {
+  return find_cut<uint32_t>(keys, nullptr, count, goal);
+}
+
+template <class S>
+constexpr SelectKernel kSelect = {take<S>, scan<S>, sum_parts<S>,
+                                  rank<S>, cut<S>,  find_cut<uint64_t>};
 
 }  // namespace
 }  // namespace adaptive::cpu
