@@ -18,7 +18,7 @@ namespace {
 
 namespace py = pybind11;
 
-constexpr int64_t kMaxCapacity = INT32_MAX;  // positions are int32
+constexpr int64_t kMaxCapacity = int64_t{1} << 30;  // positions are int32, with room to count on
 
 void set_lengths(const Check& check, const TensorView& lengths, SelectTokensArgs& args) {
   check.dtype(lengths, "lengths", {DType::kInt32});
@@ -45,7 +45,7 @@ SelectTokensArgs select_tokens_args(const Check& check, const TensorView& scores
   args.kv_heads = scores.size(1);
   args.capacity = scores.size(2);
   if (args.capacity > kMaxCapacity) {
-    check.fail(PyExc_ValueError, "scores", "have at most 2147483647 keys", check.shape(scores));
+    check.fail(PyExc_ValueError, "scores", "have at most 1073741824 keys", check.shape(scores));
   }
   if (budget < 1) {
     check.fail(PyExc_ValueError, "budget", "be at least 1", std::to_string(budget));

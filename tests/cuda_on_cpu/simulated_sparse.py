@@ -16,6 +16,10 @@ SPARSE_SOURCES = [
 ]
 REDUCTIONS = ("sum", "max", "logit")
 NONE = (0, 0, 0)
+UNWRITTEN = 7777777  # of int32 outputs
+GUARD = (
+    1 << 17
+)  # elements around the indices that a wrong kernel may write and a right one must not
 
 
 class GatherArgs(ctypes.Structure):
@@ -152,8 +156,9 @@ class Sparse:
         """As adaptive.ops.select_tokens; limited to the capacity by the binding."""
         batch, kv_heads, capacity = scores.shape
         width = min(budget, capacity)
-        indices = torch.full((batch, kv_heads, width), 7777777, dtype=torch.int32)
-        counts = torch.full((batch, kv_heads), 7777777, dtype=torch.int32)
+        around = torch.full((batch * kv_heads * width + 2 * GUARD,), UNWRITTEN, dtype=torch.int32)
+        indices = around[GUARD:-GUARD].view(batch, kv_heads, width)
+        counts = torch.full((batch, kv_heads), UNWRITTEN, dtype=torch.int32)
         args = SelectArgs(
             pointer(scores), scores.stride()[:2], pointer(lengths), pointer(indices),
             pointer(counts), batch, kv_heads, capacity, width, width,
@@ -164,6 +169,8 @@ class Sparse:
         args.workspace = workspace.data_ptr()
         args.workspace_bytes = wanted - short_workspace
         self._run(self.library.select_keys, args)
+        assert (around[:GUARD] == UNWRITTEN).all()
+        assert (around[-GUARD:] == UNWRITTEN).all()
         return indices, counts
 
     def sum(self, source, indices, counts):
