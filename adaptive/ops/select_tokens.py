@@ -12,7 +12,7 @@ I32 = torch.int32
 MASKED_SHARE = 0.2
 
 
-def make_inputs(
+def make_inputs(  # noqa: PLR0913
     batch: int,
     kv_heads: int,
     capacity: int,
@@ -50,10 +50,9 @@ def outputs(
     mass: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Uninitialised ``indices`` and ``counts`` for these arguments."""
-    batch, kv_heads, capacity = scores.shape
-    width = min(max(budget, 0), capacity)  # what is wrong with it, the kernel says
-    indices = torch.empty((batch, kv_heads, width), dtype=I32, device=scores.device)
-    return indices, torch.empty((batch, kv_heads), dtype=I32, device=scores.device)
+    *heads, capacity = scores.shape  # what is wrong with them, the kernel says
+    indices = scores.new_empty((*heads, max(0, min(budget, capacity))), dtype=I32)
+    return indices, scores.new_empty(heads, dtype=I32)
 
 
 @op(
@@ -116,17 +115,17 @@ def select_tokens(
         recent: Always choose this many of the last keys in use.
         mass: Choose as few keys as have this share of the sum of all scores in use, forced ones
             included and counted; ``budget`` is the limit. In (0, 1]; 1: choose ``budget`` keys.
-            Below 1 no score may be negative or infinite, -inf aside. Each score is rounded to
-            units of 2^-32 times the smallest power of two above the largest score of the row and
-            head, so sums do not depend on the order.
+            Below 1 no score may be negative or infinite, -inf aside. Sums are taken in units of
+            2^-32 times the largest score of the row and head, rounded to nearest, so they do not
+            depend on the order.
 
     Returns:
         ``(indices, counts)``, int32: ``[batch, kv_heads, min(budget, capacity)]``, ascending, -1
         after the last; and how many there are, ``[batch, kv_heads]``.
 
     Raises:
-        ValueError: A shape, layout or option is wrong; a score is NaN, or negative or infinite
-            though ``mass`` is below 1. On CUDA, the count of that row and head is -1 instead.
+        ValueError: A shape, layout or option is wrong; a score is NaN, or negative or inf
+            though ``mass`` is below 1. On CUDA, that row's count is -1 instead.
         TypeError: A dtype is wrong.
         IndexError: A length is out of range. On CUDA, that row's counts are -1 instead.
     """
@@ -156,13 +155,12 @@ def _choose(line: Tensor, budget: int, sinks: int, recent: int, mass: float) -> 
     chosen = forced.nonzero().flatten().tolist()
     wanted = min(budget - len(chosen), len(order))
     if mass < 1:
-        units = 32 - math.frexp(float(line[seen].max()))[1]
-        parts = (line.double().masked_fill(~seen, 0) * 2.0**units).round()
-        needed = mass * float(parts.sum())
-        held = float(parts[forced].sum())
-        enough = 0
-        while enough < wanted and held < needed:
-            held += float(parts[order[enough]])
-            enough += 1
-        wanted = enough
+        unit = float(line[seen].max()) * 2.0**-32
+        parts = (line.double() / unit).round() if unit > 0 else torch.zeros(len(line)).double()
+        need = mass * float(parts[seen].sum()) - float(parts[forced].sum())
+        held = (
+            torch.cumsum(parts[torch.tensor(order, dtype=torch.int64)], 0) if order else parts[:0]
+        )
+        enough = int((held < need).sum()) + 1 if need > 0 else 0
+        wanted = min(wanted, enough)
     return torch.tensor(sorted(chosen + order[:wanted]), dtype=I32)

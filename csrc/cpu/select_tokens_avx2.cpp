@@ -1,10 +1,10 @@
-// The passes of select_tokens for AVX2, FMA and F16C.
+// select_tokens' passes over all scores for AVX2.
 
 #include "cpu/select_tokens_impl.h"
 #include "cpu/simd_avx2.h"
 
 namespace adaptive::cpu {
 
-SelectKernels select_kernels_avx2() { return select_kernels<SimdAvx2>(); }
+const SelectKernel kSelectAvx2 = kSelect<SimdAvx2>;
 
 }  // namespace adaptive::cpu

@@ -8,11 +8,10 @@
 //   max(a, b), min(a, b)        b where either is NaN
 //   select_less(a, b, x, y)     x where a < b, y elsewhere and where either is NaN
 //   ldexp(a, n)                 a * 2^n for whole n in -126..127, anything beyond
-//   any_nan(a)                  whether any lane is NaN
-//   compress(a, b, i, v, p)     stores the lanes of a that are at least those of b to v, and their
-//                               numbers, lane 0 being i, to p; returns how many; may write up to
-//                               kWidth entries
 //   reduce4(a, b, c, d, out)    the four sums over lanes, each in the same order of additions
+//   append_not_less(a, limit, first, values, positions)
+//                               the lanes not below limit, NaN included, and first + lane of each,
+//                               one after another; returns how many, may write kWidth elements
 //
 // Everything lives in an anonymous namespace and nothing of the standard library is called: a
 // function with external linkage, compiled here for AVX-512, could be the copy that the linker

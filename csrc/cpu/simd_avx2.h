@@ -45,27 +45,24 @@ struct SimdAvx2 {
     return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
   }
 
-  static ADAPTIVE_INLINE bool any_nan(Vec a) {
-    return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)) != 0;
-  }
-  static ADAPTIVE_INLINE int compress(Vec a, Vec bound, int32_t first, float* values,
-                                      int32_t* positions) {
-    unsigned kept = _mm256_movemask_ps(_mm256_cmp_ps(a, bound, _CMP_GE_OQ));
-    if (kept == 0) return 0;
-    float lanes[kWidth];
-    store(lanes, a);
-    int count = 0;
-    for (; kept != 0; kept &= kept - 1, ++count) {
-      const int lane = __builtin_ctz(kept);
-      values[count] = lanes[lane];
-      positions[count] = first + lane;
-    }
-    return count;
-  }
-
   static ADAPTIVE_INLINE void reduce4(Vec a, Vec b, Vec c, Vec d, float* out) {
     const Vec abcd = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+  }
+
+  static ADAPTIVE_INLINE int append_not_less(Vec a, Vec limit, int32_t first, float* values,
+                                             int32_t* positions) {
+    auto lanes = static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, limit, _CMP_NLT_UQ)));
+    if (lanes == 0) return 0;
+    float all[kWidth];
+    store(all, a);
+    int count = 0;
+    for (; lanes != 0; lanes &= lanes - 1) {
+      const int lane = __builtin_ctz(lanes);
+      values[count] = all[lane];
+      positions[count++] = first + lane;
+    }
+    return count;
   }
 
   static ADAPTIVE_INLINE void load_pair(const Float32* p, Vec& a, Vec& b) {

@@ -37,18 +37,6 @@ struct SimdAvx512 {
   static ADAPTIVE_INLINE float reduce_max(Vec a) { return _mm512_reduce_max_ps(a); }
   static ADAPTIVE_INLINE float reduce_add(Vec a) { return _mm512_reduce_add_ps(a); }
 
-  static ADAPTIVE_INLINE bool any_nan(Vec a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
-  static ADAPTIVE_INLINE int compress(Vec a, Vec bound, int32_t first, float* values,
-                                      int32_t* positions) {
-    const __mmask16 kept = _mm512_cmp_ps_mask(a, bound, _CMP_GE_OQ);
-    if (kept == 0) return 0;
-    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    _mm512_storeu_ps(values, _mm512_maskz_compress_ps(kept, a));
-    const __m512i place = _mm512_add_epi32(lanes, _mm512_set1_epi32(first));
-    _mm512_storeu_si512(positions, _mm512_maskz_compress_epi32(kept, place));
-    return __builtin_popcount(kept);
-  }
-
   static ADAPTIVE_INLINE void reduce4(Vec a, Vec b, Vec c, Vec d, float* out) {
     const Vec ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     const Vec cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
@@ -57,6 +45,16 @@ struct SimdAvx512 {
     const __m256 half =
         _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+  }
+
+  static ADAPTIVE_INLINE int append_not_less(Vec a, Vec limit, int32_t first, float* values,
+                                             int32_t* positions) {
+    const __mmask16 lanes = _mm512_cmp_ps_mask(a, limit, _CMP_NLT_UQ);
+    const __m512i order = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i at = _mm512_add_epi32(_mm512_set1_epi32(first), order);
+    _mm512_storeu_ps(values, _mm512_maskz_compress_ps(lanes, a));
+    _mm512_storeu_si512(positions, _mm512_maskz_compress_epi32(lanes, at));
+    return __builtin_popcount(lanes);
   }
 
   static ADAPTIVE_INLINE void load_pair(const Float32* p, Vec& a, Vec& b) {

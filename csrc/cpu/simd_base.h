@@ -39,27 +39,23 @@ struct SimdBase {
   }
   static ADAPTIVE_INLINE float reduce_add(Vec a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 
-  static ADAPTIVE_INLINE bool any_nan(Vec a) {
-    bool found = false;
-    for (int i = 0; i < kWidth; ++i) found |= a[i] != a[i];
-    return found;
-  }
-  static ADAPTIVE_INLINE int compress(Vec a, Vec bound, int32_t first, float* values,
-                                      int32_t* positions) {
-    int count = 0;
-    for (int i = 0; i < kWidth; ++i) {
-      values[count] = a[i];
-      positions[count] = first + i;
-      count += a[i] >= bound[i];
-    }
-    return count;
-  }
-
   static ADAPTIVE_INLINE void reduce4(Vec a, Vec b, Vec c, Vec d, float* out) {
     out[0] = reduce_add(a);
     out[1] = reduce_add(b);
     out[2] = reduce_add(c);
     out[3] = reduce_add(d);
+  }
+
+  static ADAPTIVE_INLINE int append_not_less(Vec a, Vec limit, int32_t first, float* values,
+                                             int32_t* positions) {
+    const auto below = a < limit;  // -1 where true
+    int count = 0;
+    for (int lane = 0; lane < kWidth; ++lane) {
+      values[count] = a[lane];
+      positions[count] = first + lane;
+      count += 1 + below[lane];
+    }
+    return count;
   }
 
   static ADAPTIVE_INLINE void load_pair(const Float32* p, Vec& a, Vec& b) {

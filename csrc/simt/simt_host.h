@@ -13,6 +13,7 @@
 #include <stdexcept>
 #include <type_traits>
 
+#include "atomic.h"
 #include "block.h"
 #include "warp.h"
 

@@ -10,11 +10,16 @@ SPARSE_SOURCES = [
     ROOT / "csrc/cuda/gather_attention_mma.cu",
     ROOT / "csrc/cuda/score_tokens.cu",
     ROOT / "csrc/cuda/score_tokens_mma.cu",
+    ROOT / "csrc/cuda/select_tokens.cu",
     ROOT / "csrc/cuda/sum_tokens.cu",
     ROOT / "tests/cuda_on_cpu/sparse_shim.cpp",
 ]
 REDUCTIONS = ("sum", "max", "logit")
 NONE = (0, 0, 0)
+UNWRITTEN = 7777777  # of int32 outputs
+GUARD = (
+    1 << 17
+)  # elements around the indices that a wrong kernel may write and a right one must not
 
 
 class GatherArgs(ctypes.Structure):
@@ -50,6 +55,21 @@ class ScoreArgs(ctypes.Structure):
     )
 
 
+class SelectArgs(ctypes.Structure):
+    """SelectTokensArgs of csrc/select_tokens.h."""
+
+    _fields_ = (
+        ("scores", ctypes.c_void_p),
+        ("scores_stride", ctypes.c_int64 * 2),
+        *((name, ctypes.c_void_p) for name in ("lengths", "indices", "counts")),
+        *((name, ctypes.c_int64) for name in ("batch", "kv_heads", "capacity", "budget", "width")),
+        *((name, ctypes.c_int64) for name in ("sinks", "recent")),
+        ("mass", ctypes.c_double),
+        ("workspace", ctypes.c_void_p),
+        ("workspace_bytes", ctypes.c_int64),
+    )
+
+
 class SumArgs(ctypes.Structure):
     """SumTokensArgs of csrc/sum_tokens.h."""
 
@@ -67,17 +87,21 @@ class SumArgs(ctypes.Structure):
     )
 
 
+KINDS = {"gather": GatherArgs, "score": ScoreArgs, "select": SelectArgs, "sum": SumArgs}
+
+
 class Sparse:
     """The CUDA ops of sparse selection on the CPU."""
 
     def __init__(self, library: ctypes.CDLL):
         self.library = library
-        for kind, made in (("gather", GatherArgs), ("score", ScoreArgs), ("sum", SumArgs)):
+        for kind, made in KINDS.items():
             size = getattr(library, f"{kind}_args_bytes")
             size.restype = ctypes.c_int64
             assert size() == ctypes.sizeof(made)
         library.gather_workspace_bytes.restype = ctypes.c_int64
         library.score_workspace_bytes.restype = ctypes.c_int64
+        library.select_workspace_bytes.restype = ctypes.c_int64
         self.set_device()
         self.set_seed(0)
 
@@ -125,6 +149,29 @@ class Sparse:
         args.workspace_bytes = wanted - short_workspace
         self._run(self.library.score, args)
         return (scores, lse) if value is None else (out, lse, scores)
+
+    def select(
+        self, scores, budget, lengths=None, sinks=0, recent=0, mass=1.0, *, short_workspace=0
+    ):
+        """As adaptive.ops.select_tokens; limited to the capacity by the binding."""
+        batch, kv_heads, capacity = scores.shape
+        width = min(budget, capacity)
+        around = torch.full((batch * kv_heads * width + 2 * GUARD,), UNWRITTEN, dtype=torch.int32)
+        indices = around[GUARD:-GUARD].view(batch, kv_heads, width)
+        counts = torch.full((batch, kv_heads), UNWRITTEN, dtype=torch.int32)
+        args = SelectArgs(
+            pointer(scores), scores.stride()[:2], pointer(lengths), pointer(indices),
+            pointer(counts), batch, kv_heads, capacity, width, width,
+            min(sinks, capacity), min(recent, capacity), mass,
+        )  # fmt: skip
+        wanted = self.library.select_workspace_bytes(ctypes.byref(args))
+        workspace = torch.full((wanted // 4 + 1,), torch.nan)
+        args.workspace = workspace.data_ptr()
+        args.workspace_bytes = wanted - short_workspace
+        self._run(self.library.select_keys, args)
+        assert (around[:GUARD] == UNWRITTEN).all()
+        assert (around[-GUARD:] == UNWRITTEN).all()
+        return indices, counts
 
     def sum(self, source, indices, counts):
         """As adaptive.ops.sum_tokens."""
