@@ -47,7 +47,7 @@ def calibrate(
         batches: Prompts without padding for TidalDecode, instead of random tokens: token ids
             ``[batch, tokens]``, or mappings with "input_ids".
         tokens: Length of the random prompt, at least 32; less if the model has fewer positions.
-        progress: Whether to show a bar on stderr if it takes more than two seconds.
+        progress: Whether to show a bar, if stderr is a terminal, after two seconds.
 
     Returns:
         The plan, for `patch`, with the fingerprint of the weights, and as ``scores`` what was

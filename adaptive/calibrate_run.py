@@ -95,7 +95,7 @@ def run(root: nn.Module, survey: Survey, runs: Sequence[Run], progress: bool) ->
         root: A model of transformers that can be patched, and is not.
         survey: Of it.
         runs: The prompts.
-        progress: Whether to show a bar on stderr once it has taken a while.
+        progress: Whether to show a bar, if stderr is a terminal, once it has taken a while.
     """
     from adaptive.layers.hf_watch import watching
 
@@ -132,10 +132,12 @@ class _Watcher:
 
 
 class _Bar:
-    """A progress bar on stderr that appears when the work takes long."""
+    """A progress bar on a terminal that appears when the work takes long."""
 
     def __init__(self, total: int, wanted: bool) -> None:
-        self._total, self._wanted, self._done = total, wanted, 0
+        self._console = Console(stderr=True)
+        self._wanted = wanted and self._console.is_terminal
+        self._total, self._done = total, 0
         self._start = perf_counter()
         self._progress: Progress | None = None
 
@@ -158,7 +160,7 @@ class _Bar:
             if perf_counter() - self._start < SHOW_AFTER_SECONDS:
                 return
             columns = (TextColumn("calibrating"), BarColumn(), TimeRemainingColumn())
-            self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._progress = Progress(*columns, console=self._console, transient=True)
             self._progress.start()
             self._progress.add_task("", total=self._total)
         if self._progress is not None:
