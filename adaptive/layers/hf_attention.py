@@ -147,7 +147,8 @@ def _attend(call: Call) -> Attended:
     split = _split_of(call)
     reason = why_stock(call, state)
     if split is not None:
-        reason = _why_unreadable(reason)
+        _refuse_unreadable(reason)
+        reason = None
     if torch.compiler.is_compiling():
         return _native(call, state, split) if reason is None else _stock(call)
 
@@ -181,7 +182,7 @@ def _split_of(call: Call) -> HeadSplit | None:
     return store if isinstance(store, HeadSplit) else None
 
 
-def _why_unreadable(reason: str | None) -> None:
+def _refuse_unreadable(reason: str | None) -> None:
     """Raise if a call on a reduced cache would need the stock function; length is no hindrance."""
     if reason not in (None, "prefill", "long chunk"):
         raise NotImplementedError(

@@ -121,6 +121,7 @@ class AdaptiveCacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if torch.is_grad_enabled():
+            assert isinstance(self.store, KVStore)  # a reduced cache is locked here
             self._graph = _joined(self.keys, key_states), _joined(self.values, value_states)
             self.store.reset()
             return self._graph

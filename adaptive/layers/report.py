@@ -172,7 +172,9 @@ def report(model: str, record: PatchRecord, native_calls: dict[str, int]) -> Rep
         layers=tuple(_layer(state) for state in record.states),
         forward_calls=record.forward_calls,
         forward_seconds=record.forward_seconds if record.timed and record.forward_calls else None,
-        native_calls={n: c - start.get(n, 0) for n, c in native_calls.items() if c > start.get(n, 0)},
+        native_calls={
+            n: c - start.get(n, 0) for n, c in native_calls.items() if c > start.get(n, 0)
+        },
         notes=dict(record.notes),
     )
 
@@ -180,7 +182,8 @@ def report(model: str, record: PatchRecord, native_calls: dict[str, int]) -> Rep
 def _layer(state: LayerState) -> LayerReport:
     tokens, read_bytes = state.gathered.totals()
     values = state.mass.values()
-    marks = state.mass.percentiles(tuple(PERCENTILES.values())) or [None] * len(PERCENTILES)
+    marks: list[float | None] = [None] * len(PERCENTILES)
+    marks = [*(state.mass.percentiles(tuple(PERCENTILES.values())) or marks)]
     heads = state.mass.heads()
     return LayerReport(
         **dict(zip(PERCENTILES, marks, strict=True)),

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from adaptive.layers.certificate import retained_mass
 from adaptive.layers.derived import PageBounds, RunningSums
+from adaptive.layers.how import How
 from adaptive.layers.kv_store import KVStore
-from adaptive.layers.state import LayerState, PatchRecord
+from adaptive.layers.state import LayerState
 from adaptive.ops import (
     decode_attention,
     gather_attention,
@@ -24,8 +25,8 @@ from adaptive.ops import (
     select_tokens,
     sum_tokens,
 )
-from adaptive.policy import Policy, Quest, RazorAttention, StreamingLLM, TidalDecode
-from adaptive.policy.plan import DENSE, PAGES, RAZOR, REUSE, SELECT, STOCK, WINDOW
+from adaptive.policy import Quest, TidalDecode
+from adaptive.policy.plan import DENSE, SELECT
 
 
 class Inputs(NamedTuple):
@@ -58,27 +59,6 @@ class Inputs(NamedTuple):
 
 
 @dataclass(frozen=True)
-class How:
-    """What a row of the plan means for one layer, resolved once.
-
-    Attributes:
-        mode: Of the heads that keep every key: DENSE, SELECT, REUSE or PAGES.
-        policy: The TidalDecode or Quest behind ``mode``; None for DENSE.
-        window: The policy of the heads that keep a window; None if there are none.
-        whole: KV heads that keep every key.
-        windowed: The others.
-        compensation: Whether one token stands for what the others dropped.
-    """
-
-    mode: str
-    policy: TidalDecode | Quest | None
-    window: RazorAttention | StreamingLLM | None
-    whole: tuple[int, ...]
-    windowed: tuple[int, ...]
-    compensation: bool
-
-
-@dataclass(frozen=True)
 class Selection:
     """What a select layer chose in the pass now running.
 
@@ -93,46 +73,6 @@ class Selection:
     indices: Tensor
     counts: Tensor
     trusted: bool
-
-
-def resolve(row: Sequence[str], policies: Sequence[Policy]) -> How | None:
-    """What a row of the plan means; None if no head of it skips anything."""
-    if set(row) <= {DENSE, STOCK}:
-        return None
-    windowed = tuple(head for head, mode in enumerate(row) if mode in (WINDOW, RAZOR))
-    whole = tuple(head for head in range(len(row)) if head not in windowed)
-    mode = row[whole[0]] if whole else DENSE
-    kind = Quest if mode == PAGES else TidalDecode
-    policy = next((p for p in policies if isinstance(p, kind)), None) if mode != DENSE else None
-    window = next((p for p in policies if isinstance(p, (RazorAttention, StreamingLLM))), None)
-    return How(
-        mode=mode,
-        policy=policy,
-        window=window if windowed else None,
-        whole=whole,
-        windowed=windowed,
-        compensation=RAZOR in row,
-    )
-
-
-def set_up(record: PatchRecord) -> None:
-    """Tell every layer how to run its row of the plan."""
-    for state in record.states:
-        state.how = resolve(state.row, record.policies)
-    every = (getattr(policy, "correct_every", None) for policy in record.policies)
-    record.correct_every = next(filter(None, every), None)
-    record.eager_only = _eager_only(record)
-
-
-def _eager_only(record: PatchRecord) -> str:
-    hows: list[How] = [state.how for state in record.states if state.how is not None]
-    if any(how.windowed for how in hows):
-        return "layers whose heads drop keys"
-    if any(how.mode == PAGES for how in hows):
-        return "selection of pages"
-    if any(getattr(how.policy, "compensate", False) for how in hows):
-        return "TidalDecode(compensate=True)"
-    return "TidalDecode(correct_every=...)" if record.correct_every else ""
 
 
 def log_mass(state: LayerState, mass: Tensor, kv_heads: Sequence[int]) -> None:
@@ -168,11 +108,11 @@ def attend_whole(state: LayerState, inputs: Inputs, store: KVStore | None) -> Te
         return attend_densely(state, inputs, "dense: correction")
     if tokens < how.policy.min_context:
         return attend_densely(state, inputs, "dense: short context")
+    if isinstance(how.policy, Quest):
+        return _pages(state, inputs, how.policy, store)
     if how.mode == SELECT:
         return _select(state, inputs, how.policy)
-    if how.mode == REUSE:
-        return _reuse(state, inputs, how.policy, store)
-    return _pages(state, inputs, how.policy, store)
+    return _reuse(state, inputs, how.policy, store)
 
 
 def attend_densely(state: LayerState, inputs: Inputs, path: str) -> Tensor:
@@ -242,12 +182,12 @@ def _gathered(
     indices: Tensor,
     counts: Tensor,
     audit_every: int | None,
-    extra: dict[str, Tensor],
+    extra: dict[str, Any],
     page_size: int = 1,
 ) -> Tensor:
     """Attend to chosen keys, and measure now and then what the others would have weighed."""
     query, key, value, mask = inputs[:4]
-    options = {"mask": mask, "page_size": page_size, **inputs.options()}
+    options: dict[str, Any] = {"mask": mask, "page_size": page_size, **inputs.options()}
     out, kept = gather_attention(query, key, value, indices, counts, **extra, **options)
     audit = _audit_is_due(state, audit_every)
     state.count_path(state.how.mode)

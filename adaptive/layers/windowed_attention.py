@@ -10,9 +10,9 @@ from torch import Tensor
 from adaptive.layers.certificate import retained_mass
 from adaptive.layers.head_split import HeadSplit
 from adaptive.layers.hf_cache import AdaptiveCacheLayer
+from adaptive.layers.how import How
 from adaptive.layers.kv_store import KVStore
 from adaptive.layers.sparse_attention import (
-    How,
     Inputs,
     attend_densely,
     attend_whole,

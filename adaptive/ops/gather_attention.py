@@ -38,7 +38,7 @@ def make_inputs(
     return *found, None, 0.0, True, page_size
 
 
-def outputs(
+def outputs(  # noqa: PLR0913
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -136,7 +136,7 @@ def outputs(
         for capacity in (16384, 32768, 131072)
     ],
 )
-def gather_attention(
+def gather_attention(  # noqa: PLR0913
     query: Tensor,
     key: Tensor,
     value: Tensor,

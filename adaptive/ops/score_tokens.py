@@ -12,7 +12,7 @@ from adaptive.ops.decode_attention import make_inputs as make_decode_inputs
 
 F32 = torch.float32
 REDUCTIONS = ("sum", "max", "logit")
-EDGES = [
+EDGES: list[dict[str, Any]] = [
     # an empty batch, no query token, an empty cache
     {"batch": 0, "heads": 4, "kv_heads": 2, "capacity": 8, "head_dim": 64},
     {"batch": 2, "heads": 4, "kv_heads": 2, "capacity": 8, "head_dim": 64, "query_tokens": 0},

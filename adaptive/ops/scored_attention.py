@@ -17,7 +17,7 @@ def make_inputs(reduce: str = "sum", **sizes: Any) -> tuple[Any, ...]:
     return *make_decode_inputs(**sizes), None, 0.0, True, reduce
 
 
-def outputs(
+def outputs(  # noqa: PLR0913
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -41,7 +41,7 @@ def outputs(
     edges=EDGES,
     models=decode_attention.models,
 )
-def scored_attention(
+def scored_attention(  # noqa: PLR0913
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -9,7 +9,7 @@ from adaptive.ops._op import op
 from adaptive.ops.gather_attention import gather_attention
 from adaptive.ops.gather_attention import make_inputs as make_gather_inputs
 
-EDGES = [
+EDGES: list[dict[str, Any]] = [
     {"batch": 0, "heads": 2, "kv_heads": 2, "capacity": 8, "head_dim": 64, "chosen": 2},
     {"batch": 2, "heads": 2, "kv_heads": 2, "capacity": 0, "head_dim": 64, "chosen": 2},
     {"batch": 2, "heads": 2, "kv_heads": 2, "capacity": 8, "head_dim": 64, "chosen": 0},
@@ -57,7 +57,7 @@ def sum_tokens(source: Tensor, indices: Tensor, counts: Tensor) -> Tensor:
         IndexError: A count or index is out of range, or indices do not ascend. On CUDA, that row's
             results are NaN instead.
     """
-    batch, kv_heads, capacity, head_dim = source.shape
+    batch, kv_heads, capacity, _ = source.shape
     listed = torch.arange(indices.shape[2], device=source.device) < counts[..., None]
     taken = torch.zeros(batch, kv_heads, capacity + 1, dtype=torch.bool, device=source.device)
     taken = taken.scatter(2, indices.long().masked_fill(~listed, capacity), True)[..., :capacity]
