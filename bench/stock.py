@@ -100,7 +100,42 @@ DECODE = Suite(
     ],
 )
 
-SUITES: dict[str, Suite] = {"decode_attention": DECODE}
+
+def select_topk(scores: Tensor, budget: int, *_: object) -> Tensor:
+    """torch.topk, and its positions put in ascending order."""
+    return ascending(torch.topk(scores, budget).indices)
+
+
+def select_topk_unsorted(scores: Tensor, budget: int, *_: object) -> Tensor:
+    """torch.topk(sorted=False), and its positions put in ascending order."""
+    return ascending(torch.topk(scores, budget, sorted=False).indices)
+
+
+def select_truth(scores: Tensor, budget: int, *_: object) -> Tensor:
+    """Sort everything; of equal scores the lower position comes first."""
+    order = torch.sort(scores.double(), descending=True, stable=True).indices
+    return ascending(order[..., :budget])
+
+
+def ascending(positions: Tensor) -> Tensor:
+    """Positions in the order and type of select_tokens."""
+    return positions.int().sort().values
+
+
+SELECT = Suite(
+    forms={"topk": select_topk, "topk unsorted": select_topk_unsorted},
+    truth=select_truth,
+    sweep=[
+        {"batch": 1, "kv_heads": 8, "capacity": tokens, "budget": 2048}
+        for tokens in (131072, 32768, 16384, 65536)
+    ],
+    cuda_sweep=[
+        {"batch": batch, "kv_heads": 8, "capacity": tokens, "budget": 2048}
+        for batch, tokens in ((1, 131072), (16, 131072), (1, 32768), (64, 8192))
+    ],
+)
+
+SUITES: dict[str, Suite] = {"decode_attention": DECODE, "select_tokens": SELECT}
 
 
 def _as_double(reference: Callable[..., Any]) -> Form:
