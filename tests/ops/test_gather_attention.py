@@ -130,6 +130,16 @@ def test_a_row_does_not_depend_on_its_neighbours(case):
     assert_same([t[1:] for t in whole], part)
 
 
+@given(cases)
+def test_grouped_heads_equal_repeated_heads(case):
+    arguments = case.arguments()
+    indices, counts = lists(case.batch, case.kv_heads, case.capacity, case.seed)
+    repeated = {n: arguments[n].repeat_interleave(case.group, 1) for n in ("key", "value")}
+    lists_too = (t.repeat_interleave(case.group, 1) for t in (indices, counts))
+    made = gathered({**arguments, **repeated}, *lists_too)
+    assert_same(made, gathered(arguments, indices, counts))
+
+
 @given(cases, st.integers(1, 64))
 def test_extra_tokens_are_keys_that_every_query_sees(case, count):
     arguments = replace(case, causal=False).arguments()
