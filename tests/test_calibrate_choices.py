@@ -12,7 +12,7 @@ from adaptive.calibrate_layers import QUERIES, Similarity, choose_layers
 from adaptive.policy import RazorAttention, TidalDecode
 
 
-@given(st.integers(1, 7), st.integers(0, 999), st.data())
+@given(st.integers(1, 6), st.integers(0, 999), st.data())
 def test_layers_are_chosen_as_by_trying_all(layers, seed, data):
     count = data.draw(st.integers(1, layers))
     rng = torch.Generator().manual_seed(seed)
@@ -54,7 +54,9 @@ def test_heads_are_the_best_of_all_layers_by_either_score():
     assert choose_heads(echo, induction, only_echo, places) == ((2, 0), (2, 1))
 
 
-@given(st.integers(0, 999), st.sampled_from(["sum", "max"]), st.booleans())
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("group", ["sum", "max"])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_similarity_is_the_share_of_mass_on_the_best_keys(seed, group, shared):
     policy = TidalDecode(group=group, shared=shared, sinks=2, recent=3)
     rng = torch.Generator().manual_seed(seed)
@@ -75,9 +77,9 @@ def test_similarity_is_the_share_of_mass_on_the_best_keys(seed, group, shared):
         later = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
         return scores.masked_fill(later, -torch.inf).softmax(-1)
 
-    found = []
+    found, first, last = [], weights(0), weights(2)
     for at in range(tokens - QUERIES, tokens):
-        ranked = weights(0)[:, :, at]
+        ranked = first[:, :, at]
         ranked = ranked.amax(1) if group == "max" else ranked.sum(1)
         if shared:
             ranked = ranked.sum(0, keepdim=True).expand(2, -1)
@@ -85,7 +87,7 @@ def test_similarity_is_the_share_of_mass_on_the_best_keys(seed, group, shared):
             row = ranked[head].clone()
             row[[0, 1, at, at - 1, at - 2]] = torch.inf
             best = row.topk(tokens // 8).indices
-            found.append(weights(2)[head, :, at, best].sum(-1).mean())
+            found.append(last[head, :, at, best].sum(-1).mean())
     assert float(shares[0, 2]) == pytest.approx(float(torch.stack(found).mean()), abs=1e-4)
     assert shares[:, 1].sum() == shares[1].sum() == shares[2, 0] == 0
     assert shares[0, 0] > 0
