@@ -137,7 +137,8 @@ def test_grouped_heads_equal_repeated_heads(case):
     repeated = {n: arguments[n].repeat_interleave(case.group, 1) for n in ("key", "value")}
     lists_too = (t.repeat_interleave(case.group, 1) for t in (indices, counts))
     made = gathered({**arguments, **repeated}, *lists_too)
-    assert_same(made, gathered(arguments, indices, counts))
+    right = gathered(arguments, indices, counts)
+    torch.testing.assert_close(made, right, rtol=2e-5, atol=2e-5)
 
 
 @given(cases, st.integers(1, 64))
