@@ -29,9 +29,9 @@ MUTANTS = {
         "if (bad) atomicMax(&state.refused, 1u);"),
     "bins counted before they are cleared": (
         DIGITS, "forced_weight = 0;\n  __syncthreads();", "forced_weight = 0;"),
-    "first digits ignored": (DIGITS, "key >> (kPrefixShift & 31) == by_number", "true"),
+    "first digits ignored": (DIGITS, "key >> (kPrefixShift & 31) == by_number", "key >= by_number"),
     "first digits of the share ignored": (
-        DIGITS, "key >> (kPrefixShift & 31) == by_weight", "true"),
+        DIGITS, "key >> (kPrefixShift & 31) == by_weight", "key >= by_weight"),
     "number without the forced": (DIGITS, "(s.args.budget) - state.forced", "(s.args.budget)"),
     "share ignored": (DIGITS, "if (kShares && equals > 0)", "if (false)"),
     "share of the forced ignored": (DIGITS, "share - static_cast<double>(forced)", "share"),
