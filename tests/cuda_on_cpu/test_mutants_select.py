@@ -71,6 +71,7 @@ def cases():
     yield ties, 6500, lengths, 0, 0, 1.0
     for scores in (shares, ties, close):
         yield scores, 4000, lengths, 5, 40, 0.3
+    yield ties, 1500, lengths, 0, 0, 0.3
     yield shares, 9000, None, 0, 0, 1 - 2.0**-40
     yield ties, 9000, None, 3, 3, 1 - 2.0**-53
     few = torch.zeros(1, 1, 90)
