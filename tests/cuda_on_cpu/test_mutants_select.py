@@ -29,9 +29,9 @@ MUTANTS = {
         "if (bad) atomicMax(&state.refused, 1u);"),
     "bins counted before they are cleared": (
         DIGITS, "forced_weight = 0;\n  __syncthreads();", "forced_weight = 0;"),
-    "first digits ignored": (DIGITS, "key >> (kPrefixShift & 31) == by_number", "true"),
+    "first digits ignored": (DIGITS, "key >> (kPrefixShift & 31) == by_number", "key >= by_number"),
     "first digits of the share ignored": (
-        DIGITS, "key >> (kPrefixShift & 31) == by_weight", "true"),
+        DIGITS, "key >> (kPrefixShift & 31) == by_weight", "key >= by_weight"),
     "number without the forced": (DIGITS, "(s.args.budget) - state.forced", "(s.args.budget)"),
     "share ignored": (DIGITS, "if (kShares && equals > 0)", "if (false)"),
     "share of the forced ignored": (DIGITS, "share - static_cast<double>(forced)", "share"),
@@ -71,6 +71,7 @@ def cases():
     yield ties, 6500, lengths, 0, 0, 1.0
     for scores in (shares, ties, close):
         yield scores, 4000, lengths, 5, 40, 0.3
+    yield ties, 1500, lengths, 0, 0, 0.3
     yield shares, 9000, None, 0, 0, 1 - 2.0**-40
     yield ties, 9000, None, 3, 3, 1 - 2.0**-53
     few = torch.zeros(1, 1, 90)
