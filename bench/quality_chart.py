@@ -54,13 +54,14 @@ def draw(document: dict[str, Any], path: Path) -> None:
     panel(right, rows, "text", "kl_from_dense")
     right.set_yscale("log")
     right.set_ylabel("KL divergence from dense, nats, held-out text", color=INK)
-    left.legend(frameon=False, fontsize=8, loc="center right")
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="lower center", ncols=6)
     context = rows[0]["context"]
     figure.suptitle(
         f"What skipping keys costs: lab model, {context} tokens, answers decoded sparsely",
         color=INK,
         fontsize=11,
     )
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(path)
     plt.close(figure)
