@@ -97,11 +97,17 @@ def synthetic_kv(
         yield layer, uniform(shape, 1.0, dtype, seed), uniform(shape, 1.0, dtype, seed + 1)
 
 
-def fill(caches: dict[str, Any], config: LlamaConfig, tokens: int, dtype: torch.dtype) -> None:
-    """Append the same synthetic tokens to every cache, through the caches' own ``update``."""
+def fill(
+    caches: dict[str, Any],
+    config: LlamaConfig,
+    tokens: int,
+    dtype: torch.dtype,
+    batch: int = 1,
+) -> None:
+    """Append the same synthetic tokens to every row of every cache, through its own ``update``."""
     for layer, key, value in synthetic_kv(config, tokens, dtype):
         for cache in caches.values():
-            cache.update(key, value, layer)
+            cache.update(*(t.expand(batch, -1, -1, -1) for t in (key, value)), layer)
 
 
 def dynamic_cache(model: LlamaForCausalLM, _capacity: int) -> DynamicCache:
@@ -124,14 +130,14 @@ def adopted_cache(model: LlamaForCausalLM, _capacity: int) -> DynamicCache:
     return cache
 
 
-def step(model: LlamaForCausalLM, cache: Any, token: int, position: int) -> Tensor:
-    """Decode one token as ``generate`` does; returns its logits ``[vocab]`` after the argmax."""
+def step(model: LlamaForCausalLM, cache: Any, token: int, position: int, batch: int = 1) -> Tensor:
+    """Decode one token per row as ``generate`` does; returns the first's logits ``[vocab]``."""
     inputs = model.prepare_inputs_for_generation(
-        torch.tensor([[token]]),
+        torch.full((batch, 1), token),
         next_sequence_length=1,
         past_key_values=cache,
-        attention_mask=torch.ones(1, position + 1, dtype=torch.long),
-        position_ids=torch.tensor([[position]]),
+        attention_mask=torch.ones(batch, position + 1, dtype=torch.long),
+        position_ids=torch.full((batch, 1), position),
         use_cache=True,
     )
     logits: Tensor = model(**inputs).logits[0, -1]

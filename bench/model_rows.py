@@ -34,7 +34,8 @@ def agreement(seen: Sequence[Tensor], baseline: Sequence[Tensor]) -> dict[str, f
 def print_row(console: Console, row: dict[str, Any]) -> None:
     """One line per variant, the error beside the speed."""
     console.print(
-        f"\n{row['model']} {row['dtype']} context={row['context']} threads={row['threads']}"
+        f"\n{row['model']} {row['dtype']} context={row['context']} batch={row['batch']} "
+        f"threads={row['threads']}"
         f" KV {row['kv_bytes'] / 2**20:.0f} MiB",
         style="bold",
     )

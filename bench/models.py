@@ -73,6 +73,7 @@ class Bench:
     models: dict[str, Any]
     truth: dict[int, Tensor]
     patches: dict[str, Any]
+    batch: int = 1
 
     @property
     def config(self) -> Any:
@@ -86,14 +87,16 @@ class Bench:
             name: MAKE_CACHE[name](model, context + MAX_STEPS + 8)
             for name, model in self.models.items()
         }
-        fill(caches, self.config, context, self.dtype)
+        fill(caches, self.config, context, self.dtype, self.batch)
         logits: dict[str, list[Tensor]] = {name: [] for name in self.models}
 
         def decode(name: str) -> Callable[[], None]:
             def run() -> None:
                 number = len(logits[name])
                 token = token_at(number, self.config.vocab_size)
-                logits[name].append(step(self.models[name], caches[name], token, context + number))
+                logits[name].append(
+                    step(self.models[name], caches[name], token, context + number, self.batch)
+                )
 
             return run
 
@@ -130,13 +133,14 @@ class Bench:
             "context": context,
             "dtype": str(self.dtype).removeprefix("torch."),
             "threads": self.threads,
-            "kv_bytes": kv_bytes(self.config, context, self.dtype),
+            "batch": self.batch,
+            "kv_bytes": self.batch * kv_bytes(self.config, context, self.dtype),
             "error_against": "float32" if context in self.truth else next(iter(self.models)),
             "variants": {
                 name: {
                     "ms": round(timing.median_us / 1e3, 3),
                     "ms_min": round(timing.minimum_us / 1e3, 3),
-                    "tokens_per_s": round(1e6 / timing.median_us, 3),
+                    "tokens_per_s": round(self.batch * 1e6 / timing.median_us, 3),
                     "clean": timing.clean,
                     "dropped": timing.dropped,
                     "error": errors[name],
@@ -231,12 +235,9 @@ def run(options: argparse.Namespace, recorder: Recorder, console: Console) -> No
         show("model")
         first = build(options.shape, dtype)
         models = {name: first if name == BASELINE else twin(first) for name in variants}
-        patches = {
-            name: adaptive.patch(model, *POLICIES.get(name, ()))
-            for name, model in models.items()
-            if MAKE_CACHE[name] is adopted_cache
-        }
-        bench = Bench(options.shape, dtype, options.threads, models, truth, patches)
+        ours = [name for name in models if MAKE_CACHE[name] is adopted_cache]
+        patches = {n: adaptive.patch(models[n], *POLICIES.get(n, ())) for n in ours}
+        bench = Bench(options.shape, dtype, options.threads, models, truth, patches, options.batch)
         progress.advance(task)
         for number, context in enumerate(options.contexts):
             show(f"decoding at {context} tokens")
@@ -267,6 +268,7 @@ def arguments() -> argparse.ArgumentParser:
         choices=list(MAKE_CACHE),
         help="default: %(default)s",
     )
+    parser.add_argument("--batch", type=int, default=1, help="rows")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--budget-s", type=float, default=480.0, help="wall time to aim at")
     parser.add_argument(

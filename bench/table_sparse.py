@@ -36,13 +36,13 @@ def sparse_ops_table(document: Document) -> str:
 def sparse_models_table(document: Document) -> str:
     """Decoding with policies that skip keys, against the same model reading all of them."""
     rows = []
-    for row in sorted(document["rows"], key=lambda row: row["context"]):
+    for row in sorted(document["rows"], key=lambda row: (row["batch"], row["context"])):
         dense = row["variants"]["patched"]
         for name, ratios in row["policy_speedup"].items():
             made = row["variants"][name]
             rows.append(
                 [
-                    f"{tokens_label(row['context'])}, {name}",
+                    f"{tokens_label(row['context'])} x {row['batch']}, {name}",
                     f"{dense['ms']:.0f} ms, attention {dense['attention_ms']:.0f}",
                     f"{made['ms']:.0f} ms, attention {made['attention_ms']:.0f}",
                     f"{ratios['patched']:.2f}x",
@@ -51,7 +51,7 @@ def sparse_models_table(document: Document) -> str:
                 ]
             )
     first = document["rows"][0]
-    header = ["context, policy", "every key", "**policy**", "ratio", "of attention"]
+    header = ["context x batch, policy", "every key", "**policy**", "ratio", "of attention"]
     header += ["vs stock `generate`"]
     return (
         render(header, rows)

@@ -221,8 +221,8 @@ def test_a_patched_model_that_computes_something_else_is_not_timed(tmp_path, mon
 
     real = models.step
 
-    def off(model, cache, token, position):
-        logits = real(model, cache, token, position)
+    def off(model, cache, token, position, batch):
+        logits = real(model, cache, token, position, batch)
         return logits.flip(0) if type(cache).__name__ == "StaticCache" else logits
 
     monkeypatch.setattr(models, "step", off)
