@@ -1,20 +1,13 @@
-// The kernels of decode attention and its kin for AVX2, FMA and F16C.
+// The kernel of decode attention and its kin for AVX2, FMA and F16C.
 
 #include "cpu/decode_attention_impl.h"
 #include "cpu/simd_avx2.h"
-#include "cpu/sum_tokens_impl.h"
 
 namespace adaptive::cpu {
 
 void decode_item_avx2(const DecodeAttentionArgs& args, const DecodeItem& item,
                       const DecodeScratch& scratch) {
   decode_item<SimdAvx2>(args, item, scratch);
-}
-
-void reduce_item_avx2(const ReduceItem& item) { reduce_item(item); }
-
-void sum_item_avx2(const SumTokensArgs& args, const SumItem& item) {
-  sum_item<SimdAvx2>(args, item);
 }
 
 }  // namespace adaptive::cpu

@@ -42,14 +42,21 @@ ADAPTIVE_INLINE void max_logits(const ReduceItem& item, int64_t first, int count
   }
 }
 
-template <bool kSum>
+template <class S>
+float exp_of(float x) {
+  float lanes[S::kWidth];
+  S::store(lanes, exp<S>(S::set1(x)));
+  return lanes[0];
+}
+
+template <class S, bool kSum>
 ADAPTIVE_INLINE void combine_weights(const ReduceItem& item, int64_t first, int count,
                                      float* made) {
   const int64_t blocks = item.sink.stride / kBlockKeys;
   for (int i = 0; i < count; ++i) made[i] = 0;
   for (int64_t row = 0; row < item.rows; ++row) {
     const float max = item.sink.maxima[row * blocks + first / kBlockKeys];
-    const float factor = item.lse[row] == -kInfinity ? 0 : __builtin_expf(max - item.lse[row]);
+    const float factor = item.lse[row] == -kInfinity ? 0 : exp_of<S>(max - item.lse[row]);
     const float* weights = item.sink.weights + row * item.sink.stride + first;
     for (int i = 0; i < count; ++i) {
       const float weight = factor * weights[i];
@@ -60,14 +67,15 @@ ADAPTIVE_INLINE void combine_weights(const ReduceItem& item, int64_t first, int 
   for (int i = 0; i < count; ++i) made[i] = marks[i] < 0 ? -kInfinity : made[i];
 }
 
-inline void reduce_item(const ReduceItem& item) {
+template <class S>
+void reduce_item(const ReduceItem& item) {
   for (int64_t first = item.begin; first < item.end; first += kBlockKeys) {
     const int64_t left = item.end - first;
     const int count = left < kBlockKeys ? static_cast<int>(left) : kBlockKeys;
     float made[kBlockKeys];
     switch (item.reduce) {
-      case Reduce::kSum: combine_weights<true>(item, first, count, made); break;
-      case Reduce::kMax: combine_weights<false>(item, first, count, made); break;
+      case Reduce::kSum: combine_weights<S, true>(item, first, count, made); break;
+      case Reduce::kMax: combine_weights<S, false>(item, first, count, made); break;
       case Reduce::kLogit: max_logits(item, first, count, made); break;
     }
     __builtin_memcpy(item.scores + first, made, count * sizeof(float));
