@@ -2,6 +2,8 @@
 
 #include "skinny_linear.h"
 
+#include <algorithm>
+
 #include "cpu/decode_schedule.h"
 #include "cpu/level.h"
 #include "cpu/skinny_linear_kernel.h"
@@ -30,20 +32,14 @@ void skinny_linear(const SkinnyLinearArgs& args) {
   const int64_t threads =
       useful_threads(steps, args.out_features * args.in_features * element_bytes);
   const int64_t width = round_up(args.in_features, kLinearWidth);
-  const int64_t rows = round_up(args.rows, kLinearRows);
+  const int64_t rows = args.rows + (args.rows % kLinearRows == kLinearRows - 1);
   const AlignedFloats input = aligned_floats(rows * width);
-#pragma omp parallel num_threads(static_cast<int>(threads)) if (threads > 1)
-  {
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; ++row) {
-      kernel.widen(args, row, input.get() + row * width);
-    }
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < threads; ++i) {
-      const int64_t begin = i * steps / threads * kStep, end = (i + 1) * steps / threads * kStep;
-      kernel.multiply(args, input.get(), width, begin,
-                      end < args.out_features ? end : args.out_features);
-    }
+  // A thread's share of this would cost less than the barrier behind it.
+  for (int64_t row = 0; row < rows; ++row) kernel.widen(args, row, input.get() + row * width);
+#pragma omp parallel for schedule(static) num_threads(static_cast<int>(threads)) if (threads > 1)
+  for (int64_t i = 0; i < threads; ++i) {
+    const int64_t begin = i * steps / threads * kStep, end = (i + 1) * steps / threads * kStep;
+    kernel.multiply(args, input.get(), width, begin, std::min(end, args.out_features));
   }
 }
 

@@ -17,7 +17,7 @@ struct LinearKernel {
   /// of kLinearWidth. A row beyond the last is zeros.
   void (*widen)(const SkinnyLinearArgs& args, int64_t row, float* to);
   /// Computes output features [begin, end) of every row. `input` is what widen made, `width` floats
-  /// to a row, of rows rounded up to kLinearRows.
+  /// to a row, of all rows and, where the last tile of kLinearRows lacks just one, of that one.
   void (*multiply)(const SkinnyLinearArgs& args, const float* input, int64_t width, int64_t begin,
                    int64_t end);
 };
