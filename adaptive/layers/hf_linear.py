@@ -5,6 +5,8 @@ little more than half of what memory gives, and from two rows on at a quarter of
 is near that limit, and nn.Linear is left alone.
 """
 
+import weakref
+
 import torch
 from torch import Tensor, nn
 
@@ -22,18 +24,27 @@ _WRAPPED = ".base_layer"
 class LinearForward:
     """The forward of one patched nn.Linear, set on the instance.
 
-    An object, not a bound method, because it must survive pickling. It holds the patch's switch and
-    not its record, through which a deepcopy of this layer would reach all others.
+    An object, not a bound method, because it must survive pickling, and because a strong reference
+    to the layer would be a cycle that keeps its weights alive. It holds the patch's switch and not
+    its record, through which a deepcopy of this layer would reach all others.
     """
 
     def __init__(self, linear: nn.Linear, switch: Switch) -> None:
-        """Hold the layer, whose parameters are read anew in every call, and the patch's switch."""
-        self.linear = linear
+        """Know the layer, whose parameters are read anew in every call, and the patch's switch."""
+        self._linear = weakref.ref(linear)
         self.switch = switch
+
+    def __getstate__(self) -> tuple[nn.Linear | None, Switch]:
+        """Let copies and pickles arrive with the copy of the layer."""
+        return self._linear(), self.switch
+
+    def __setstate__(self, state: tuple[nn.Linear, Switch]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
 
     def __call__(self, input: Tensor) -> Tensor:
         """Return what the layer's own forward does: the kernel's sums, or the very same."""
-        linear = self.linear
+        linear = self._linear()
+        assert linear is not None  # it is what calls
         if torch.compiler.is_compiling() or not self.switch.on or not _can_run(linear, input):
             return type(linear).forward(linear, input)
         rows = input.reshape(-1, linear.in_features)

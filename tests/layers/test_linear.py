@@ -1,7 +1,9 @@
 """Large linear layers of a patched model: right, few rows only, and gone without a trace."""
 
 import copy
+import gc
 import io
+import weakref
 
 import pytest
 import torch
@@ -180,6 +182,20 @@ def test_a_copied_layer_copies_nothing_else_and_must_go_before_unpatching():
         patched.unpatch()
     del model.model.layers[1].twin
     patched.unpatch()
+
+
+def test_no_cycle_keeps_the_weights_alive():
+    model = large(num_hidden_layers=1)
+    layer, weight = (weakref.ref(t) for t in (model.lm_head, model.lm_head.weight))
+    adaptive.patch(model)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert layer() is None
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 def test_a_saved_model_is_patched_when_loaded():
