@@ -79,6 +79,13 @@ def select_tokens(
     recent: int = 0,
     mass: float = 1.0,
 ) -> int: ...
+def skinny_linear(
+    out: Tensor,
+    workspace: Tensor | None,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+) -> int: ...
 def sum_tokens(
     sums: Tensor,
     workspace: Tensor | None,

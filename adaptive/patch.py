@@ -14,6 +14,7 @@ from adaptive.errors import (
     UnknownFamily,
     UnsupportedModel,
 )
+from adaptive.layers import hf_linear
 from adaptive.layers.fingerprint import fingerprint
 from adaptive.layers.state import RECORD, STATE, LayerState, PatchRecord, Survey
 from adaptive.patched import Patched
@@ -65,7 +66,7 @@ class Support:
         return "\n".join(lines)
 
 
-def patch(model: nn.Module, *policies: Policy | Plan) -> Patched:
+def patch(model: nn.Module, *policies: Policy | Plan, exact_linear: bool = True) -> Patched:
     """Make ``model`` do less work, in place; by default with the same mathematics.
 
     Everything is checked before anything is changed, and an exception on the way, Ctrl-C too,
@@ -76,6 +77,8 @@ def patch(model: nn.Module, *policies: Policy | Plan) -> Patched:
             or a plain PyTorch module with attention layers that are known.
         policies: What to do; none: `Exact`, the same mathematics through native kernels. Or one
             Plan, made earlier or loaded from a file.
+        exact_linear: Whether large linear layers of a decoder of transformers on a CPU go to a
+            native kernel, too, where there are 1..16 rows: the same mathematics, summed in float32.
 
     Returns:
         The handle: a context manager, with reports, verification and `unpatch()`.
@@ -102,6 +105,8 @@ def patch(model: nn.Module, *policies: Policy | Plan) -> Patched:
             record.states.append(state)
             record.log.set(root, site.name, STATE, state)
         _install(root, survey, record)
+        if exact_linear and _is_pretrained(root):
+            hf_linear.install(root, record)
         record.reset(_native.calls())
     except BaseException:
         record.log.undo(root)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from adaptive import _native
 from adaptive.errors import PatchConflict
+from adaptive.layers.hf_linear import LinearForward
 from adaptive.layers.report import Report, report
 from adaptive.layers.state import RECORD, STATE, PatchRecord
 from adaptive.layers.verify import Verification, verify
@@ -143,11 +144,13 @@ class Patched:
             return self.model
         log = self._record.log
         conflicts = log.conflicts(self._root)
-        conflicts += [
-            f"{name!r} came later, and is a copy of a patched module"
-            for name, module in self._root.named_modules()
-            if (STATE in module.__dict__ or RECORD in module.__dict__) and name not in log.witnesses
-        ]
+        if not conflicts:
+            ours = {id(module) for module in log.modules(self._root)}
+            conflicts = [
+                f"{name!r} came later, and is a copy of a patched module"
+                for name, module in self._root.named_modules()
+                if id(module) not in ours and _is_touched(module)
+            ]
         if conflicts:
             raise PatchConflict(
                 "adaptive: cannot unpatch, someone changed the model since patch(): "
@@ -160,6 +163,12 @@ class Patched:
     def _require_active(self, verb: str) -> None:
         if not self.active:
             raise PatchConflict(f"adaptive: cannot {verb}: this model is not patched any more")
+
+
+def _is_touched(module: nn.Module) -> bool:
+    known = module.__dict__
+    marked = STATE in known or RECORD in known
+    return marked or isinstance(known.get("forward"), LinearForward)
 
 
 def _minus(calls: dict[str, int], other: dict[str, int], sign: int = -1) -> dict[str, int]:

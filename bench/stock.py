@@ -114,7 +114,7 @@ DECODE = Suite(
 )
 
 SUITES: dict[str, Suite] = {"decode_attention": DECODE}
-"""By name of the op; `bench.stock_sparse` has more."""
+"""By name of the op; `bench.stock_sparse` and `bench.stock_linear` have more."""
 
 
 def _as_double(reference: Callable[..., Any]) -> Form:
@@ -138,9 +138,10 @@ def first(result: Tensor | Sequence[Tensor]) -> Tensor:
 
 def suite_for(op: Op[..., Any]) -> Suite:
     """The op's suite, or one that compares it with its own reference."""
-    from bench.stock_sparse import SUITES as SPARSE  # which uses this module
+    from bench.stock_linear import SUITES as LINEAR  # which use this module
+    from bench.stock_sparse import SUITES as SPARSE
 
-    if op.name in (suites := {**SUITES, **SPARSE}):
+    if op.name in (suites := {**SUITES, **SPARSE, **LINEAR}):
         return suites[op.name]
     return Suite(
         forms={"reference": lambda *a: first(op.reference(*a))}, truth=_as_double(op.reference)

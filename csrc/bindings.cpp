@@ -72,4 +72,5 @@ PYBIND11_MODULE(_native, m) {
   bind_gather_attention(m);
   bind_score_tokens(m);
   bind_select_tokens(m);
+  bind_skinny_linear(m);
 }

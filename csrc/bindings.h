@@ -13,5 +13,6 @@ void bind_decode_attention(pybind11::module_& m);
 void bind_gather_attention(pybind11::module_& m);
 void bind_score_tokens(pybind11::module_& m);
 void bind_select_tokens(pybind11::module_& m);
+void bind_skinny_linear(pybind11::module_& m);
 
 }  // namespace adaptive

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks")
+_ADAPTED = "base_layer"  # where a PEFT layer keeps the module that it replaced
 _HOOK_FLAGS = {
     "_forward_pre_hooks": ("_forward_pre_hooks_with_kwargs",),
     "_forward_hooks": ("_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -120,7 +121,7 @@ class ChangeLog:
         found = []
         for name, (kind, forward) in self.witnesses.items():
             try:
-                module = root.get_submodule(name)
+                module = self._find(root, name)
             except AttributeError:
                 found.append(f"module {name!r} is gone")
                 continue
@@ -129,7 +130,7 @@ class ChangeLog:
             elif not _same(_own_forward(module), forward):
                 found.append(f"'forward' of {name or 'the model'!r} was wrapped")
         if not found:
-            checks = (entry.conflict(root.get_submodule(entry.name)) for entry in self.entries)
+            checks = (entry.conflict(self._find(root, entry.name)) for entry in self.entries)
             found = [text for text in checks if text is not None]
         return found
 
@@ -137,9 +138,22 @@ class ChangeLog:
         """Put everything back, last change first. Can be called again after an interruption."""
         while self.entries:
             entry = self.entries[-1]
-            entry.undo(root.get_submodule(entry.name))
+            entry.undo(self._find(root, entry.name))
             self.entries.pop()
         self.witnesses.clear()
+
+    def modules(self, root: nn.Module) -> list[nn.Module]:
+        """Return the modules that were touched."""
+        return [self._find(root, name) for name in self.witnesses]
+
+    def _find(self, root: nn.Module, name: str) -> nn.Module:
+        """Return the module that was touched; an adapter of PEFT may stand around it by now."""
+        module = root.get_submodule(name)
+        kind = self.witnesses[name][0]
+        inner = module._modules.get(_ADAPTED)
+        if inner is None or type(module) is kind or type(inner) is not kind:
+            return module
+        return inner
 
 
 def _own_forward(module: nn.Module) -> object:

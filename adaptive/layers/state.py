@@ -94,6 +94,13 @@ class Survey:
     extra: Any = None
 
 
+@dataclass
+class Switch:
+    """Whether a patch is at work; what a module may hold of it without reaching the whole model."""
+
+    on: bool = True
+
+
 @dataclass(kw_only=True)
 class PatchRecord:
     """Everything one patch() did to one model. Plain data: survives deepcopy and pickling.
@@ -105,7 +112,7 @@ class PatchRecord:
         states: The state of each attention module, in execution order.
         base: Name of the module whose forward is the whole pass.
         log: The changes, and how to undo them.
-        enabled: False inside `Patched.disabled()`.
+        switch: Off inside `Patched.disabled()`.
         forward_calls: Forward passes of the base module since the counters were reset.
         forward_seconds: Time in them; 0 where nothing is timed.
         timed: Whether calls are timed: not on CUDA, where that would need a synchronisation.
@@ -127,7 +134,7 @@ class PatchRecord:
     states: "list[LayerState]" = field(default_factory=list)
     base: str = ""
     log: ChangeLog = field(default_factory=ChangeLog)
-    enabled: bool = True
+    switch: Switch = field(default_factory=Switch)
     forward_calls: int = 0
     forward_seconds: float = 0.0
     timed: bool = True
@@ -139,6 +146,15 @@ class PatchRecord:
     correct_every: int | None = None
     sparse: bool = True
     eager_only: str = ""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the switch is on."""
+        return self.switch.on
+
+    @enabled.setter
+    def enabled(self, on: bool) -> None:
+        self.switch.on = on
 
     def note(self, text: str) -> None:
         """Count something that the report should say."""

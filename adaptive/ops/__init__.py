@@ -7,6 +7,7 @@ from adaptive.ops.head_scores import head_scores
 from adaptive.ops.score_tokens import score_tokens
 from adaptive.ops.scored_attention import scored_attention
 from adaptive.ops.select_tokens import select_tokens
+from adaptive.ops.skinny_linear import skinny_linear
 from adaptive.ops.sum_tokens import sum_tokens
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "score_tokens",
     "scored_attention",
     "select_tokens",
+    "skinny_linear",
     "sum_tokens",
 ]

@@ -44,13 +44,14 @@ struct Float32 {
 constexpr float kInfinity = __builtin_inff();
 constexpr int kCacheLine = 64;
 
-/// Prefetches the cache lines of kCount elements.
-template <int kCount, class E>
+/// Prefetches the cache lines of kCount elements, to the second level of cache; to the first where
+/// kLocality is 3.
+template <int kCount, int kLocality = 2, class E>
 ADAPTIVE_INLINE void prefetch(const E* row) {
   constexpr int kBytes = kCount * sizeof(E);
 #pragma GCC unroll 8
   for (int i = 0; i < kBytes; i += kCacheLine) {
-    __builtin_prefetch(reinterpret_cast<const char*>(row) + i, 0, 2);
+    __builtin_prefetch(reinterpret_cast<const char*>(row) + i, 0, kLocality);
   }
 }
 

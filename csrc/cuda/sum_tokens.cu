@@ -11,11 +11,12 @@
 #include <string>
 
 #include "../simt/simt.h"
+#include "vector.cuh"
 
 namespace adaptive::cuda {
 namespace {
 
-constexpr int kThreads = 512, kSliceThreads = 4, kVectorBytes = 16;
+constexpr int kThreads = 512, kSliceThreads = 4;
 constexpr int kRowsAtOnce = kThreads / kSliceThreads;
 constexpr int kUnrolled = 4;
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
@@ -25,21 +26,6 @@ struct SumProblem {
   int slices;  // of a row
   bool wide;   // rows start on 16-byte boundaries
 };
-
-template <class T>
-struct alignas(kVectorBytes) Vector {
-  static constexpr int kElements = kVectorBytes / sizeof(T);
-  T x[kElements];
-};
-
-template <class T>
-__device__ __forceinline__ Vector<T> load(const T* from, bool wide) {
-  if (wide) return *reinterpret_cast<const Vector<T>*>(from);
-  Vector<T> made;
-#pragma unroll
-  for (int i = 0; i < Vector<T>::kElements; ++i) made.x[i] = from[i];
-  return made;
-}
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) sum_rows(const __grid_constant__ SumProblem p) {

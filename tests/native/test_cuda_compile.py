@@ -23,6 +23,7 @@ KERNELS = {
     "score_tokens.cu": ["reduce_scores", *["attend_fma"] * 6],
     "score_tokens_mma.cu": ["attend_mma"] * 12,
     "select_tokens.cu": ["prepare", "measure", "count", "write", *["descend"] * 6],
+    "skinny_linear.cu": ["multiply_rows"] * 9,
     "sum_tokens.cu": ["sum_rows"] * 3,
 }
 """The kernels of each file, without their template arguments; ptxas reports on each per target."""

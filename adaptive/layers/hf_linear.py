@@ -1,0 +1,93 @@
+"""Linear layers of a transformers model on the CPU, read by `skinny_linear` where rows are few.
+
+A step of decoding reads every weight for one row, or a few. PyTorch's F.linear reads bfloat16 at
+little more than half of what memory gives, and from two rows on at a quarter of it. On CUDA cuBLAS
+is near that limit, and nn.Linear is left alone.
+"""
+
+import weakref
+
+import torch
+from torch import Tensor, nn
+
+from adaptive.layers.state import PatchRecord, Switch
+from adaptive.layers.torch_guard import autocast_dtype, why_not_plain
+from adaptive.ops import skinny_linear
+from adaptive.ops.skinny_linear import MAX_ROWS, supports
+
+MIN_WEIGHT_BYTES = 2 << 20
+"""Below this a weight stays in a core's cache, and what counts is Python's time."""
+
+_WRAPPED = ".base_layer"
+
+
+class LinearForward:
+    """The forward of one patched nn.Linear, set on the instance.
+
+    An object, not a bound method, because it must survive pickling, and because a strong reference
+    to the layer would be a cycle that keeps its weights alive. It holds the patch's switch and not
+    its record, through which a deepcopy of this layer would reach all others.
+    """
+
+    def __init__(self, linear: nn.Linear, switch: Switch) -> None:
+        """Know the layer, whose parameters are read anew in every call, and the patch's switch."""
+        self._linear = weakref.ref(linear)
+        self.switch = switch
+
+    def __getstate__(self) -> tuple[nn.Linear | None, Switch]:
+        """Let copies and pickles arrive with the copy of the layer."""
+        return self._linear(), self.switch
+
+    def __setstate__(self, state: tuple[nn.Linear, Switch]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
+
+    def __call__(self, input: Tensor) -> Tensor:
+        """Return what the layer's own forward does: the kernel's sums, or the very same."""
+        linear = self._linear()
+        assert linear is not None  # it is what calls
+        if torch.compiler.is_compiling() or not self.switch.on or not _can_run(linear, input):
+            return type(linear).forward(linear, input)
+        rows = input.reshape(-1, linear.in_features)
+        out = skinny_linear(rows, linear.weight, linear.bias)
+        return out.view(*input.shape[:-1], linear.out_features)
+
+
+def install(root: nn.Module, record: PatchRecord) -> None:
+    """Give each linear layer that gains from it a LinearForward, undoably."""
+    for name, module in root.named_modules():
+        if type(module) is nn.Linear and _gains(name, module):
+            record.log.set(root, name, "forward", LinearForward(module, record.switch))
+
+
+def _gains(name: str, linear: nn.Linear) -> bool:
+    weight = linear._parameters.get("weight")
+    return (
+        not name.endswith(_WRAPPED)
+        and "forward" not in linear.__dict__
+        and type(weight) is nn.Parameter
+        and weight.is_cpu
+        and weight.nbytes >= MIN_WEIGHT_BYTES
+        and supports(linear.in_features, weight.dtype)
+    )
+
+
+def _can_run(linear: nn.Linear, input: Tensor) -> bool:
+    """Whether the kernel may answer: few rows, plain memory that nobody records, no gradient."""
+    if torch.is_grad_enabled() or type(input) is not Tensor or not input.is_cpu:
+        return False
+    weight, bias = linear.weight, linear.bias
+    width = linear.in_features
+    if input.dim() == 0 or input.shape[-1] != width or not 1 <= input.numel() // width <= MAX_ROWS:
+        return False
+    if weight.shape != (linear.out_features, width) or not _alike(input, weight, bias):
+        return False
+    if weight.stride(1) != 1 or autocast_dtype(input) is not None:
+        return False
+    return why_not_plain((input, weight, bias)) is None
+
+
+def _alike(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    same = weight.is_cpu and weight.dtype == input.dtype and supports(weight.shape[1], input.dtype)
+    if bias is None:
+        return same
+    return same and bias.is_cpu and bias.dtype == input.dtype and bias.is_contiguous()

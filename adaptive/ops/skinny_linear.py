@@ -1,0 +1,105 @@
+"""skinny_linear: a linear layer of a few rows, at the speed of reading its weight."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptive.ops._op import op
+
+MAX_ROWS = 16
+MIN_IN_FEATURES, IN_FEATURES_STEP = 32, 8
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def supports(in_features: int, dtype: torch.dtype) -> bool:
+    """Whether the native kernels take rows of this many features and this dtype."""
+    in_range = in_features >= MIN_IN_FEATURES and in_features % IN_FEATURES_STEP == 0
+    return in_range and dtype in DTYPES
+
+
+def make_inputs(
+    rows: int,
+    in_features: int,
+    out_features: int,
+    bias: bool = False,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    seed: int = 0,
+) -> tuple[Any, ...]:
+    """Random arguments, drawn so that results are of the order of 1."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=rng)
+
+    weight = draw(out_features, in_features).mul_(in_features**-0.5)
+    made = draw(rows, in_features), weight, draw(out_features) if bias else None
+    return tuple(t if t is None else t.to(device=device, dtype=dtype) for t in made)
+
+
+def outputs(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Uninitialised result for these arguments."""
+    for name, tensor in (("input", input), ("weight", weight)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"adaptive::skinny_linear: {name} must be a strided torch.Tensor with data on cpu "
+                f"or cuda, got {type(tensor).__name__}"
+            )
+        if tensor.dim() != 2:  # noqa: PLR2004
+            raise ValueError(
+                f"adaptive::skinny_linear: {name} must have 2 dimensions, "
+                f"got shape {list(tensor.shape)}"
+            )
+    return torch.empty((input.shape[0], weight.shape[0]), dtype=input.dtype, device=input.device)
+
+
+@op(
+    outputs=outputs,
+    inputs=make_inputs,
+    edges=[
+        # nothing in, nothing out
+        {"rows": 0, "in_features": 64, "out_features": 8},
+        {"rows": 2, "in_features": 64, "out_features": 0},
+        # the smallest; sizes that are no multiple of any vector or tile; every kind of row tile
+        {"rows": 1, "in_features": 32, "out_features": 1, "bias": True},
+        {"rows": 1, "in_features": 2048, "out_features": 70},
+        {"rows": 2, "in_features": 40, "out_features": 65, "bias": True},
+        {"rows": 3, "in_features": 1000, "out_features": 33},
+        {"rows": 7, "in_features": 72, "out_features": 130, "bias": True},
+        {"rows": 16, "in_features": 576, "out_features": 517},
+    ],
+    models=[
+        # Llama-3.2-1B: attention, up, down, head
+        {"rows": 1, "in_features": 2048, "out_features": 2048},
+        {"rows": 1, "in_features": 2048, "out_features": 8192},
+        {"rows": 1, "in_features": 8192, "out_features": 2048},
+        {"rows": 1, "in_features": 2048, "out_features": 128256},
+    ],
+)
+def skinny_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiply 0..16 rows by a weight that is read once, as ``F.linear`` does.
+
+    Decoding one token moves every weight of the model through the processor for a few additions
+    each, so what counts is how fast memory is read.
+
+    Args:
+        input: ``[rows, in_features]``, float32, float16 or bfloat16; at most 16 rows; in_features
+            a multiple of 8, at least 32; any stride between rows.
+        weight: ``[out_features, in_features]``, dtype of ``input``, any stride between rows.
+        bias: ``[out_features]``, dtype of ``input``, contiguous. None: none is added.
+
+    Returns:
+        ``[rows, out_features]``, dtype of ``input``, summed in float32 with the bias and rounded
+        once. A row's result depends on that row alone, bit for bit.
+
+    Raises:
+        ValueError: A shape, device or memory layout is wrong.
+        TypeError: An argument is no tensor, or its dtype is wrong.
+        NotImplementedError: An argument requires a gradient; the device has no kernel.
+    """
+    out = input.float() @ weight.float().T
+    if bias is not None:
+        out = out + bias.float()
+    return out.to(input.dtype)

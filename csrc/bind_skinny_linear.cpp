@@ -1,0 +1,76 @@
+// The binding of skinny_linear: checks every argument, then launches on the input's device.
+
+#include <pybind11/pybind11.h>
+
+#include "bind_attention.h"
+#include "skinny_linear.h"
+
+namespace adaptive {
+namespace {
+
+namespace py = pybind11;
+
+constexpr int64_t kMaxRows = 16, kMinFeatures = 32, kFeatureStep = 8;
+
+SkinnyLinearArgs skinny_linear_args(const Check& check, const TensorView& input,
+                                    const TensorView& weight, const TensorView& bias) {
+  check.tensor(input, "input", 2);
+  check.tensor(weight, "weight", 2);
+  SkinnyLinearArgs args{};
+  args.dtype = check.dtype(input, "input", {DType::kFloat32, DType::kFloat16, DType::kBfloat16});
+  args.rows = input.size(0);
+  args.in_features = input.size(1);
+  args.out_features = weight.size(0);
+  if (args.rows > kMaxRows) {
+    check.fail(PyExc_ValueError, "input", "have at most 16 rows", check.shape(input));
+  }
+  if (args.in_features < kMinFeatures || args.in_features % kFeatureStep != 0) {
+    check.fail(PyExc_ValueError, "input", "have a multiple of 8 features, 32 or more",
+               check.shape(input));
+  }
+  check.size(weight, "weight", 1, args.in_features);
+  check.dtype(weight, "weight", {args.dtype});
+  check.same_device(weight, "weight", input);
+  check.last_contiguous(input, "input");
+  check.last_contiguous(weight, "weight");
+  args.input = input.data<void>();
+  args.weight = weight.data<void>();
+  args.input_stride = input.stride(0);
+  args.weight_stride = weight.stride(0);
+  if (bias.given()) {
+    check.tensor(bias, "bias", 1);
+    check.size(bias, "bias", 0, args.out_features);
+    check.dtype(bias, "bias", {args.dtype});
+    check.same_device(bias, "bias", input);
+    check.contiguous(bias, "bias");
+    args.bias = bias.data<void>();
+  }
+  return args;
+}
+
+int64_t skinny_linear(const TensorView& out, const TensorView& workspace, const TensorView& input,
+                      const TensorView& weight, const TensorView& bias) {
+  const Check check("skinny_linear");
+  SkinnyLinearArgs args = skinny_linear_args(check, input, weight, bias);
+  check.tensor(out, "out", 2);
+  check.size(out, "out", 0, args.rows);
+  check.size(out, "out", 1, args.out_features);
+  check.dtype(out, "out", {args.dtype});
+  check.same_device(out, "out", input);
+  check.contiguous(out, "out");
+  args.out = out.data<void>();
+  if (out.numel() == 0) return 0;
+  return launch(
+      check, "skinny_linear", input, "input", workspace, [&] { cpu::skinny_linear(args); },
+      [] { return int64_t{0}; },
+      [&](void*, int64_t, Stream stream) { cuda::skinny_linear(args, stream); });
+}
+
+}  // namespace
+
+void bind_skinny_linear(py::module_& m) {
+  m.def("skinny_linear", &skinny_linear, py::arg("out"), py::arg("workspace"), py::arg("input"),
+        py::arg("weight"), py::arg("bias") = py::none());
+}
+
+}  // namespace adaptive

@@ -1,0 +1,46 @@
+// skinny_linear on the CPU: every thread streams one stretch of the weight's rows.
+
+#include "skinny_linear.h"
+
+#include <algorithm>
+
+#include "cpu/decode_schedule.h"
+#include "cpu/level.h"
+#include "cpu/skinny_linear_kernel.h"
+
+namespace adaptive::cpu {
+namespace {
+
+constexpr int64_t kStep = 8;  // features: a thread's stretch starts at a multiple of it
+
+const LinearKernel& kernel_for(Level level) {
+#if defined(__x86_64__)
+  if (level == Level::kAvx512) return kLinearAvx512;
+  if (level == Level::kAvx2) return kLinearAvx2;
+#endif
+  (void)level;
+  return kLinearBase;
+}
+
+}  // namespace
+
+void skinny_linear(const SkinnyLinearArgs& args) {
+  if (args.rows == 0 || args.out_features == 0) return;
+  const LinearKernel& kernel = kernel_for(level());
+  const int64_t element_bytes = args.dtype == DType::kFloat32 ? 4 : 2;
+  const int64_t steps = (args.out_features + kStep - 1) / kStep;
+  const int64_t threads =
+      useful_threads(steps, args.out_features * args.in_features * element_bytes);
+  const int64_t width = round_up(args.in_features, kLinearWidth);
+  const int64_t rows = args.rows + (args.rows % kLinearRows == kLinearRows - 1);
+  const AlignedFloats input = aligned_floats(rows * width);
+  // A thread's share of this would cost less than the barrier behind it.
+  for (int64_t row = 0; row < rows; ++row) kernel.widen(args, row, input.get() + row * width);
+#pragma omp parallel for schedule(static) num_threads(static_cast<int>(threads)) if (threads > 1)
+  for (int64_t i = 0; i < threads; ++i) {
+    const int64_t begin = i * steps / threads * kStep, end = (i + 1) * steps / threads * kStep;
+    kernel.multiply(args, input.get(), width, begin, std::min(end, args.out_features));
+  }
+}
+
+}  // namespace adaptive::cpu

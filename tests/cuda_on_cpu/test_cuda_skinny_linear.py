@@ -1,0 +1,130 @@
+"""The CUDA kernel of skinny_linear, run on the CPU, against float64; and bugs planted in it."""
+
+import ctypes
+
+import pytest
+import torch
+import torch.nn.functional as F
+from simulated import DTYPES, ROOT, planted, pointer
+
+from adaptive.ops import skinny_linear
+
+SOURCE = "cuda/skinny_linear.cu"
+SHIM = ROOT / "tests/cuda_on_cpu/linear_shim.cpp"
+GUARD = 16  # rows around the output that a wrong kernel may write and a right one must not
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+class LinearArgs(ctypes.Structure):
+    """SkinnyLinearArgs of csrc/skinny_linear.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("input", "weight", "bias", "out")),
+        ("dtype", ctypes.c_int32),
+        *((name, ctypes.c_int64) for name in ("rows", "in_features", "out_features")),
+        *((name, ctypes.c_int64) for name in ("input_stride", "weight_stride")),
+    )
+
+
+class Linear:
+    """skinny_linear as CUDA would run it; checks that nothing around the output is written."""
+
+    def __init__(self, library: ctypes.CDLL):
+        self.library = library
+        library.linear_args_bytes.restype = ctypes.c_int64
+        assert library.linear_args_bytes() == ctypes.sizeof(LinearArgs)
+        library.set_seed(0)
+
+    def __call__(self, x, weight, bias=None):
+        rows, out_features = len(x), len(weight)
+        around = torch.full((rows + 2 * GUARD, max(out_features, 1)), 77.0, dtype=x.dtype)
+        out = around[GUARD:-GUARD, :out_features]
+        out.fill_(torch.nan)
+        args = LinearArgs(
+            pointer(x), pointer(weight), pointer(bias), pointer(out), DTYPES[x.dtype],
+            rows, x.shape[1], out_features, x.stride(0), weight.stride(0),
+        )  # fmt: skip
+        message = ctypes.create_string_buffer(1000)
+        if self.library.linear(ctypes.byref(args), message):
+            raise RuntimeError(message.value.decode())
+        assert (around[:GUARD] == 77).all()
+        assert (around[-GUARD:] == 77).all()
+        return out
+
+
+@pytest.fixture
+def linear(builder):
+    return Linear(builder.library(*builder.objects(ROOT / "csrc" / SOURCE, SHIM)))
+
+
+def draw(dtype, rows, in_features, out_features, bias=False):
+    return skinny_linear.make_inputs(
+        rows, in_features, out_features, bias, dtype=dtype, device="cpu"
+    )
+
+
+def check(made, x, weight, bias=None):
+    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    bound = torch.finfo(made.dtype).eps * exact.abs() + 64 * torch.finfo(torch.float32).eps
+    assert ((made.double() - exact).abs() <= bound).all()
+
+
+@every_dtype
+@pytest.mark.parametrize("sizes", skinny_linear.edges, ids=str)
+def test_edges(linear, dtype, sizes):
+    arguments = draw(dtype, **sizes)
+    check(linear(*arguments), *arguments)
+
+
+def check_everything(linear, dtype):
+    """Enough to notice a small bug."""
+    for rows in (1, 2, 4, 5, 16):
+        x, weight, bias = draw(dtype, rows, 1096, 19, bias=True)
+        made = linear(x, weight, bias)
+        check(made, x, weight, bias)
+        for row in (0, rows - 1):  # one row alone
+            assert torch.equal(linear(x[row : row + 1], weight, bias), made[row : row + 1])
+        linear.library.set_seed(1)
+        assert torch.equal(linear(x, weight, bias), made)
+        linear.library.set_seed(0)
+        # An odd pitch, NaN between the rows: nothing is aligned, nothing else is read.
+        wide = torch.full((rows + 19, 1107), torch.nan, dtype=dtype)
+        spread = wide[:, 3 : 3 + 1096]
+        spread[:rows], spread[rows:] = x, weight
+        assert torch.equal(linear(spread[:rows], spread[rows:], bias), made)
+
+
+@every_dtype
+def test_rows_threads_and_strides(linear, dtype):
+    check_everything(linear, dtype)
+
+
+def test_refusals_name_the_argument(linear):
+    with pytest.raises(RuntimeError, match="adaptive::skinny_linear: input must have at most 16"):
+        linear(*draw(torch.float32, 17, 64, 3))
+    with pytest.raises(RuntimeError, match="input must have a multiple of 8 features"):
+        linear(*draw(torch.float32, 2, 60, 3))
+
+
+MUTANTS = {
+    "features beyond the last": ("feature >= a.out_features", "feature > a.out_features"),
+    "columns beyond the last": ("if (column >= width) continue;", ""),
+    "one lane left out": ("distance = kLanes / 2;", "distance = kLanes / 4;"),
+    "rows beyond the last": ("r < rows && lane == r", "lane == r"),
+    "bias taken away": ("sum[r] + bias", "sum[r] - bias"),
+    "bias of the block": ("(a.bias)[feature]", "(a.bias)[feature % kWarps]"),
+    "weight rows assumed dense": ("feature * a.weight_stride", "feature * a.in_features"),
+    "input rows assumed dense": ("r * a.input_stride", "r * a.in_features"),
+    "second load skipped": ("i < kInFlight; ++i) {\n      const int column = first + i * kLanes * "
+                            "V::kElements;\n      if (column >= width)",
+                            "i < 1; ++i) {\n      const int column = first + i * kLanes * "
+                            "V::kElements;\n      if (column >= width)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_are_caught(builder, tmp_path, name):
+    mutant = planted(tmp_path / "csrc", SOURCE, SOURCE, *MUTANTS[name])
+    linear = Linear(builder.library(*builder.objects(mutant, SHIM)))
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_everything(linear, torch.bfloat16)
