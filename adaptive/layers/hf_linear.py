@@ -23,7 +23,12 @@ MAX_NARROW_ROWS = 4
 """Rows up to which memory is the limit even where the processor has the means for many more."""
 
 _WRAPPED = ".base_layer"
-_MATRIX_UNITS = any(torch.cpu.get_capabilities().get(n) for n in ("avx512_bf16", "amx_bf16"))
+_CAPABILITIES = getattr(
+    torch.cpu, "get_capabilities", None
+)  # torch 2.11 may not tell: careful then
+_MATRIX_UNITS = _CAPABILITIES is None or any(
+    _CAPABILITIES().get(name) for name in ("avx512_bf16", "amx_bf16")
+)
 
 
 class LinearForward:
