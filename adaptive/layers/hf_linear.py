@@ -10,6 +10,7 @@ import weakref
 import torch
 from torch import Tensor, nn
 
+from adaptive import _native
 from adaptive.layers.state import PatchRecord, Switch
 from adaptive.layers.torch_guard import autocast_dtype, why_not_plain
 from adaptive.ops import skinny_linear
@@ -18,7 +19,16 @@ from adaptive.ops.skinny_linear import MAX_ROWS, supports
 MIN_WEIGHT_BYTES = 2 << 20
 """Below this a weight stays in a core's cache, and what counts is Python's time."""
 
+MAX_NARROW_ROWS = 4
+"""Rows up to which memory is the limit even where the processor has the means for many more."""
+
 _WRAPPED = ".base_layer"
+_CAPABILITIES = getattr(
+    torch.cpu, "get_capabilities", None
+)  # torch 2.11 may not tell: careful then
+_MATRIX_UNITS = _CAPABILITIES is None or any(
+    _CAPABILITIES().get(name) for name in ("avx512_bf16", "amx_bf16")
+)
 
 
 class LinearForward:
@@ -59,6 +69,16 @@ def install(root: nn.Module, record: PatchRecord) -> None:
             record.log.set(root, name, "forward", LinearForward(module, record.switch))
 
 
+def most_rows(dtype: torch.dtype) -> int:
+    """Rows up to which the kernel is faster than F.linear.
+
+    Measured for AVX2 and AVX-512. Fewer where the kernel computes slowly, at the baseline, and
+    where oneDNN may compute on 16-bit elements as they are, which this kernel widens.
+    """
+    narrow = dtype != torch.float32 and _MATRIX_UNITS
+    return MAX_NARROW_ROWS if narrow or _native.cpu_level() == "baseline" else MAX_ROWS
+
+
 def _gains(name: str, linear: nn.Linear) -> bool:
     weight = linear._parameters.get("weight")
     return (
@@ -77,7 +97,9 @@ def _can_run(linear: nn.Linear, input: Tensor) -> bool:
         return False
     weight, bias = linear.weight, linear.bias
     width = linear.in_features
-    if input.dim() == 0 or input.shape[-1] != width or not 1 <= input.numel() // width <= MAX_ROWS:
+    if input.dim() == 0 or input.shape[-1] != width:
+        return False
+    if not 1 <= input.numel() // width <= most_rows(input.dtype):
         return False
     if weight.shape != (linear.out_features, width) or not _alike(input, weight, bias):
         return False

@@ -12,7 +12,8 @@ from torch import nn
 
 import adaptive
 from adaptive import _native
-from adaptive.layers.hf_linear import MIN_WEIGHT_BYTES, LinearForward
+from adaptive.layers import hf_linear
+from adaptive.layers.hf_linear import MIN_WEIGHT_BYTES, LinearForward, most_rows
 
 LARGE = {
     "hidden_size": 1024,
@@ -24,6 +25,13 @@ LARGE = {
 }
 LINEARS = 2 * 5 + 1  # of two layers: q, o, gate, up and down; k and v are too small; and the head
 TOKENS = 6
+
+
+@pytest.fixture(autouse=True)
+def _same_on_every_processor(monkeypatch):
+    monkeypatch.setattr(hf_linear, "_MATRIX_UNITS", False)
+    if _native.best_cpu_level() == "baseline":
+        pytest.skip("counts rows as AVX2 does")
 
 
 def large(case="llama", dtype=torch.float32, **fields):
@@ -115,6 +123,15 @@ def test_many_rows_and_training_are_stock_bit_for_bit():
             with torch.autocast("cpu", torch.bfloat16):
                 assert linear(few).dtype == torch.bfloat16
         assert ran() == before + 2
+
+
+def test_fewer_rows_where_computing_is_slow_or_stock_is_fast(monkeypatch):
+    assert most_rows(torch.float32) == most_rows(torch.bfloat16) == 16
+    adaptive.set_cpu_level("baseline")
+    assert most_rows(torch.float32) == most_rows(torch.bfloat16) == 4
+    adaptive.set_cpu_level(None)
+    monkeypatch.setattr(hf_linear, "_MATRIX_UNITS", True)
+    assert (most_rows(torch.float32), most_rows(torch.bfloat16)) == (16, 4)
 
 
 def test_switched_off_it_is_stock_bit_for_bit():
