@@ -225,6 +225,28 @@ def test_memory_is_given_back_and_stays_so():
     assert cache.get_seq_length() == 1100
 
 
+def test_bytes_within_the_window_are_counted_as_dense():
+    model, ids = deep(), token_ids(tokens=PROMPT)
+    with adaptive.patch(model, StreamingLLM(sinks=2, window=200)) as patched:
+        logits(model, ids)
+        for layer in patched.report().layers:
+            assert layer.paths == {"dense: within the window": TOKENS}
+            assert layer.dense_bytes == layer.kv_bytes > 0
+
+
+def test_a_cache_that_was_read_with_other_pages_is_read_right():
+    """What derives from a cache outlives a patch, and must not be taken for what another needs."""
+    model, ids = deep(), token_ids(tokens=PROMPT)
+    with adaptive.patch(model, quest(page_size=16)):
+        _, cache = logits(model, ids, steps=2)
+    with torch.no_grad(), adaptive.patch(model, quest(page_size=4)):
+        again = copy.deepcopy(cache)
+        for layer in again.layers:
+            layer.store.derived.clear()
+        expected = model(ids[:, :1], past_key_values=again).logits
+        assert torch.equal(model(ids[:, :1], past_key_values=cache).logits, expected)
+
+
 def test_a_reduced_cache_is_refused_where_it_would_be_misread():
     model, ids = deep(), token_ids(tokens=PROMPT)
     patched = adaptive.patch(model, razor())

@@ -240,7 +240,7 @@ def _pages(state: LayerState, inputs: Inputs, policy: Quest, store: KVStore | No
         return attend_densely(state, inputs, "dense: foreign cache")
     query, key = inputs.query, inputs.key
     size = policy.page_size
-    bounds = store.derived.setdefault("pages", PageBounds(size))
+    bounds = store.derived.setdefault(f"pages of {size}", PageBounds(size))
     assert isinstance(bounds, PageBounds)
     packed = torch.cat([query.clamp(min=0), query.clamp(max=0)], dim=3)
     scale = query.shape[3] ** -0.5 if inputs.scale is None else inputs.scale

@@ -71,6 +71,7 @@ def _reduce(state: LayerState, inputs: Inputs, layer: AdaptiveCacheLayer, store:
     tokens = inputs.query.shape[2]
     window = how.window.window_tokens(store.length - tokens) + tokens
     if not state.record.sparse or store.length <= how.window.sinks + window:
+        state.count_read(0, 0, 2 * inputs.key.numel() * inputs.key.element_size())
         return attend_densely(state, inputs, "dense: within the window")
     split = HeadSplit(
         store,
