@@ -3,6 +3,8 @@
 import copy
 import gc
 import weakref
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -303,3 +305,31 @@ def test_foreign_caches_and_plain_modules_are_told_apart():
     assert not support.ok
     with pytest.raises(adaptive.UnsupportedModel, match="skip"):
         adaptive.patch(attention, tidal(select_layers=(0,), dense_layers=()))
+
+
+def test_a_plain_module_is_refused_before_its_layers_are_counted():
+    attention = torch.nn.MultiheadAttention(64, 2)
+    with pytest.raises(adaptive.UnsupportedModel, match="plain PyTorch modules can only be exact"):
+        adaptive.patch(attention, TidalDecode())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own(adaptive.Policy):
+    """Uses modes whose numbers another policy has."""
+
+    modes: ClassVar[tuple[str, ...]] = ("select", "reuse", "window")
+    rows: str = "select reuse reuse reuse reuse"
+
+    def plan(self, table):
+        for layer, mode in enumerate(self.rows.split()):
+            table = table.with_layer(layer, mode)
+        return table
+
+
+def test_modes_that_no_policy_has_the_numbers_for_are_refused():
+    model = deep()
+    with pytest.raises(ValueError, match="must have a TidalDecode, .* to run select, got Own"):
+        adaptive.patch(model, Own())
+    with pytest.raises(ValueError, match="must have a RazorAttention or StreamingLLM, .*got Own"):
+        adaptive.patch(model, Own(rows="dense window window window window"))
+    adaptive.patch(model).unpatch()
