@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 from models import PAD, greedy, make, padded, token_ids
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import adaptive
 from adaptive.layers import sparse_attention
@@ -171,6 +171,56 @@ def test_a_padded_batch_equals_its_rows_alone(policies):
             assert torch.equal(both[row, -TOKENS:], alone[0, -TOKENS:])
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("policy", [tidal(), quest()], ids=["tidal", "quest"])
+def test_padding_is_neither_a_sink_nor_part_of_the_budget(policy, implementation):
+    model, ids = deep(implementation=implementation), token_ids(batch=1, tokens=PROMPT)
+    padding = 24  # whole pages
+    mask = torch.ones(1, PROMPT + padding, dtype=torch.long)
+    mask[:, :padding] = 0
+    inputs = {"input_ids": torch.nn.functional.pad(ids, (padding, 0), value=PAD)}
+    with adaptive.patch(model, policy) as patched:
+        ours = model.generate(
+            **inputs,
+            attention_mask=mask,
+            max_new_tokens=TOKENS,
+            do_sample=False,
+            pad_token_id=PAD,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        padded_mass = [layer.mass_of_heads for layer in patched.report().layers]
+        patched.reset_stats()
+        alone = model.generate(
+            ids,
+            max_new_tokens=TOKENS,
+            do_sample=False,
+            pad_token_id=PAD,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        mass = [layer.mass_of_heads for layer in patched.report().layers]
+    torch.testing.assert_close(torch.stack(ours.logits), torch.stack(alone.logits))
+    torch.testing.assert_close(torch.tensor(padded_mass[1]), torch.tensor(mass[1]))
+
+
+def test_the_last_tokens_are_chosen_in_a_cache_with_room_behind_them():
+    model, ids = deep(), token_ids(batch=1, tokens=PROMPT)
+    with adaptive.patch(model, tidal()):
+        ours, _ = logits(model, ids)
+        static, _ = logits(model, ids, cache=StaticCache(config=model.config, max_cache_len=200))
+    torch.testing.assert_close(static, ours)
+
+
+def test_bounds_of_pages_are_counted_as_read():
+    model, ids = deep(), token_ids(batch=1, tokens=PROMPT)
+    with adaptive.patch(model, quest(audit_every=None)) as patched:
+        logits(model, ids, steps=1)
+        layer = patched.report().layers[1]
+    pages, chosen, row_bytes = PROMPT // 4, 24, 2 * 2 * 32 * 4
+    assert layer.kv_bytes == (pages + chosen) * row_bytes
+
+
 @sparse
 def test_beam_search_and_sampling_run(policies):
     model, inputs = deep(), padded(tokens=PROMPT)
@@ -328,8 +378,8 @@ class Own(adaptive.Policy):
 
 def test_modes_that_no_policy_has_the_numbers_for_are_refused():
     model = deep()
-    with pytest.raises(ValueError, match="must have a TidalDecode, .* to run select, got Own"):
+    with pytest.raises(ValueError, match=r"must have a TidalDecode, .* to run select, got Own"):
         adaptive.patch(model, Own())
-    with pytest.raises(ValueError, match="must have a RazorAttention or StreamingLLM, .*got Own"):
+    with pytest.raises(ValueError, match=r"must have a RazorAttention or StreamingLLM, .*got Own"):
         adaptive.patch(model, Own(rows="dense window window window window"))
     adaptive.patch(model).unpatch()

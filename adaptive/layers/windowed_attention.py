@@ -17,6 +17,7 @@ from adaptive.layers.sparse_attention import (
     attend_densely,
     attend_whole,
     log_mass,
+    visible_tokens,
 )
 from adaptive.layers.state import LayerState
 from adaptive.ops import decode_attention
@@ -139,13 +140,3 @@ def _count_windowed(state: LayerState, split: HeadSplit) -> None:
         store.used_bytes,
         store.used_bytes // max(store.length, 1) * split.length,
     )
-
-
-def visible_tokens(mask: Tensor | None, batch: int) -> Tensor | None:
-    """Which tokens are not padding, ``[batch, length]``, by what the last query sees."""
-    if mask is None:
-        return None
-    last = mask[:, 0, -1]
-    if last.dtype != torch.bool:
-        last = last > torch.finfo(last.dtype).min / 2
-    return last.expand(batch, -1)
