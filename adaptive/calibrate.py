@@ -35,8 +35,8 @@ def calibrate(
     which layers agree on the keys that matter. The model runs once, as it is, and is afterwards as
     before, bit for bit. The weights of all queries over all keys never exist at once.
 
-    - `TidalDecode` gets its select layers: as many as ``select_layers`` names, otherwise two. The
-      first is the first layer that may skip keys.
+    - `TidalDecode` gets its select layers: as many as ``select_layers`` names, otherwise two, but
+      always fewer than may skip keys. The first is the first layer that may.
     - `RazorAttention` gets its heads: of those in layers that may skip keys the share ``induction``
       with the best induction scores and the share ``echo`` with the best echo scores, rounded up.
     - Other policies stay as they are.
@@ -94,7 +94,7 @@ def calibrate(
         shares, importance = similarity.result()
         scores |= {"similarity": shares, "importance": importance}
         layers = tidal.may_select(table)
-        count = min(len(tidal.select_layers or range(SELECT_LAYERS)), len(layers))
+        count = min(len(tidal.select_layers or range(SELECT_LAYERS)), len(layers) - 1)
         chosen = choose_layers(shares[layers][:, layers], importance[layers], count)
         found[TidalDecode] = replace(tidal, select_layers=tuple(layers[i] for i in chosen))
     if razor is not None and heads is not None:

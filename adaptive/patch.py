@@ -168,12 +168,12 @@ def examine(
         error = UnsupportedModel
     else:
         try:
-            plan = _plan(root, survey.shape, policies)
+            problems = _plan_problems(survey, {m for p in policies for m in _modes(p)})
+            plan = _plan(root, survey.shape, policies) if not problems else None
         except ValueError as misfit:  # a PlanMismatch, or a policy's own
             plan, error = misfit, type(misfit)
             problems = [str(misfit).removeprefix("adaptive: ")]
         else:
-            problems = _plan_problems(survey, plan)
             error = UnsupportedModel if problems else None
     support = Support(
         model=type(model).__name__,
@@ -186,9 +186,15 @@ def examine(
     return root, survey, support, plan
 
 
-def _plan_problems(survey: Survey, plan: Plan) -> list[str]:
+def _modes(policy: Policy | Plan) -> set[str]:
+    """Modes that skip keys: those of a plan, or those that a policy is for."""
+    if isinstance(policy, Plan):
+        return {mode for row in policy.rows for mode in row} - {DENSE, STOCK}
+    return set(policy.modes)
+
+
+def _plan_problems(survey: Survey, modes: set[str]) -> list[str]:
     """Why the model cannot do what the plan says."""
-    modes = {mode for row in plan.rows for mode in row} - {DENSE, STOCK}
     if modes and any(site.kind != "hf" for site in survey.sites):
         return [
             f"modes that skip keys ({', '.join(sorted(modes))}) need a decoder of transformers and "

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 from models import make, padded, token_ids
+from transformers import StaticCache
 
 import adaptive
-from adaptive.layers.correction import NAME
+from adaptive.layers.correction import NAME, correct
 from adaptive.policy import TidalDecode
 
 PROMPT = 60
@@ -145,3 +146,66 @@ def test_masks_of_another_kind_are_not_corrected_and_it_says_so(model):
         model(ids[:, -2:-1], attention_mask=mask, past_key_values=cache)
         notes = patched.report().notes
     assert notes == {"not corrected: the attention mask is not one of padding": 1}
+
+
+def test_tokens_that_another_path_wrote_between_are_not_overwritten(model):
+    ids = token_ids(batch=1, tokens=PROMPT + EVERY + 4)
+    with torch.no_grad(), adaptive.patch(model, policy()) as patched:
+        cache = prefill(model, ids)
+        steps(model, ids, cache, PROMPT, PROMPT + EVERY)
+        with patched.disabled():
+            steps(model, ids, cache, PROMPT + EVERY, PROMPT + EVERY + 2)
+        before = [layer.keys.clone() for layer in cache.layers]
+        steps(model, ids, cache, PROMPT + EVERY + 2, PROMPT + EVERY + 3)
+        notes = patched.report().notes
+    for layer, old in zip(cache.layers, before, strict=True):
+        assert torch.equal(layer.keys[:, :, : old.shape[2]], old)
+    assert notes == {"not corrected: a pass without the policy wrote tokens between": 1}
+
+
+def test_tokens_between_are_noticed_before_a_correction_is_due(model):
+    ids = token_ids(batch=1, tokens=PROMPT + 2 * EVERY)
+    with torch.no_grad(), adaptive.patch(model, policy()) as patched:
+        cache = prefill(model, ids)
+        steps(model, ids, cache, PROMPT, PROMPT + 2)
+        with patched.disabled():
+            steps(model, ids, cache, PROMPT + 2, PROMPT + 3)
+        steps(model, ids, cache, PROMPT + 3, PROMPT + 5)
+        pending = cache.layers[0].store.derived[NAME]
+        assert torch.equal(pending.inputs()["input_ids"], ids[:, PROMPT + 3 : PROMPT + 5])
+        assert patched.report().notes == {
+            "not corrected: a pass without the policy wrote tokens between": 1
+        }
+
+
+def test_a_row_that_becomes_several_is_corrected_in_each(model):
+    ids = token_ids(batch=1, tokens=PROMPT + EVERY + 1)
+    with torch.no_grad(), adaptive.patch(model, policy()) as patched:
+        cache = prefill(model, ids)
+        steps(model, ids, cache, PROMPT, PROMPT + 2)
+        cache.batch_repeat_interleave(3)
+        steps(model, ids.expand(3, -1), cache, PROMPT + 2, PROMPT + EVERY + 1)
+        assert patched.report().notes == {f"corrected {EVERY} tokens": 1}
+
+
+def test_a_mapping_of_masks_is_not_taken_for_no_mask(model):
+    ids = token_ids(batch=1, tokens=PROMPT + EVERY + 2)
+    with torch.no_grad(), adaptive.patch(model, policy()) as patched:
+        cache = prefill(model, ids)
+        steps(model, ids, cache, PROMPT, PROMPT + EVERY)
+        kwargs = {"attention_mask": {"full_attention": None}}
+        correct(model.model, patched._record, kwargs, cache, EVERY)
+        assert patched.report().notes == {
+            "not corrected: the attention mask is not one of padding": 1
+        }
+
+
+def test_a_cache_that_cannot_be_corrected_is_told(model):
+    ids = token_ids(batch=1, tokens=PROMPT + EVERY)
+    cache = StaticCache(config=model.config, max_cache_len=PROMPT + EVERY)
+    with torch.no_grad(), adaptive.patch(model, policy()) as patched:
+        model(ids[:, :PROMPT], past_key_values=cache, use_cache=True)
+        steps(model, ids, cache, PROMPT, PROMPT + EVERY)
+        assert patched.report().notes == {
+            "not corrected: the cache is not one that patch() took over": EVERY
+        }

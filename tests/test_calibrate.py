@@ -270,3 +270,9 @@ def test_a_bar_shows_when_it_takes_long(model, monkeypatch, capsys, terminal, wa
     err = capsys.readouterr().err
     assert ("calibrating" in err) == shown
     assert shown or err == ""
+
+
+def test_a_layer_is_left_to_reuse_what_is_selected():
+    model = make("llama", num_hidden_layers=4)
+    plan = adaptive.calibrate(model, TidalDecode(), tokens=64, progress=False)
+    assert [row[0] for row in plan.rows] == ["dense", "dense", "select", "reuse"]

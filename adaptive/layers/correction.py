@@ -16,6 +16,7 @@ from adaptive.layers.state import PatchRecord
 
 NAME = "pending"
 _AXES = 2
+_UNSEEN = "not corrected: a pass without the policy wrote tokens between"
 
 
 class Pending:
@@ -27,15 +28,21 @@ class Pending:
     def __init__(self) -> None:
         """Start with no token."""
         self._parts: list[dict[str, Tensor]] = []
+        self._end = 0
 
     @property
     def tokens(self) -> int:
         """Tokens to correct."""
         return sum(_length(part) for part in self._parts)
 
-    def add(self, part: dict[str, Tensor]) -> None:
-        """Take in the inputs of one pass: ``[batch, tokens, ...]`` each."""
+    def add(self, part: dict[str, Tensor], end: int) -> None:
+        """Take in the inputs of one pass, ``[batch, tokens, ...]`` each, which ended at ``end``."""
         self._parts.append(part)
+        self._end = end
+
+    def ends_at(self, length: int) -> bool:
+        """Whether these tokens, if there are any, are the last of the first ``length``."""
+        return not self._parts or self._end == length
 
     def inputs(self) -> dict[str, Tensor]:
         """All inputs as those of one pass."""
@@ -43,7 +50,7 @@ class Pending:
 
     def matches(self, part: dict[str, Tensor]) -> bool:
         """Whether a pass with these inputs can be joined to those held."""
-        return not self._parts or self._parts[0].keys() == part.keys()
+        return not self._parts or _form(self._parts[0]) == _form(part)
 
     def clear(self) -> None:
         """Forget all."""
@@ -51,19 +58,20 @@ class Pending:
 
     def crop(self, keys: Tensor, values: Tensor, length: int) -> None:
         """Forget the tokens from position ``length`` of the cache on."""
-        gone = keys.shape[2] - length
+        gone = max(self._end - length, 0)
         left = max(self.tokens - gone, 0)
         if left == 0:
             self.clear()
             return
         self._parts = [{name: t[:, :left] for name, t in self.inputs().items()}]
+        self._end = length
 
     def select(self, rows: Tensor) -> None:
         """Make a batch of the rows ``rows``."""
         self._parts = [
             {
-                name: t.index_select(0, rows.to(t.device)) if len(t) > 1 else t
-                for name, t in part.items()
+                name: t.index_select(0, rows.to(t.device)) if len(t) == _batch(part) else t
+                for name, t in part.items()  # positions may be one row for the whole batch
             }
             for part in self._parts
         ]
@@ -79,6 +87,8 @@ def note_pass(record: PatchRecord, kwargs: dict[str, Any], cache: object) -> Non
     """
     stores = _stores(cache)
     if stores is None:
+        if record.selection is not None:
+            record.note("not corrected: the cache is not one that patch() took over")
         return
     pending = _pending(stores)
     if record.selection is None and pending.tokens == 0:
@@ -92,7 +102,13 @@ def note_pass(record: PatchRecord, kwargs: dict[str, Any], cache: object) -> Non
         record.note("not corrected: the pass was called in another way than those before")
         pending.clear()
         return
-    pending.add(part)
+    length = stores[0].length
+    if not pending.ends_at(length - _length(part)):
+        record.note(_UNSEEN)
+        pending.clear()
+        if record.selection is None:
+            return
+    pending.add(part, length)
 
 
 def correct(
@@ -112,8 +128,12 @@ def correct(
         return
     pending = _pending(stores)
     length = stores[0].length
+    if not pending.ends_at(length):
+        record.note(_UNSEEN)
+        pending.clear()
+        return
     mask = kwargs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() != _AXES:
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == _AXES):
         record.note("not corrected: the attention mask is not one of padding")
         pending.clear()
         return
@@ -124,7 +144,7 @@ def correct(
     try:
         base.forward(
             **inputs,
-            attention_mask=mask[:, :length] if isinstance(mask, Tensor) else None,
+            attention_mask=None if mask is None else mask[:, :length],
             past_key_values=cache,
             use_cache=True,
         )
@@ -156,6 +176,18 @@ def _pending(stores: list[KVStore]) -> Pending:
     return found
 
 
+def _form(part: dict[str, Tensor]) -> dict[str, int]:
+    """Names of the inputs of a pass, and the rows of each."""
+    return {name: len(tensor) for name, tensor in part.items()}
+
+
+def _tokens(part: dict[str, Tensor]) -> Tensor:
+    return part["input_ids" if "input_ids" in part else "inputs_embeds"]
+
+
+def _batch(part: dict[str, Tensor]) -> int:
+    return len(_tokens(part))
+
+
 def _length(part: dict[str, Tensor]) -> int:
-    name = "input_ids" if "input_ids" in part else "inputs_embeds"
-    return int(part[name].shape[1])
+    return int(_tokens(part).shape[1])

@@ -30,7 +30,11 @@ class How:
 
 
 def resolve(row: Sequence[str], policies: Sequence[Policy]) -> How | None:
-    """What a row of the plan means; None if no head of it skips anything."""
+    """What a row of the plan means; None if no head of it skips anything.
+
+    Raises:
+        ValueError: No policy has the numbers that a mode of the row needs.
+    """
     if set(row) <= {DENSE, STOCK}:
         return None
     windowed = tuple(head for head, mode in enumerate(row) if mode in (WINDOW, RAZOR))
@@ -39,6 +43,16 @@ def resolve(row: Sequence[str], policies: Sequence[Policy]) -> How | None:
     kind = Quest if mode == PAGES else TidalDecode
     policy = next((p for p in policies if isinstance(p, kind)), None) if mode != DENSE else None
     window = next((p for p in policies if isinstance(p, (RazorAttention, StreamingLLM))), None)
+    for need, found, kinds in (
+        (mode != DENSE, policy, kind.__name__),
+        (bool(windowed), window, "RazorAttention or StreamingLLM"),
+    ):
+        if need and found is None:
+            given = ", ".join(type(p).__name__ for p in policies)
+            raise ValueError(
+                f"adaptive: policies must have a {kinds}, or a class derived from it, to run "
+                f"{', '.join(sorted(set(row)))}, got {given}"
+            )
     return How(
         mode=mode,
         policy=policy,

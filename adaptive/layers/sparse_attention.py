@@ -87,6 +87,16 @@ def log_mass(state: LayerState, mass: Tensor, kv_heads: Sequence[int]) -> None:
     state.mass.add(mass)
 
 
+def visible_tokens(mask: Tensor | None, batch: int) -> Tensor | None:
+    """Which tokens are not padding, ``[batch, length]``, by what the last query sees."""
+    if mask is None:
+        return None
+    last = mask[:, 0, -1]
+    if last.dtype != torch.bool:
+        last = last > torch.finfo(last.dtype).min / 2
+    return last.expand(batch, -1)
+
+
 def attend_whole(state: LayerState, inputs: Inputs, store: KVStore | None) -> Tensor:
     """Answer a call whose heads all keep every key.
 
@@ -111,7 +121,7 @@ def attend_whole(state: LayerState, inputs: Inputs, store: KVStore | None) -> Te
     if isinstance(how.policy, Quest):
         return _pages(state, inputs, how.policy, store)
     if how.mode == SELECT:
-        return _select(state, inputs, how.policy)
+        return _select(state, inputs, how.policy, store)
     return _reuse(state, inputs, how.policy, store)
 
 
@@ -131,19 +141,29 @@ def _count_read(state: LayerState, inputs: Inputs) -> None:
     state.count_read(batch * tokens * heads // state.site.kv_heads, read, 0)
 
 
-def _select(state: LayerState, inputs: Inputs, policy: TidalDecode) -> Tensor:
+def _select(
+    state: LayerState, inputs: Inputs, policy: TidalDecode, store: KVStore | None
+) -> Tensor:
     """Attend densely and choose the keys for the layers that follow."""
     query, key, value, mask = inputs[:4]
     options = inputs.options()
     out, full, scores = scored_attention(
         query, key, value, mask=mask, reduce=policy.group, **options
     )
+    visible = visible_tokens(mask, len(key))
+    if visible is not None and mask is not None and mask.dtype != torch.bool:
+        # A padded key has a finite bias in stock eager masks, but is no sink.
+        scores = scores.masked_fill(~visible[:, None], -torch.inf)
+    lengths = None
+    if visible is not None and store is None:  # a cache such as StaticCache has room behind them
+        places = torch.arange(1, key.shape[2] + 1, device=key.device)
+        lengths = (visible * places).amax(1).int()
     if policy.shared:
         scores = scores.sum(1, keepdim=True)
     recent = max(policy.recent, query.shape[2])
     budget = max(policy.tokens(key.shape[2]), policy.sinks + recent)
     mass = 1.0 if policy.mass is None else policy.mass
-    indices, counts = select_tokens(scores, budget, None, policy.sinks, recent, mass)
+    indices, counts = select_tokens(scores, budget, lengths, policy.sinks, recent, mass)
     if policy.shared:
         indices = indices.expand(-1, key.shape[1], -1)
         counts = counts.expand(-1, key.shape[1])
@@ -240,13 +260,31 @@ def _pages(state: LayerState, inputs: Inputs, policy: Quest, store: KVStore | No
         return attend_densely(state, inputs, "dense: foreign cache")
     query, key = inputs.query, inputs.key
     size = policy.page_size
-    bounds = store.derived.setdefault("pages", PageBounds(size))
+    bounds = store.derived.setdefault(f"pages of {size}", PageBounds(size))
     assert isinstance(bounds, PageBounds)
     packed = torch.cat([query.clamp(min=0), query.clamp(max=0)], dim=3)
     scale = query.shape[3] ** -0.5 if inputs.scale is None else inputs.scale
-    scores, _ = score_tokens(packed, bounds.update(key), scale=scale, causal=False, reduce="logit")
+    found = bounds.update(key)
+    state.count_read(0, found.numel() * found.element_size(), 0)
+    visible = visible_tokens(inputs.mask, len(key))
+    seen, first = (None, None) if visible is None else _pages_of(visible, policy)
+    scores, _ = score_tokens(packed, found, mask=seen, scale=scale, causal=False, reduce="logit")
+    if first is not None:
+        scores = scores.masked_fill(first[:, None], torch.inf)
     recent = -(-max(policy.recent, query.shape[2]) // size) + 1
-    sinks = -(-policy.sinks // size)
+    sinks = -(-policy.sinks // size) + (first is not None)  # after padding they may straddle two
     budget = max(-(-policy.tokens(key.shape[2]) // size), sinks + recent)
-    indices, counts = select_tokens(scores, budget, None, sinks, recent)
+    indices, counts = select_tokens(scores, budget, None, 0 if first is not None else sinks, recent)
     return _gathered(state, inputs, indices, counts, policy.audit_every, {}, size)
+
+
+def _pages_of(visible: Tensor, policy: Quest) -> tuple[Tensor, Tensor]:
+    """Pages with a visible token, ``[batch, 1, 1, pages]``, and with a sink, ``[batch, pages]``."""
+    size = policy.page_size
+    sinks = visible & (visible.cumsum(1) <= policy.sinks)
+    room = -visible.shape[1] % size
+    seen, first = (
+        torch.nn.functional.pad(tokens, (0, room)).unflatten(1, (-1, size)).any(2)
+        for tokens in (visible, sinks)
+    )
+    return seen[:, None, None], first

@@ -17,6 +17,7 @@ from adaptive.layers.sparse_attention import (
     attend_densely,
     attend_whole,
     log_mass,
+    visible_tokens,
 )
 from adaptive.layers.state import LayerState
 from adaptive.ops import decode_attention
@@ -71,6 +72,7 @@ def _reduce(state: LayerState, inputs: Inputs, layer: AdaptiveCacheLayer, store:
     tokens = inputs.query.shape[2]
     window = how.window.window_tokens(store.length - tokens) + tokens
     if not state.record.sparse or store.length <= how.window.sinks + window:
+        state.count_read(0, 0, 2 * inputs.key.numel() * inputs.key.element_size())
         return attend_densely(state, inputs, "dense: within the window")
     split = HeadSplit(
         store,
@@ -138,13 +140,3 @@ def _count_windowed(state: LayerState, split: HeadSplit) -> None:
         store.used_bytes,
         store.used_bytes // max(store.length, 1) * split.length,
     )
-
-
-def visible_tokens(mask: Tensor | None, batch: int) -> Tensor | None:
-    """Which tokens are not padding, ``[batch, length]``, by what the last query sees."""
-    if mask is None:
-        return None
-    last = mask[:, 0, -1]
-    if last.dtype != torch.bool:
-        last = last > torch.finfo(last.dtype).min / 2
-    return last.expand(batch, -1)

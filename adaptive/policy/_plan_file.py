@@ -64,8 +64,7 @@ def write_plan(plan: Plan, path: Path) -> None:
     values = to_dict(plan)
     if plan.scores:
         beside = path.with_name(path.name + ".safetensors")
-        from safetensors.torch import save_file
-
+        save_file = _safetensors().save_file
         tensors = {name: score.detach().cpu().contiguous() for name, score in plan.scores.items()}
         save_file(tensors, beside)
         values["scores"] = {
@@ -105,8 +104,8 @@ def _read_scores(folder: Path, values: Any) -> dict[str, Tensor]:
     found = path.stat().st_size
     if type(size) is not int or size != found or size > MAX_SCORES_BYTES:
         raise ValueError(f"scores.bytes must be the size of {name}, {found}, got {short(size)}")
+    load_file = _safetensors().load_file
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     try:
         tensors: dict[str, Tensor] = load_file(path)
@@ -116,6 +115,18 @@ def _read_scores(folder: Path, values: Any) -> dict[str, Tensor]:
     if kinds != values["tensors"]:
         raise ValueError(f"scores.tensors must be {short(kinds)}, got {short(values['tensors'])}")
     return tensors
+
+
+def _safetensors() -> Any:
+    """The module that reads and writes tensors; whoever has transformers has it."""
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            "adaptive: the scores of a plan need the package safetensors: pip install safetensors; "
+            "dataclasses.replace(plan, scores=None) needs it not"
+        ) from error
+    return safetensors.torch
 
 
 def _kind(tensor: Tensor) -> list[Any]:

@@ -16,6 +16,9 @@ from adaptive.policy._fields import (
 from adaptive.policy._policy import Policy
 from adaptive.policy.plan import PAGES, Plan
 
+PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64)
+"""Pages that `gather_attention` reads."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Quest(Policy):
@@ -27,7 +30,7 @@ class Quest(Policy):
     Attributes:
         budget: Keys of each KV head that are read, sinks and recent ones included; rounded up to
             whole pages.
-        page_size: Tokens of a page.
+        page_size: Tokens of a page, a power of two up to 64.
         dense_layers: Layers that read every key.
         sinks: First tokens whose pages are always read.
         recent: Last tokens whose pages are always read.
@@ -50,6 +53,8 @@ class Quest(Policy):
         check_count(self, "sinks", 0)
         check_count(self, "recent", 1)
         check_count(self, "page_size", 1)
+        if self.page_size not in PAGE_SIZES:
+            raise refused(self, "page_size", "be a power of two up to 64", self.page_size)
         check_budget(self, share=False)
         set_layers(self, "dense_layers")
         check_count(self, "min_context", 1)

@@ -168,7 +168,10 @@ class RazorAttention(Policy):
                     rule = f"be of the {kv_heads[layer]} KV heads of layer {layer}"
                 raise refused(self, "heads", rule, (layer, head))
         mode = RAZOR if self.compensation else WINDOW
-        for layer in free_layers(table, self.dense_layers):
+        free = free_layers(table, self.dense_layers)
+        if not free:
+            raise refused(self, "dense_layers", "leave a layer that may drop", self.dense_layers)
+        for layer in free:
             row = table.rows[layer]
             if SELECT not in row:
                 keep = {head for at, head in self.heads if at == layer}

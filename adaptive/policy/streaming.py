@@ -60,6 +60,10 @@ class StreamingLLM(Policy):
                 why = "it selects keys for later layers"
             if why:
                 raise refused(self, "layers", f"leave out a layer: {why}", layer)
-        for layer in free_layers(table, ()) if self.layers is None else self.layers:
+        free = free_layers(table, ())
+        if not free:
+            rule = "find one that may drop keys; the model or Exact leaves none"
+            raise refused(self, "layers", rule, self.layers)
+        for layer in free if self.layers is None else self.layers:
             table = table.with_layer(layer, WINDOW)
         return table

@@ -123,6 +123,9 @@ class TidalDecode(Policy):
             if why:
                 raise refused(self, "select_layers", f"leave out a layer: {why}", layer)
         chosen = self.select_layers or self._default(free, layers)
+        if not any(layer > chosen[0] and layer not in chosen for layer in free):
+            rule = "leave a layer after the first that may reuse its keys"
+            raise refused(self, "select_layers", rule, self.select_layers)
         for layer in free_layers(table, self.dense_layers):
             if layer >= chosen[0]:
                 table = with_whole(table, layer, SELECT if layer in chosen else REUSE)
@@ -146,4 +149,5 @@ class TidalDecode(Policy):
         later = [layer for layer in free if layer > first + 1]
         second = min(later, key=lambda layer: abs(layer - SECOND * layers), default=None)
         near = second is not None and second < layers - 1 and SECOND * layers > first + 1
-        return (first, second) if near and second is not None else (first,)
+        reused = len(free) > len((first, second))
+        return (first, second) if near and reused and second is not None else (first,)

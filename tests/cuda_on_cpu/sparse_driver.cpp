@@ -8,6 +8,7 @@
 #include "gather_attention.h"
 #include "score_tokens.h"
 #include "sparse_cases.h"
+#include "sparse_select.h"
 #include "sum_tokens.h"
 
 namespace {
@@ -143,12 +144,13 @@ int main(int count, char** words) {
   int wrong = 0;
   for (uint64_t seed = first; seed < first + inputs; ++seed) {
     Random random(seed);
-    const int found[] = {gather(random), score(random), sum(random)};
-    if (found[0] + found[1] + found[2] > 0) {
-      std::printf("seed %llu: %d, %d, %d wrong\n", (unsigned long long)seed, found[0], found[1],
-                  found[2]);
+    const int found[] = {gather(random), score(random), sum(random), select(random)};
+    const int here = found[0] + found[1] + found[2] + found[3];
+    if (here > 0) {
+      std::printf("seed %llu: %d, %d, %d, %d wrong\n", (unsigned long long)seed, found[0], found[1],
+                  found[2], found[3]);
     }
-    wrong += found[0] + found[1] + found[2];
+    wrong += here;
   }
   std::printf("%llu inputs for each op, %d wrong\n", (unsigned long long)inputs, wrong);
   return wrong == 0 ? 0 : 1;

@@ -206,3 +206,27 @@ def test_composition_gives_each_head_one_job(heads, razor_first):
                 assert mode == "select"
             else:
                 assert mode == ("reuse" if (layer, head) in heads else "razor")
+
+
+@pytest.mark.parametrize(
+    ("policy", "windows", "error"),
+    [
+        (tidal(select_layers=(5,)), (), r"select_layers must leave a layer after .*, got \(5,\)"),
+        (
+            tidal(select_layers=(4, 5)),
+            (),
+            r"select_layers must leave a layer after .*, got \(4, 5\)",
+        ),
+        (StreamingLLM(), (8,) * 6, "layers must find one that may drop keys; .*, got None"),
+        (razor(), (8,) * 6, r"dense_layers must leave a layer that may drop, got \(0, 1\)"),
+    ],
+)
+def test_a_policy_that_could_do_nothing_is_refused(policy, windows, error):
+    with pytest.raises(ValueError, match=error):
+        Plan.make(shape(windows=windows), [policy])
+
+
+def test_two_free_layers_are_one_that_selects_and_one_that_reuses():
+    assert signs([TidalDecode()], shape(4)) == ["##", "##", "SS", "rr"]
+    windows = (None, None, None, 8, None, 8, 8, 8, 8, 8)
+    assert "rr" in signs([TidalDecode()], shape(10, windows))

@@ -1,6 +1,8 @@
 """What calibration measured travels beside a plan, and is read only as what the plan says."""
 
 import json
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -87,3 +89,14 @@ def test_too_many_bytes_are_not_read(saved, monkeypatch):
     monkeypatch.setattr("adaptive.policy._plan_file.MAX_SCORES_BYTES", 10)
     with pytest.raises(PlanMismatch, match=r"scores\.bytes must be"):
         Plan.load(saved[1])
+
+
+def test_without_safetensors_the_error_names_it(saved, tmp_path, monkeypatch):
+    plan, path = saved
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    for use in (lambda: plan.save(tmp_path / "other.json"), lambda: Plan.load(path)):
+        with pytest.raises(ImportError, match=r"adaptive: .* need the package safetensors: pip"):
+            use()
+    assert not (tmp_path / "other.json").exists()
+    replace(plan, scores=None).save(tmp_path / "other.json")
+    assert Plan.load(tmp_path / "other.json") == plan

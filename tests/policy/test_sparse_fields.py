@@ -38,7 +38,7 @@ TIDAL = st.fixed_dictionaries(
 PAGED = st.builds(
     Quest,
     budget=st.integers(200, 10**6),
-    page_size=st.integers(1, 64),
+    page_size=st.sampled_from([1, 2, 4, 8, 16, 32, 64]),
     dense_layers=LAYERS,
     sinks=st.integers(0, 99),
     recent=st.integers(1, 99),
@@ -94,7 +94,7 @@ BAD = {
     },
     Quest: {
         "budget": [0, -1, 68, 0.5, math.nan, True, None],
-        "page_size": [*NOT_COUNTS, 0],
+        "page_size": [*NOT_COUNTS, 0, 3, 12, 128],
         "dense_layers": [*NOT_LAYERS, None],
         "sinks": NOT_COUNTS,
         "recent": [*NOT_COUNTS, 0],
