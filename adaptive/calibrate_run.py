@@ -74,6 +74,8 @@ def prompts(batches: Iterable[Tensor | Mapping[str, Any]]) -> list[Tensor]:
         ids = batch["input_ids"] if isinstance(batch, Mapping) else batch
         if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() != _AXES:
             kind = type(ids).__name__
+            if isinstance(ids, Tensor):
+                kind = f"{ids.dtype} {list(ids.shape)}"
             raise TypeError(f"adaptive: batches must hold token ids [batch, tokens], got {kind}")
         if ids.shape[1] < LEAST_TOKENS:
             raise ValueError(

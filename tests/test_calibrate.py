@@ -209,6 +209,11 @@ BAD = {
     "short": ({"batches": [token_ids(tokens=9)]}, ValueError, "must have 32 tokens or more, got 9"),
     "empty": ({"batches": []}, ValueError, "batches must hold a prompt, got none"),
     "text": ({"batches": ["once"]}, TypeError, r"token ids \[batch, tokens\], got str"),
+    "a tensor": (
+        {"batches": torch.zeros(1, 64, dtype=torch.long)},
+        TypeError,
+        r"token ids \[batch, tokens\], got torch.int64 \[64\]",
+    ),
     "floats": ({"batches": [torch.rand(1, 40)]}, TypeError, "token ids"),
     "padding": (
         {"batches": [{"input_ids": token_ids(), "attention_mask": torch.zeros(2, 20)}]},
