@@ -61,6 +61,8 @@ def calibrate(
             is in training mode.
     """
     given = tuple(policies) if isinstance(policies, list | tuple) else (policies,)
+    if not given:
+        raise ValueError("adaptive: policies must name at least one policy, got none")
     root, survey = _survey(model, given)
     if type(tokens) is not int or tokens < LEAST_TOKENS:
         raise ValueError(

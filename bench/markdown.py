@@ -25,8 +25,9 @@ def machine_line(document: Document) -> str:
     speeds = ", ".join(
         f"{value:.1f} GB/s with {n} thread{'s' * (n != '1')}" for n, value in sorted(read.items())
     )
+    bandwidth = f", measured read bandwidth {speeds}" if speeds else ""
     return (
-        f"{machine['cpu']}, {machine['cores']} cores, measured read bandwidth {speeds}; "
+        f"{machine['cpu']}, {machine['cores']} cores{bandwidth}; "
         f"torch {versions['torch']}, transformers {versions['transformers']}; "
         f"transparent huge pages: {machine['huge_pages']}; commit `{machine['commit']}`, "
         f"{machine['date'][:10]}."

@@ -220,6 +220,7 @@ BAD = {
         ValueError,
         "32 tokens or more",
     ),
+    "no policies": ({"policies": []}, ValueError, "policies must name at least one policy"),
     "no policy": ({"policies": ["tidal"]}, TypeError, "policies must be Policy objects, got str"),
     "together": ({"policies": [TidalDecode(), Quest()]}, ValueError, "cannot be combined"),
     "for nobody": (

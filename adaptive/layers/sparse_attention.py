@@ -174,6 +174,7 @@ def _select(
     state.record.selection = Selection(key.shape[2], indices, counts, trusted)
     state.count_path("select")
     _count_read(state, inputs)
+    state.gathered.add(counts, 1, 2 * key.shape[3] * key.element_size())  # for the certificate
     return out
 
 
@@ -238,7 +239,8 @@ def _compensation(
     """One token for all that were not chosen: their mean key and value, and log of their number."""
     if store is None or inputs.mask is not None:
         state.record.note(
-            "no compensation: " + ("foreign cache" if store is None else "padded or masked batch")
+            "no compensation: "
+            + ("foreign cache" if store is None else "several tokens, or padding")
         )
         return {}
     key, value = inputs.key, inputs.value

@@ -54,7 +54,8 @@ class TidalDecode(Policy):
         audit_every: On every n-th call of a reusing layer measure the softmax mass that its keys
             really have, at the cost of reading all keys once; None: never.
         min_mass: Least softmax mass of the chosen keys at the select layer; for a token where a
-            head has less, the layers after it read every key, and the report counts it.
+            head has less, the layers after it read every key, and the report counts it. On CUDA
+            every select layer then waits for the device.
     """
 
     modes: ClassVar[tuple[str, ...]] = (SELECT, REUSE)
