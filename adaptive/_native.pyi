@@ -8,6 +8,21 @@ def best_cpu_level() -> str: ...
 def calls() -> dict[str, int]: ...
 def cpu_level() -> str: ...
 def set_cpu_level(level: str) -> None: ...
+def block_sparse_attention(
+    out: Tensor,
+    lse: Tensor,
+    workspace: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    block_size: int = 64,
+    offsets: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    causal: bool = True,
+) -> int: ...
 def decode_attention(
     out: Tensor,
     lse: Tensor,
@@ -39,6 +54,21 @@ def gather_attention(
     softcap: float = 0.0,
     causal: bool = True,
     page_size: int = 1,
+) -> int: ...
+def local_attention(
+    out: Tensor,
+    lse: Tensor,
+    workspace: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int | None = None,
+    windows: Tensor | None = None,
+    sinks: int = 0,
+    offsets: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    causal: bool = True,
 ) -> int: ...
 def score_tokens(
     scores: Tensor,

@@ -16,17 +16,6 @@ void set_mask(const Check& check, const TensorView& mask, DecodeAttentionArgs& a
   args.mask_add = check.dtype(mask, "mask", {DType::kBool, DType::kFloat32}) == DType::kFloat32;
 }
 
-void set_scalars(const Check& check, const AttentionInputs& inputs, DecodeAttentionArgs& args) {
-  args.scale = inputs.scale.is_none() ? static_cast<float>(1 / std::sqrt(double(args.head_dim)))
-                                      : check.number(inputs.scale, "scale");
-  args.softcap = check.number(inputs.softcap, "softcap");
-  // What float32 rounds to zero would switch the cap off.
-  if (args.softcap < 0 || (args.softcap == 0 && PyFloat_AsDouble(inputs.softcap.ptr()) != 0)) {
-    check.fail(PyExc_ValueError, "softcap", "be 0 (off) or positive in float32",
-               Check::text(inputs.softcap));
-  }
-}
-
 void check_cache(const Check& check, const TensorView& cache, const char* name,
                  const TensorView& query, DType dtype) {
   check.dtype(cache, name, {dtype});
@@ -34,10 +23,34 @@ void check_cache(const Check& check, const TensorView& cache, const char* name,
   check.last_contiguous(cache, name);
 }
 
-// The list of one row and head. Finds out whether all is well first, then what is not.
+}  // namespace
+
+float check_scale(const Check& check, pybind11::handle scale, int64_t head_dim) {
+  return scale.is_none() ? static_cast<float>(1 / std::sqrt(double(head_dim)))
+                         : check.number(scale, "scale");
+}
+
+float check_softcap(const Check& check, pybind11::handle softcap) {
+  const float value = check.number(softcap, "softcap");
+  // What float32 rounds to zero would switch the cap off.
+  if (value < 0 || (value == 0 && PyFloat_AsDouble(softcap.ptr()) != 0)) {
+    check.fail(PyExc_ValueError, "softcap", "be 0 (off) or positive in float32",
+               Check::text(softcap));
+  }
+  return value;
+}
+
+void check_grouping(const Check& check, int64_t heads, int64_t kv_heads) {
+  if (kv_heads == 0 ? heads != 0 : heads % kv_heads != 0) {
+    check.fail(PyExc_ValueError, "query",
+               "have a multiple of key's " + std::to_string(kv_heads) + " heads",
+               std::to_string(heads));
+  }
+}
+
 void check_list(const Check& check, const Choice& choice, int64_t row, int64_t head,
-                int64_t entries) {
-  const std::string at = "[" + std::to_string(row) + ", " + std::to_string(head);
+                int64_t entries, const std::string& place) {
+  const std::string at = "[" + place + ", " + std::to_string(head);
   const int32_t count =
       choice.counts[row * choice.counts_stride[0] + head * choice.counts_stride[1]];
   if (count < 0 || count > choice.chosen) {
@@ -62,8 +75,6 @@ void check_list(const Check& check, const Choice& choice, int64_t row, int64_t h
     }
   }
 }
-
-}  // namespace
 
 void set_strides(const TensorView& view, int64_t (&strides)[3]) {
   for (int axis = 0; axis < 3; ++axis) strides[axis] = view.stride(axis);
@@ -120,17 +131,14 @@ DecodeAttentionArgs attention_args(const Check& check, const AttentionInputs& in
   if (inputs.value != nullptr) {
     for (int axis = 0; axis < 4; ++axis) check.size(*inputs.value, "value", axis, key.size(axis));
   }
-  if (args.kv_heads == 0 ? args.heads != 0 : args.heads % args.kv_heads != 0) {
-    check.fail(PyExc_ValueError, "query",
-               "have a multiple of key's " + std::to_string(args.kv_heads) + " heads",
-               std::to_string(args.heads));
-  }
+  check_grouping(check, args.heads, args.kv_heads);
 
   args.dtype = check.dtype(query, "query", {DType::kFloat32, DType::kFloat16, DType::kBfloat16});
   check.last_contiguous(query, "query");
   check_cache(check, key, "key", query, args.dtype);
   if (inputs.value != nullptr) check_cache(check, *inputs.value, "value", query, args.dtype);
-  set_scalars(check, inputs, args);
+  args.scale = check_scale(check, inputs.scale, args.head_dim);
+  args.softcap = check_softcap(check, inputs.softcap);
 
   args.lengths = check_lengths(check, inputs.lengths, args.batch, args.capacity, query);
   if (inputs.mask.given()) {
@@ -190,7 +198,9 @@ Choice check_choice(const Check& check, const TensorView& indices, const TensorV
                       .chosen = indices.size(2)};
   if (indices.tensor.device.type != dlpack::kCpu) return choice;  // the CUDA kernel looks itself
   for (int64_t row = 0; row < batch; ++row) {
-    for (int64_t head = 0; head < kv_heads; ++head) check_list(check, choice, row, head, entries);
+    for (int64_t head = 0; head < kv_heads; ++head) {
+      check_list(check, choice, row, head, entries, std::to_string(row));
+    }
   }
   return choice;
 }

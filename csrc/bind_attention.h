@@ -42,6 +42,14 @@ void check_output(const Check& check, const TensorView& output, const char* name
 void set_attention_outputs(const Check& check, const TensorView* out, const TensorView& lse,
                            const TensorView& query, DecodeAttentionArgs& args);
 
+/// The factor on scores; None: one over the root of head_dim.
+float check_scale(const Check& check, pybind11::handle scale, int64_t head_dim);
+
+float check_softcap(const Check& check, pybind11::handle softcap);
+
+/// Query heads are a multiple of KV heads.
+void check_grouping(const Check& check, int64_t heads, int64_t kv_heads);
+
 /// Checks the size of the last of four axes.
 void check_head_dim(const Check& check, const TensorView& view, const char* name);
 
@@ -61,6 +69,11 @@ struct Choice {
 /// Checks that every list ascends within 0..entries - 1 (on CUDA the kernel looks for itself).
 Choice check_choice(const Check& check, const TensorView& indices, const TensorView& counts,
                     int64_t batch, int64_t kv_heads, int64_t entries, const TensorView& like);
+
+/// Checks the list of one row and head: first whether all is well, then what is not. Messages place
+/// it at [place, head].
+void check_list(const Check& check, const Choice& choice, int64_t row, int64_t head,
+                int64_t entries, const std::string& place);
 
 void set_strides(const TensorView& view, int64_t (&strides)[3]);
 

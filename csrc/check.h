@@ -132,6 +132,20 @@ class Check {
     return narrow;
   }
 
+  /// A whole number.
+  int64_t integer(pybind11::handle object, const char* argument) const {
+    pybind11::object whole = pybind11::reinterpret_steal<pybind11::object>(
+        PyBool_Check(object.ptr()) ? nullptr : PyNumber_Index(object.ptr()));
+    if (!whole) {
+      PyErr_Clear();
+      fail(PyExc_TypeError, argument, "be a whole number", type_name(object));
+    }
+    int overflow = 0;
+    const int64_t value = PyLong_AsLongLongAndOverflow(whole.ptr(), &overflow);
+    if (overflow != 0) fail(PyExc_ValueError, argument, "fit 64 bits", text(object));
+    return value;
+  }
+
   /// A truth value. None and text are none: `causal=None` is a mistake, not a choice.
   bool flag(pybind11::handle object, const char* argument) const {
     const PyNumberMethods* methods = Py_TYPE(object.ptr())->tp_as_number;

@@ -1,9 +1,11 @@
 """Operators: what the layers compute with. One module per op."""
 
 from adaptive.ops._op import OPS, Op, recorded
+from adaptive.ops.block_sparse_attention import block_sparse_attention
 from adaptive.ops.decode_attention import decode_attention
 from adaptive.ops.gather_attention import gather_attention
 from adaptive.ops.head_scores import head_scores
+from adaptive.ops.local_attention import local_attention
 from adaptive.ops.score_tokens import score_tokens
 from adaptive.ops.scored_attention import scored_attention
 from adaptive.ops.select_tokens import select_tokens
@@ -13,9 +15,11 @@ from adaptive.ops.sum_tokens import sum_tokens
 __all__ = [
     "OPS",
     "Op",
+    "block_sparse_attention",
     "decode_attention",
     "gather_attention",
     "head_scores",
+    "local_attention",
     "recorded",
     "score_tokens",
     "scored_attention",

@@ -1,0 +1,253 @@
+// The bindings of local_attention and block_sparse_attention: one kernel, two ways to say which
+// keys take part.
+
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+
+#include "bind_attention.h"
+#include "local_attention.h"
+
+namespace adaptive {
+namespace {
+
+namespace py = pybind11;
+
+constexpr int64_t kMaxTokens = INT32_MAX;
+
+struct LocalInputs {
+  const TensorView& out;
+  const TensorView& lse;
+  const TensorView& query;
+  const TensorView& key;
+  const TensorView& value;
+  const TensorView& offsets;
+  py::handle scale;
+  py::handle softcap;
+  py::handle causal;
+};
+
+std::string at(const char* name, std::initializer_list<int64_t> places) {
+  std::string text = std::string(name) + "[";
+  for (const int64_t place : places) {
+    text += (text.back() == '[' ? "" : ", ") + std::to_string(place);
+  }
+  return text + "]";
+}
+
+void set_offsets(const Check& check, const TensorView& offsets, LocalAttentionArgs& args,
+                 const TensorView& like) {
+  if (!offsets.given()) return;
+  check.tensor(offsets, "offsets", 2);
+  check.dtype(offsets, "offsets", {DType::kInt32});
+  check.same_device(offsets, "offsets", like);
+  check.size(offsets, "offsets", 0, args.batch);
+  check.last_contiguous(offsets, "offsets");
+  args.cuts = offsets.size(1);
+  if (args.cuts < 2) {
+    check.fail(PyExc_ValueError, "offsets", "have at least 2 entries per row", check.shape(offsets));
+  }
+  args.offsets = offsets.data<int32_t>();
+  args.offsets_stride = offsets.stride(0);
+  if (offsets.tensor.device.type != dlpack::kCpu) return;  // the CUDA kernel looks itself
+  for (int64_t row = 0; row < args.batch; ++row) {
+    const int32_t* cuts = args.offsets + row * args.offsets_stride;
+    for (int64_t i = 0; i < args.cuts; ++i) {
+      const int32_t low = i == 0 ? 0 : cuts[i - 1];
+      if (cuts[i] >= low && cuts[i] <= args.tokens) continue;
+      check.fail(PyExc_IndexError, at("offsets", {row, i}).c_str(),
+                 "be in " + std::to_string(low) + ".." + std::to_string(args.tokens) +
+                     ", not below the one before",
+                 std::to_string(cuts[i]));
+    }
+  }
+}
+
+// What both ops share: all but windows, sinks and lists.
+LocalAttentionArgs local_args(const Check& check, const LocalInputs& inputs) {
+  const auto& [out, lse, query, key, value, offsets, scale, softcap, causal] = inputs;
+  check.tensor(query, "query", 4);
+  check.tensor(key, "key", 4);
+  check.tensor(value, "value", 4);
+  LocalAttentionArgs args{};
+  args.batch = query.size(0);
+  args.heads = query.size(1);
+  args.query_tokens = query.size(2);
+  args.head_dim = query.size(3);
+  args.kv_heads = key.size(1);
+  args.tokens = key.size(2);
+  args.window = args.tokens;
+  args.causal = check.flag(causal, "causal");
+  check_head_dim(check, query, "query");
+  check.size(key, "key", 0, args.batch);
+  check.size(key, "key", 3, args.head_dim);
+  for (int axis = 0; axis < 4; ++axis) check.size(value, "value", axis, key.size(axis));
+  check_grouping(check, args.heads, args.kv_heads);
+  if (args.tokens > kMaxTokens) {
+    check.fail(PyExc_ValueError, "key", "have fewer than 2^31 tokens", check.shape(key));
+  }
+  if (args.query_tokens > args.tokens) {
+    check.fail(PyExc_ValueError, "query",
+               "have at most key's " + std::to_string(args.tokens) + " tokens", check.shape(query));
+  }
+  args.dtype = check.dtype(query, "query", {DType::kFloat32, DType::kFloat16, DType::kBfloat16});
+  check.last_contiguous(query, "query");
+  for (const auto& [view, name] : {std::pair{&key, "key"}, std::pair{&value, "value"}}) {
+    check.dtype(*view, name, {args.dtype});
+    check.same_device(*view, name, query);
+    check.last_contiguous(*view, name);
+  }
+  args.scale = check_scale(check, scale, args.head_dim);
+  args.softcap = check_softcap(check, softcap);
+  set_offsets(check, offsets, args, query);
+
+  const int64_t sizes[4] = {args.batch, args.heads, args.query_tokens, args.head_dim};
+  check.tensor(out, "out", 4);
+  check.dtype(out, "out", {args.dtype});
+  check.same_device(out, "out", query);
+  for (int axis = 0; axis < 4; ++axis) check.size(out, "out", axis, sizes[axis]);
+  check.last_contiguous(out, "out");
+  check_output(check, lse, "lse", {args.batch, args.heads, args.query_tokens}, query);
+  check.contiguous(lse, "lse");
+
+  args.query = query.data<void>();
+  args.key = key.data<void>();
+  args.value = value.data<void>();
+  args.out = out.data<void>();
+  args.lse = lse.data<float>();
+  set_strides(query, args.query_stride);
+  set_strides(key, args.key_stride);
+  set_strides(value, args.value_stride);
+  set_strides(out, args.out_stride);
+  return args;
+}
+
+int64_t run(const Check& check, const char* op, const LocalInputs& inputs,
+            const TensorView& workspace, const LocalAttentionArgs& args) {
+  if (inputs.lse.numel() == 0) return 0;
+  return launch(
+      check, op, inputs.query, "query", workspace, [&] { cpu::local_attention(args); },
+      [] { return int64_t{0}; },
+      [&](void*, int64_t, Stream stream) { cuda::local_attention(args, stream); });
+}
+
+// The lists of blocks: shapes, then on the CPU every entry.
+void set_lists(const Check& check, const TensorView& indices, const TensorView& counts,
+               int64_t block_size, LocalAttentionArgs& args, const TensorView& like) {
+  if (block_size != 16 && block_size != 32 && block_size != 64 && block_size != 128) {
+    check.fail(PyExc_ValueError, "block_size", "be 16, 32, 64 or 128", std::to_string(block_size));
+  }
+  args.block_size = block_size;
+  check.tensor(indices, "indices", 4);
+  check.tensor(counts, "counts", 3);
+  args.lists = indices.size(1);
+  if (args.lists != args.kv_heads && args.lists != args.heads) {
+    check.fail(PyExc_ValueError, "indices",
+               "have a list for each of " + std::to_string(args.kv_heads) + " KV heads or " +
+                   std::to_string(args.heads) + " heads",
+               check.shape(indices));
+  }
+  const int64_t query_blocks = (args.query_tokens + block_size - 1) / block_size;
+  const int64_t sizes[3] = {args.batch, args.lists, query_blocks};
+  for (const auto& [view, name] : {std::pair{&indices, "indices"}, std::pair{&counts, "counts"}}) {
+    check.dtype(*view, name, {DType::kInt32});
+    check.same_device(*view, name, like);
+    for (int axis = 0; axis < 3; ++axis) check.size(*view, name, axis, sizes[axis]);
+  }
+  check.last_contiguous(indices, "indices");
+  args.chosen = indices.size(3);
+  args.blocks = indices.data<int32_t>();
+  args.counts = counts.data<int32_t>();
+  set_strides(indices, args.blocks_stride);
+  set_strides(counts, args.counts_stride);
+  if (indices.tensor.device.type != dlpack::kCpu) return;  // the CUDA kernel looks itself
+  const int64_t key_blocks = (args.tokens + block_size - 1) / block_size;
+  for (int64_t i = 0; i < args.batch * args.lists; ++i) {
+    const int64_t row = i / args.lists, list = i % args.lists;
+    const Choice choice{.indices = args.blocks + row * args.blocks_stride[0] +
+                                   list * args.blocks_stride[1],
+                        .indices_stride = {0, args.blocks_stride[2]},
+                        .counts = args.counts + row * args.counts_stride[0] +
+                                  list * args.counts_stride[1],
+                        .counts_stride = {0, args.counts_stride[2]},
+                        .chosen = args.chosen};
+    const std::string place = std::to_string(row) + ", " + std::to_string(list);
+    for (int64_t block = 0; block < query_blocks; ++block) {
+      check_list(check, choice, 0, block, key_blocks, place);
+    }
+  }
+}
+
+void set_windows(const Check& check, py::handle window, const TensorView& windows,
+                 LocalAttentionArgs& args, const TensorView& like) {
+  if (!window.is_none()) {
+    args.window = check.integer(window, "window");
+    if (args.window < 1) {
+      check.fail(PyExc_ValueError, "window", "be at least 1", std::to_string(args.window));
+    }
+  }
+  args.window = std::min(args.window, std::max<int64_t>(args.tokens, 1));
+  if (!windows.given()) return;
+  if (!window.is_none()) {
+    check.fail(PyExc_ValueError, "window", "be None beside windows", Check::text(window));
+  }
+  check.tensor(windows, "windows", 1);
+  check.dtype(windows, "windows", {DType::kInt32});
+  check.same_device(windows, "windows", like);
+  check.size(windows, "windows", 0, args.heads);
+  check.last_contiguous(windows, "windows");
+  args.windows = windows.data<int32_t>();
+  if (windows.tensor.device.type != dlpack::kCpu) return;  // the CUDA kernel looks itself
+  for (int64_t head = 0; head < args.heads; ++head) {
+    if (args.windows[head] < 1) {
+      check.fail(PyExc_IndexError, at("windows", {head}).c_str(), "be at least 1",
+                 std::to_string(args.windows[head]));
+    }
+  }
+}
+
+int64_t local_attention(const TensorView& out, const TensorView& lse, const TensorView& workspace,
+                        const TensorView& query, const TensorView& key, const TensorView& value,
+                        py::handle window, const TensorView& windows, py::handle sinks,
+                        const TensorView& offsets, py::handle scale, py::handle softcap,
+                        py::handle causal) {
+  const Check check("local_attention");
+  const LocalInputs inputs{out, lse, query, key, value, offsets, scale, softcap, causal};
+  LocalAttentionArgs args = local_args(check, inputs);
+  set_windows(check, window, windows, args, query);
+  args.sinks = check.integer(sinks, "sinks");
+  if (args.sinks < 0) {
+    check.fail(PyExc_ValueError, "sinks", "be at least 0", std::to_string(args.sinks));
+  }
+  args.sinks = std::min(args.sinks, args.tokens);
+  return run(check, "local_attention", inputs, workspace, args);
+}
+
+int64_t block_sparse_attention(const TensorView& out, const TensorView& lse,
+                               const TensorView& workspace, const TensorView& query,
+                               const TensorView& key, const TensorView& value,
+                               const TensorView& indices, const TensorView& counts,
+                               py::handle block_size, const TensorView& offsets, py::handle scale,
+                               py::handle softcap, py::handle causal) {
+  const Check check("block_sparse_attention");
+  const LocalInputs inputs{out, lse, query, key, value, offsets, scale, softcap, causal};
+  LocalAttentionArgs args = local_args(check, inputs);
+  set_lists(check, indices, counts, check.integer(block_size, "block_size"), args, query);
+  return run(check, "block_sparse_attention", inputs, workspace, args);
+}
+
+}  // namespace
+
+void bind_local_attention(py::module_& m) {
+  m.def("local_attention", &local_attention, py::arg("out"), py::arg("lse"), py::arg("workspace"),
+        py::arg("query"), py::arg("key"), py::arg("value"), py::arg("window") = py::none(),
+        py::arg("windows") = py::none(), py::arg("sinks") = 0, py::arg("offsets") = py::none(),
+        py::arg("scale") = py::none(), py::arg("softcap") = 0.0, py::arg("causal") = true);
+  m.def("block_sparse_attention", &block_sparse_attention, py::arg("out"), py::arg("lse"),
+        py::arg("workspace"), py::arg("query"), py::arg("key"), py::arg("value"),
+        py::arg("indices"), py::arg("counts"), py::arg("block_size") = 64,
+        py::arg("offsets") = py::none(), py::arg("scale") = py::none(), py::arg("softcap") = 0.0,
+        py::arg("causal") = true);
+}
+
+}  // namespace adaptive
