@@ -46,13 +46,13 @@ KeySpan span_of(const LocalAttentionArgs& args, int64_t batch, int64_t window, i
     first = after[-1];
     end = after[0];
   }
-  const int64_t near_end = std::min(end, args.causal ? position + 1 : position + window);
+  const int64_t limit = args.causal ? position + 1 : end;
   const int64_t near_begin = std::max(first, position - window + 1);
-  // Sinks that are near, too, are counted there.
-  const int64_t sink_end =
-      std::min({first + args.sinks, args.causal ? position + 1 : end, near_begin, end});
-  return {static_cast<int32_t>(near_begin), static_cast<int32_t>(near_end),
-          static_cast<int32_t>(first), static_cast<int32_t>(std::max(sink_end, first))};
+  const int64_t near_end = std::min(position + window, limit);
+  const int64_t sink_end = std::min(first + args.sinks, limit);
+  const auto int32 = [](int64_t place) { return static_cast<int32_t>(place); };
+  if (sink_end >= near_begin) return {int32(first), int32(std::max(near_end, sink_end)), 0, 0};
+  return {int32(near_begin), int32(near_end), int32(first), int32(sink_end)};
 }
 
 void find_spans(const LocalAttentionArgs& args, const LocalItem& item, KeySpan* spans) {
