@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adaptive.ops._local_keys import KeyRange, ranges
 
-BLOCK = 256
+BLOCK = 128
 """Query tokens at a time: large enough for the products, small beside usual windows."""
 
 
@@ -68,19 +68,28 @@ def _block(  # noqa: PLR0913
         grouped: Tensor = tensor[:, :, rows].to(kind).unflatten(1, (kv_heads, -1))
         return grouped.flatten(2, 3)
 
-    seen = part.seen.expand(-1, query.shape[1], -1, -1).unflatten(1, (kv_heads, -1)).flatten(2, 3)
-    unseen = ~seen.any(2)[..., None]  # may hold anything, NaN too
+    def unfold(tensor: Tensor) -> Tensor:
+        """Rows of folded query heads as heads again, to meet masks; a view."""
+        return tensor.unflatten(2, (-1, part.end - part.begin))
+
+    seen = part.seen  # [batch or 1, heads or 1, rows, keys]
+    by_head = seen.shape[1] > 1
+    seen = seen.unflatten(1, (kv_heads, -1)) if by_head else seen[:, :, None]
+    unseen = ~seen.any(2).any(2)[..., None]  # may hold anything, NaN too
     keys, values = (part.take(t).to(kind).masked_fill(unseen, 0) for t in (key, value))
     queries, grads = fold(query) * scale, fold(grad_out)
-    scores = queries @ keys.mT
+    weights = queries @ keys.mT
     slope = None
     if ctx.softcap > 0:
-        capped = torch.tanh(scores / ctx.softcap)
-        scores, slope = ctx.softcap * capped, 1 - capped**2
+        capped = weights.div_(ctx.softcap).tanh_()
+        weights, slope = capped * ctx.softcap, capped.square_().neg_().add_(1)
     totals = fold(lse[..., None])
-    weights = (scores - totals.masked_fill(totals == -torch.inf, 0)).exp().masked_fill(~seen, 0)
-    changes = weights * (grads @ values.mT - fold(rest[..., None]))
+    weights.sub_(totals.masked_fill(totals == -torch.inf, 0))
+    unfold(weights).masked_fill_(~seen, -torch.inf)
+    weights.exp_()
+    grad_values = weights.mT @ grads
+    changes = (grads @ values.mT).sub_(fold(rest[..., None])).mul_(weights)
     if slope is not None:
-        changes = changes * slope
-    grad_query = (changes @ keys * scale).unflatten(2, (-1, part.end - part.begin)).flatten(1, 2)
-    return grad_query, changes.mT @ queries, weights.mT @ grads
+        changes.mul_(slope)
+    grad_query = unfold(changes @ keys * scale).flatten(1, 2)
+    return grad_query, changes.mT @ queries, grad_values
