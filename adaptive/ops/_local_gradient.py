@@ -65,12 +65,11 @@ def _block(  # noqa: PLR0913
 
     def fold(tensor: Tensor) -> Tensor:
         """Query heads of one KV head as further rows."""
-        grouped: Tensor = tensor[:, :, rows].to(kind).unflatten(1, (kv_heads, -1))
-        return grouped.flatten(2, 3)
+        return torch.unflatten(tensor[:, :, rows].to(kind), 1, (kv_heads, -1)).flatten(2, 3)
 
     def unfold(tensor: Tensor) -> Tensor:
         """Rows of folded query heads as heads again, to meet masks; a view."""
-        return tensor.unflatten(2, (-1, part.end - part.begin))
+        return torch.unflatten(tensor, 2, (-1, part.end - part.begin))
 
     seen = part.seen  # [batch or 1, heads or 1, rows, keys]
     by_head = seen.shape[1] > 1
