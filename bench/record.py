@@ -12,12 +12,14 @@ ROW_FIELDS: dict[str, frozenset[str]] = {
     "ops": frozenset({"op", "sizes", "dtype", "threads", "moved_bytes", "variants"}),
     "modules": frozenset({"what", "memory", "dtype", "threads", "variants", "speedup"}),
     "models": frozenset({"model", "context", "dtype", "threads", "kv_bytes", "variants"}),
+    "prompts": frozenset({"model", "tokens", "dtype", "threads", "layers", "variants"}),
     "quality": frozenset({"policy", "budget", "context", "kv_read_share", "tasks"}),
 }
 VARIANT_FIELDS: dict[str, frozenset[str]] = {
     "ops": frozenset({"kind", "us", "us_min", "clean", "dropped", "gb_s", "error"}),
     "modules": frozenset({"us", "us_min", "clean", "dropped", "error"}),
     "models": frozenset({"ms", "ms_min", "clean", "dropped", "error", "argmax_agreement"}),
+    "prompts": frozenset({"ms", "ms_min", "clean", "dropped", "error", "speedup"}),
 }
 
 
