@@ -120,60 +120,6 @@ struct Reach {
   }
 };
 
-/// What the lanes of a warp leave for its block: each query's sight and what they reach together.
-struct LocalShared {
-  LocalSight sights[kMostWarps * kStep];
-  Reach reaches[kMostWarps];
-};
-
-/// Reduces over the lanes of a warp.
-template <class Reduce>
-__device__ __forceinline__ int reduce_lanes(int x, Reduce combine) {
-#pragma unroll
-  for (int lanes = 1; lanes < kLanes; lanes *= 2) x = combine(x, __shfl_xor_sync(~0u, x, lanes));
-  return x;
-}
-
-/// Finds the sights of the warp's queries. `bad` is whether this thread met data out of range.
-__device__ __forceinline__ void look(const LocalProblem& p, const QueryTile& tile, bool bad,
-                                     LocalShared& shared) {
-  const LocalAttentionArgs& a = p.args;
-  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, row = lane % kStep;
-  const int shift = static_cast<int>(a.tokens - a.query_tokens);
-  LocalSight sight = {};
-  if (row < tile.existing) sight = sight_of(a, tile, shift + tile.token + row);
-  if (lane < kStep) shared.sights[warp * kStep + lane] = sight;
-
-  // Sinks of a sequence that begins in this block lie in one piece with what its first query sees.
-  const bool any = sight.begin < sight.end, far = any && sight.first < shift + tile.block_token;
-  const auto least = [](int x, int y) { return min(x, y); };
-  const auto most = [](int x, int y) { return max(x, y); };
-  Reach reach;
-  reach.far_begin = reduce_lanes(far ? sight.first : kBehind, least);
-  reach.far_end = reduce_lanes(far ? sight.sink_end : 0, most);
-  reach.near_begin = reduce_lanes(!any ? kBehind : far ? sight.begin : sight.first, least);
-  reach.near_end = reduce_lanes(far ? sight.end : max(sight.end, sight.sink_end), most);
-  reach.all_begin = reduce_lanes(sight.begin, most);
-  reach.all_end = reduce_lanes(sight.end, least);
-  reach.bad = __ballot_sync(~0u, bad) != 0;
-  if (lane == 0) shared.reaches[warp] = reach;
-}
-
-/// What the warps of the block reach together. A barrier must lie between this and `look`.
-__device__ __forceinline__ Reach block_reach(const LocalShared& shared) {
-  Reach all = shared.reaches[0];
-  const int warps = blockDim.x / kLanes;
-  for (int warp = 1; warp < warps; ++warp) {
-    const Reach& one = shared.reaches[warp];
-    all.far_begin = min(all.far_begin, one.far_begin);
-    all.far_end = max(all.far_end, one.far_end);
-    all.near_begin = min(all.near_begin, one.near_begin);
-    all.near_end = max(all.near_end, one.near_end);
-    all.bad |= one.bad;
-  }
-  return all;
-}
-
 /// The block's list of blocks of keys, ascending; none: every key is listed.
 struct BlockList {
   const int32_t* blocks = nullptr;
@@ -189,26 +135,6 @@ struct BlockList {
                      query_block * a.counts_stride[2]];
   }
 };
-
-/// Whether this thread's share of the data that the block depends on is out of range.
-__device__ __forceinline__ bool is_bad(const LocalAttentionArgs& a, const QueryTile& tile,
-                                       const BlockList& list) {
-  bool bad = a.windows && a.windows[tile.head] < 1;
-  if (a.offsets) {
-    const int32_t* cuts = a.offsets + tile.batch * a.offsets_stride;
-    for (int i = threadIdx.x; i < a.cuts; i += blockDim.x) {
-      bad = bad || cuts[i] < (i == 0 ? 0 : cuts[i - 1]) || cuts[i] > a.tokens;
-    }
-  }
-  if (!a.counts) return bad;
-  if (list.count < 0 || list.count > a.chosen) return true;
-  const int blocks = static_cast<int>((a.tokens + a.block_size - 1) / a.block_size);
-  for (int i = threadIdx.x; i < list.count; i += blockDim.x) {
-    const int block = list.blocks[i];
-    bad = bad || block <= (i == 0 ? -1 : list.blocks[i - 1]) || block >= blocks;
-  }
-  return bad;
-}
 
 /// The steps that a block deals with, in order: where the keys of each begin.
 class Steps {
@@ -248,5 +174,85 @@ class Steps {
   int bits_;
   int far_ = 0, far_count_ = 0, near_ = 0;
 };
+
+/// What the threads of a block know together. It stays in shared memory: registers are scarce.
+struct LocalShared {
+  LocalSight sights[kMostWarps * kStep];
+  Reach reaches[kMostWarps];  // of the warps
+  Reach reach;                // of the block
+  Steps steps;
+};
+
+/// Reduces over the lanes of a warp.
+template <class Reduce>
+__device__ __forceinline__ int reduce_lanes(int x, Reduce combine) {
+#pragma unroll
+  for (int lanes = 1; lanes < kLanes; lanes *= 2) x = combine(x, __shfl_xor_sync(~0u, x, lanes));
+  return x;
+}
+
+/// Finds the sights of the warp's queries. `bad` is whether this thread met data out of range.
+__device__ __forceinline__ void look(const LocalProblem& p, const QueryTile& tile, bool bad,
+                                     LocalShared& shared) {
+  const LocalAttentionArgs& a = p.args;
+  const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes, row = lane % kStep;
+  const int shift = static_cast<int>(a.tokens - a.query_tokens);
+  LocalSight sight = {};
+  if (row < tile.existing) sight = sight_of(a, tile, shift + tile.token + row);
+  if (lane < kStep) shared.sights[warp * kStep + lane] = sight;
+
+  // Sinks of a sequence that begins in this block lie in one piece with what its first query sees.
+  const bool any = sight.begin < sight.end, far = any && sight.first < shift + tile.block_token;
+  const auto least = [](int x, int y) { return min(x, y); };
+  const auto most = [](int x, int y) { return max(x, y); };
+  Reach reach;
+  reach.far_begin = reduce_lanes(far ? sight.first : kBehind, least);
+  reach.far_end = reduce_lanes(far ? sight.sink_end : 0, most);
+  reach.near_begin = reduce_lanes(!any ? kBehind : far ? sight.begin : sight.first, least);
+  reach.near_end = reduce_lanes(far ? sight.end : max(sight.end, sight.sink_end), most);
+  reach.all_begin = reduce_lanes(sight.begin, most);
+  reach.all_end = reduce_lanes(sight.end, least);
+  reach.bad = __ballot_sync(~0u, bad) != 0;
+  if (lane == 0) shared.reaches[warp] = reach;
+}
+
+/// Whether this thread's share of the data that the block depends on is out of range.
+__device__ __forceinline__ bool is_bad(const LocalAttentionArgs& a, const QueryTile& tile,
+                                       const BlockList& list) {
+  bool bad = a.windows && a.windows[tile.head] < 1;
+  if (a.offsets) {
+    const int32_t* cuts = a.offsets + tile.batch * a.offsets_stride;
+    for (int i = threadIdx.x; i < a.cuts; i += blockDim.x) {
+      bad = bad || cuts[i] < (i == 0 ? 0 : cuts[i - 1]) || cuts[i] > a.tokens;
+    }
+  }
+  if (!a.counts) return bad;
+  if (list.count < 0 || list.count > a.chosen) return true;
+  const int blocks = static_cast<int>((a.tokens + a.block_size - 1) / a.block_size);
+  for (int i = threadIdx.x; i < list.count; i += blockDim.x) {
+    const int block = list.blocks[i];
+    bad = bad || block <= (i == 0 ? -1 : list.blocks[i - 1]) || block >= blocks;
+  }
+  return bad;
+}
+
+/// Finds what the block reaches and which steps that makes. A barrier must lie between this and
+/// `look`, and another before its use.
+__device__ __forceinline__ void plan_steps(const LocalProblem& p, const BlockList& list,
+                                           LocalShared& shared) {
+  if (threadIdx.x != 0) return;
+  Reach all = shared.reaches[0];
+  const int warps = blockDim.x / kLanes;
+  for (int warp = 1; warp < warps; ++warp) {
+    const Reach& one = shared.reaches[warp];
+    all.far_begin = min(all.far_begin, one.far_begin);
+    all.far_end = max(all.far_end, one.far_end);
+    all.near_begin = min(all.near_begin, one.near_begin);
+    all.near_end = max(all.near_end, one.near_end);
+    all.bad |= one.bad;
+  }
+  shared.reach = all;
+  shared.steps = Steps(p, list, all);
+}
 
 }  // namespace adaptive::cuda

@@ -15,36 +15,43 @@ namespace adaptive::cuda {
 /// Starts copying the tile of steps `first_step`.. to shared memory, keys, then values; zeros for
 /// keys that no query of the block sees, so that what they hold has no effect.
 template <class T, int D>
-__device__ __forceinline__ void load_tile(const LocalProblem& p, const Steps& steps,
-                                          const Reach& reach, Source<T> key, Source<T> value,
-                                          int first_step, T* to) {
+__device__ __forceinline__ void load_tile(const LocalProblem& p, const QueryTile& tile,
+                                          const LocalShared& shared, int first_step, T* to) {
   using S = LocalShape<T, D>;
   constexpr int kWidth = D / S::kVector;
+  const LocalAttentionArgs& a = p.args;
+  const T* keys =
+      static_cast<const T*>(a.key) + tile.batch * a.key_stride[0] + tile.kv_head * a.key_stride[1];
+  const T* values = static_cast<const T*>(a.value) + tile.batch * a.value_stride[0] +
+                    tile.kv_head * a.value_stride[1];
+  const Steps steps = shared.steps;
+  const Reach reach = shared.reach;
   if (p.wide) {
 #pragma unroll 2
     for (int i = threadIdx.x; i < S::kKeys * kWidth; i += blockDim.x) {
       const int r = i / kWidth, column = i % kWidth * S::kVector;
-      const int step = steps[first_step + r / kStep], at = step + r % kStep;
-      const bool valid = reach.holds(at) && column < p.args.head_dim;
+      const int at = steps[first_step + r / kStep] + r % kStep;
+      const bool valid = reach.holds(at) && column < a.head_dim;
+      const int64_t row = valid ? at : 0;
       T* slot = to + r * S::kStride + column;
-      simt::cp_async16(slot, valid ? key.base + at * key.stride + column : key.base, valid);
-      simt::cp_async16(slot + S::kKeys * S::kStride,
-                       valid ? value.base + at * value.stride + column : value.base, valid);
+      simt::cp_async16(slot, keys + row * a.key_stride[2] + column, valid);
+      simt::cp_async16(slot + S::kKeys * S::kStride, values + row * a.value_stride[2] + column,
+                       valid);
     }
   } else {
 #pragma unroll 1
     for (int i = threadIdx.x; i < S::kKeys * D; i += blockDim.x) {
       const int r = i / D, column = i % D;
-      const int step = steps[first_step + r / kStep], at = step + r % kStep;
-      const bool valid = reach.holds(at) && column < p.args.head_dim;
+      const int at = steps[first_step + r / kStep] + r % kStep;
+      const bool valid = reach.holds(at) && column < a.head_dim;
       T* slot = to + r * S::kStride + column;
-      *slot = valid ? key.base[at * key.stride + column] : T{};
-      slot[S::kKeys * S::kStride] = valid ? value.base[at * value.stride + column] : T{};
+      *slot = valid ? keys[at * a.key_stride[2] + column] : T{};
+      slot[S::kKeys * S::kStride] = valid ? values[at * a.value_stride[2] + column] : T{};
     }
   }
 }
 
-/// Copies the warp's queries to shared memory, zeros where there are none.
+/// Copies the warp's queries to shared memory, zeros where there are none. A barrier must follow.
 template <class T, int D>
 __device__ __forceinline__ void stage_queries(const LocalProblem& p, const QueryTile& tile, T* to) {
   using S = LocalShape<T, D>;
@@ -59,7 +66,6 @@ __device__ __forceinline__ void stage_queries(const LocalProblem& p, const Query
     }
     *reinterpret_cast<Vector<T>*>(to + row * S::kStride + column) = x;
   }
-  __syncwarp();
 }
 
 /// Makes scores, in base 2, of products.
@@ -184,7 +190,7 @@ __device__ __forceinline__ void write_results(const LocalProblem& p, const Query
 }
 
 template <class T, int D>
-__global__ void __launch_bounds__(kMostWarps* kLanes, 1)
+__global__ void __launch_bounds__(kMostWarps* kLanes, sizeof(T) * D <= 128 ? 2 : 1)
     attend_local(const __grid_constant__ LocalProblem p) {
   using S = LocalShape<T, D>;
   const LocalAttentionArgs& a = p.args;
@@ -196,37 +202,32 @@ __global__ void __launch_bounds__(kMostWarps* kLanes, 1)
   T* const ring = queries + blockDim.x / kLanes * kStep * S::kStride;  // [2, 2, kKeys, kStride]
   const int warp = threadIdx.x / kLanes;
 
+  T* const own = queries + warp * kStep * S::kStride;
   look(p, tile, is_bad(a, tile, list), shared);
   __syncthreads();
-  const Reach reach = block_reach(shared), mine = shared.reaches[warp];
-  const Steps steps(p, list, reach);
-  const auto rows_of = [&](const void* base, const int64_t(&stride)[3]) {
-    return Source<T>{
-        static_cast<const T*>(base) + tile.batch * stride[0] + tile.kv_head * stride[1], stride[2]};
-  };
-  const Source<T> key = rows_of(a.key, a.key_stride), value = rows_of(a.value, a.value_stride);
-  if (steps.count > 0) load_tile<T, D>(p, steps, reach, key, value, 0, ring);
+  plan_steps(p, list, shared);
+  stage_queries<T, D>(p, tile, own);
+  __syncthreads();
+  const int steps = shared.steps.count;
+  if (steps > 0) load_tile<T, D>(p, tile, shared, 0, ring);
   simt::cp_async_commit();
 
-  T* const own = queries + warp * kStep * S::kStride;
-  stage_queries<T, D>(p, tile, own);
   const Products<T, D> products(own);
   WarpRows<D> rows;
   T* now = ring;
   T* next = ring + 2 * S::kKeys * S::kStride;
-  for (int first = 0; first < steps.count; first += S::kSteps) {
+  for (int first = 0; first < steps; first += S::kSteps) {
     simt::cp_async_wait<0>();
     __syncthreads();  // the tile is here, and the one before is not needed any more
-    if (first + S::kSteps < steps.count) {
-      load_tile<T, D>(p, steps, reach, key, value, first + S::kSteps, next);
-    }
+    if (first + S::kSteps < steps) load_tile<T, D>(p, tile, shared, first + S::kSteps, next);
     simt::cp_async_commit();
 
+    const Reach mine = shared.reaches[warp];
     int at[S::kSteps];
     bool seen = false;
 #pragma unroll
     for (int s = 0; s < S::kSteps; ++s) {
-      at[s] = steps[first + s];
+      at[s] = shared.steps[first + s];
       seen = seen || mine.touches(at[s]);
     }
     if (seen) {
@@ -251,7 +252,7 @@ __global__ void __launch_bounds__(kMostWarps* kLanes, 1)
     next = used;
   }
   simt::cp_async_wait<0>();
-  write_results<T, D>(p, tile, reach.bad, rows, own);
+  write_results<T, D>(p, tile, shared.reach.bad, rows, own);
 }
 
 /// Calls run.template operator()<D>() for the padded head size.

@@ -1,4 +1,4 @@
-"""Cases of local and block-sparse attention, and the formula of csrc/local_attention.h in float64."""
+"""Cases of local and block-sparse attention, and their formula in float64."""
 
 import itertools
 
