@@ -23,6 +23,7 @@ from adaptive.patch import Support, check, patch, patched
 from adaptive.patched import Patched
 from adaptive.policy import (
     Exact,
+    LocalAttention,
     Plan,
     Policy,
     Quest,
@@ -37,6 +38,7 @@ __all__ = [
     "AdaptiveError",
     "Exact",
     "Family",
+    "LocalAttention",
     "PatchConflict",
     "Patched",
     "Plan",
