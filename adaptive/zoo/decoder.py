@@ -149,12 +149,13 @@ def attend(
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
     keys, values = store.append(key, value)
     query = query.to(keys.dtype)
-    tokens = keys.shape[2]
     if query.shape[2] <= MAX_QUERY_TOKENS:
         return decode_attention(query, keys, values, mask=seen)[0]
-    offsets = None
-    if first is not None:
-        offsets = torch.stack([first, torch.full_like(first, tokens)], 1)
+    if first is None:
+        return F.scaled_dot_product_attention(
+            query, keys, values, is_causal=True, enable_gqa=grouped
+        )
+    offsets = torch.stack([first, torch.full_like(first, keys.shape[2])], 1)
     return local_attention(query.contiguous(), keys, values, offsets=offsets)[0]
 
 
