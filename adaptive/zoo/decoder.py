@@ -151,12 +151,10 @@ def attend(
     query = query.to(keys.dtype)
     if query.shape[2] <= MAX_QUERY_TOKENS:
         return decode_attention(query, keys, values, mask=seen)[0]
-    if first is None:
-        return F.scaled_dot_product_attention(
-            query, keys, values, is_causal=True, enable_gqa=grouped
-        )
-    offsets = torch.stack([first, torch.full_like(first, keys.shape[2])], 1)
-    return local_attention(query.contiguous(), keys, values, offsets=offsets)[0]
+    offsets = None
+    if first is not None:
+        offsets = torch.stack([first, torch.full_like(first, keys.shape[2])], 1)
+    return local_attention(query, keys, values, offsets=offsets)[0]
 
 
 def rotary(
