@@ -14,6 +14,7 @@ from pathlib import Path
 from bench.markdown import Document, machine_line, render, tokens_label
 from bench.record import load
 from bench.table_sparse import quality_table, sparse_models_table, sparse_ops_table
+from bench.table_zoo import block_transformer_table
 
 HEADLINE_TOKENS = (16384, 32768)
 
@@ -136,6 +137,7 @@ def modules_table(document: Document) -> str:
 
 
 TABLES: dict[str, tuple[str, Callable[[Document], str]]] = {
+    "block_transformer": ("block_transformer", block_transformer_table),
     "decode": ("models", models_table),
     "memory": ("models", memory_table),
     "modules": ("modules", modules_table),
