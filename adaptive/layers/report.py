@@ -49,6 +49,8 @@ class LayerReport:
     seconds: float
     paths: dict[str, int]
     dense_bytes: int
+    scores: int
+    dense_scores: int
     dropped_bytes: int
     mass_measured: int
     mass_mean: float | None
@@ -192,6 +194,8 @@ def _layer(state: LayerState) -> LayerReport:
         mass_of_heads=tuple(heads),
         paths=dict(state.paths),
         dense_bytes=state.dense_bytes,
+        scores=state.scores,
+        dense_scores=state.dense_scores,
         dropped_bytes=state.dropped_bytes,
         layer=state.site.layer,
         name=state.site.name,
