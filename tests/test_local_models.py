@@ -232,7 +232,16 @@ def test_other_caches_are_read_locally_and_keep_everything():
         wanted = greedy(model, ids, 8)
         cache = StaticCache(config=model.config, max_cache_len=80)
         assert torch.equal(greedy(model, ids, 8, past_key_values=cache), wanted)
-        assert any("nothing dropped" in note for note in patched.report().notes)
+        assert patched.report().layers[0].cache == "StaticLayer"
+        with patched.disabled():  # a cache that stock has filled is left as it is
+            filled = model(ids, use_cache=True).past_key_values
+        patched.reset_stats()
+        step = token_ids(tokens=1, seed=3)
+        model(step, past_key_values=filled)
+        report = patched.report()
+        assert report.notes == {"nothing dropped: the cache is not one that patch() took over": 2}
+        assert report.layers[0].paths == {"local": 1}
+        assert filled.layers[0].keys.shape[2] == 61
 
 
 @torch.no_grad()

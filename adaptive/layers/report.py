@@ -30,7 +30,8 @@ class LayerReport:
 
     Where keys were skipped, ``mass_*`` tell the share of the softmax mass that the keys read had,
     over all measured queries and query heads: on every call of a layer that selects, on audited
-    calls elsewhere. The output of a query with mass m is within ``2 (1 - m) max|v|`` of the dense.
+    calls elsewhere. ``scores`` counts the pairs of query and key that prompts and long chunks
+    computed natively, ``dense_scores`` those that causality allows. The output of a query with mass m is within ``2 (1 - m) max|v|`` of the dense.
     None: nothing was measured. ``mass_of_heads`` has the least and the mean of each query head.
     """
 
@@ -114,6 +115,9 @@ class Report:
         headings = ["layers", "native", "stock, why", "queries", "KV read", "KV held", "time"]
         if skips:
             headings += ["of dense", "mass min", "mean"]
+        local = any(layer.scores < layer.dense_scores for layer in self.layers)
+        if local:
+            headings += ["scores"]
         for heading in headings:
             left = heading in ("layers", "stock, why")
             table.add_column(heading, justify="left" if left else "right")
@@ -131,6 +135,7 @@ class Report:
                 _bytes(sum(layer.held_bytes for layer in group)),
                 self._share(sum(layer.seconds for layer in group)),
                 *(_skipped(group) if skips else ()),
+                *((_scores(group),) if local else ()),
             )
         return table
 
@@ -249,6 +254,12 @@ def _skipped(group: Sequence[LayerReport]) -> tuple[str, str, str]:
     least = min(layer.mass_min or 0.0 for layer in measured)
     mean = sum(layer.mass_mean or 0.0 for layer in measured) / len(measured)
     return share, f"{least:.3f}", f"{mean:.3f}"
+
+
+def _scores(group: Sequence[LayerReport]) -> str:
+    """Share of the pairs of query and key that long calls computed, of all that causality allows."""
+    dense = sum(layer.dense_scores for layer in group)
+    return f"{sum(layer.scores for layer in group) / dense:.1%}" if dense else "-"
 
 
 def _bytes(count: float) -> str:
