@@ -30,9 +30,11 @@ class LayerReport:
 
     Where keys were skipped, ``mass_*`` tell the share of the softmax mass that the keys read had,
     over all measured queries and query heads: on every call of a layer that selects, on audited
-    calls elsewhere. ``scores`` counts the pairs of query and key that prompts and long chunks
-    computed natively, ``dense_scores`` those that causality allows. The output of a query with mass m is within ``2 (1 - m) max|v|`` of the dense.
+    calls elsewhere. The output of a query with mass m is within ``2 (1 - m) max|v|`` of the dense.
     None: nothing was measured. ``mass_of_heads`` has the least and the mean of each query head.
+
+    ``scores`` counts the pairs of query and key that prompts and long chunks computed natively, per
+    head, ``dense_scores`` those that causality allows.
     """
 
     layer: int
@@ -257,7 +259,7 @@ def _skipped(group: Sequence[LayerReport]) -> tuple[str, str, str]:
 
 
 def _scores(group: Sequence[LayerReport]) -> str:
-    """Share of the pairs of query and key that long calls computed, of all that causality allows."""
+    """Share of the query-key pairs that causality allows which long calls computed."""
     dense = sum(layer.dense_scores for layer in group)
     return f"{sum(layer.scores for layer in group) / dense:.1%}" if dense else "-"
 
