@@ -32,6 +32,9 @@ class LayerReport:
     over all measured queries and query heads: on every call of a layer that selects, on audited
     calls elsewhere. The output of a query with mass m is within ``2 (1 - m) max|v|`` of the dense.
     None: nothing was measured. ``mass_of_heads`` has the least and the mean of each query head.
+
+    ``scores`` counts the pairs of query and key that prompts and long chunks computed natively, per
+    head, ``dense_scores`` those that causality allows.
     """
 
     layer: int
@@ -49,6 +52,8 @@ class LayerReport:
     seconds: float
     paths: dict[str, int]
     dense_bytes: int
+    scores: int
+    dense_scores: int
     dropped_bytes: int
     mass_measured: int
     mass_mean: float | None
@@ -112,6 +117,9 @@ class Report:
         headings = ["layers", "native", "stock, why", "queries", "KV read", "KV held", "time"]
         if skips:
             headings += ["of dense", "mass min", "mean"]
+        local = any(layer.scores < layer.dense_scores for layer in self.layers)
+        if local:
+            headings += ["scores"]
         for heading in headings:
             left = heading in ("layers", "stock, why")
             table.add_column(heading, justify="left" if left else "right")
@@ -129,6 +137,7 @@ class Report:
                 _bytes(sum(layer.held_bytes for layer in group)),
                 self._share(sum(layer.seconds for layer in group)),
                 *(_skipped(group) if skips else ()),
+                *((_scores(group),) if local else ()),
             )
         return table
 
@@ -192,6 +201,8 @@ def _layer(state: LayerState) -> LayerReport:
         mass_of_heads=tuple(heads),
         paths=dict(state.paths),
         dense_bytes=state.dense_bytes,
+        scores=state.scores,
+        dense_scores=state.dense_scores,
         dropped_bytes=state.dropped_bytes,
         layer=state.site.layer,
         name=state.site.name,
@@ -245,6 +256,12 @@ def _skipped(group: Sequence[LayerReport]) -> tuple[str, str, str]:
     least = min(layer.mass_min or 0.0 for layer in measured)
     mean = sum(layer.mass_mean or 0.0 for layer in measured) / len(measured)
     return share, f"{least:.3f}", f"{mean:.3f}"
+
+
+def _scores(group: Sequence[LayerReport]) -> str:
+    """Share of the query-key pairs that causality allows which long calls computed."""
+    dense = sum(layer.dense_scores for layer in group)
+    return f"{sum(layer.scores for layer in group) / dense:.1%}" if dense else "-"
 
 
 def _bytes(count: float) -> str:
