@@ -19,6 +19,8 @@
 
 namespace adaptive {
 
+constexpr int64_t kMaxTokens = INT32_MAX;  // what an int32 offset or block can point to
+
 /// Arguments that every attention op has. `value` is not given where only keys are read.
 struct AttentionInputs {
   const TensorView& query;
@@ -56,6 +58,17 @@ void check_head_dim(const Check& check, const TensorView& view, const char* name
 /// Checks `lengths` and returns its data; null if it is not given.
 const int32_t* check_lengths(const Check& check, const TensorView& lengths, int64_t batch,
                              int64_t capacity, const TensorView& like);
+
+/// Where rows are cut into sequences.
+struct Cuts {
+  const int32_t* offsets;  // [batch, count]; null: not given
+  int64_t stride;          // batch
+  int64_t count;
+};
+
+/// Checks that the offsets of every row ascend in 0..tokens (on CUDA the kernel looks for itself).
+Cuts check_offsets(const Check& check, const TensorView& offsets, int64_t batch, int64_t tokens,
+                   const TensorView& like);
 
 /// Lists of chosen keys or pages.
 struct Choice {

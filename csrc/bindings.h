@@ -12,6 +12,7 @@ void count_call(const char* kernel);
 void bind_decode_attention(pybind11::module_& m);
 void bind_gather_attention(pybind11::module_& m);
 void bind_local_attention(pybind11::module_& m);
+void bind_pool_blocks(pybind11::module_& m);
 void bind_score_tokens(pybind11::module_& m);
 void bind_select_tokens(pybind11::module_& m);
 void bind_skinny_linear(pybind11::module_& m);

@@ -6,6 +6,7 @@ from adaptive.ops.decode_attention import decode_attention
 from adaptive.ops.gather_attention import gather_attention
 from adaptive.ops.head_scores import head_scores
 from adaptive.ops.local_attention import local_attention
+from adaptive.ops.pool_blocks import pool_blocks
 from adaptive.ops.score_tokens import score_tokens
 from adaptive.ops.scored_attention import scored_attention
 from adaptive.ops.select_tokens import select_tokens
@@ -20,6 +21,7 @@ __all__ = [
     "gather_attention",
     "head_scores",
     "local_attention",
+    "pool_blocks",
     "recorded",
     "score_tokens",
     "scored_attention",
