@@ -36,7 +36,8 @@ def choose_blocks(
         sinks: Always choose this many of the first blocks seen.
         diagonal: Always choose this many of the last blocks seen: those of the queries themselves.
             Where query blocks do not start where key blocks do, that is two.
-        dense: Choose every block that is seen for this many of the last blocks of queries.
+        dense: Choose every block that is seen for this many of a row's last blocks of queries,
+            those of padding not counted.
 
     Returns:
         ``(indices, counts)`` as `block_sparse_attention` takes them: ``[batch, lists, query_blocks,
@@ -49,31 +50,27 @@ def choose_blocks(
     """
     _check(budget, mass, sinks, diagonal, dense)
     batch, lists, query_blocks, blocks = scores.shape
-    indices = torch.full(scores.shape, -1, dtype=torch.int32, device=scores.device)
-    counts = torch.zeros(scores.shape[:3], dtype=torch.int32, device=scores.device)
-    chosen_rows = max(query_blocks - dense, 0)
+    flat = scores.reshape(-1, 1, blocks)
+    lengths = (ranges.last + 1).int().expand(batch, -1)[:, None].expand(-1, lists, -1)
+    lengths = lengths.reshape(-1).contiguous()
     seen = (ranges.last - ranges.first + 1).expand(batch, -1)
-    if chosen_rows and scores.numel():
-        forced = sinks + diagonal
-        lengths = (ranges.last + 1).int().expand(batch, -1)[:, None].expand(-1, lists, -1)
-        flat = scores[:, :, :chosen_rows].reshape(-1, 1, blocks)
-        lengths = lengths[:, :, :chosen_rows].reshape(-1).contiguous()
-        if budget is None:
-            share = 1.0 if mass is None else mass
-            found = select_tokens(flat, max(blocks, forced), lengths, sinks, diagonal, share)
-        else:
-            most_each = _budgets(seen[:, :chosen_rows], budget, forced)
-            most_each = most_each[:, None].expand(-1, lists, -1).reshape(-1)
-            found = _by_budget(flat, most_each, lengths, sinks, diagonal)
-        indices[:, :, :chosen_rows] = found[0].view(batch, lists, chosen_rows, blocks)
-        counts[:, :, :chosen_rows] = found[1].view(batch, lists, chosen_rows)
-    if query_blocks - chosen_rows:
-        place = torch.arange(blocks, device=scores.device)
-        every = ranges.first[:, chosen_rows:, None] + place
-        every = every.masked_fill(place >= seen[:, chosen_rows:, None], -1)
-        indices[:, :, chosen_rows:] = every[:, None].int()
-        counts[:, :, chosen_rows:] = seen[:, None, chosen_rows:].int()
-    return indices, counts
+    forced = sinks + diagonal
+    if budget is None:
+        share = 1.0 if mass is None else mass
+        indices, counts = select_tokens(flat, max(blocks, forced), lengths, sinks, diagonal, share)
+    else:
+        most = _budgets(seen, budget, forced)[:, None].expand(-1, lists, -1).reshape(-1)
+        indices, counts = _by_budget(flat, most, lengths, sinks, diagonal)
+    indices, counts = indices.view(scores.shape), counts.view(scores.shape[:3])
+    if dense == 0:
+        return indices, counts
+    number = torch.arange(query_blocks, device=scores.device)
+    last = torch.where(seen > 0, number, -1).amax(1, keepdim=True) if query_blocks else seen
+    every = ((number > last - dense) & (seen > 0))[:, None]
+    place = torch.arange(blocks, device=scores.device)
+    whole = (ranges.first[..., None] + place).masked_fill(place >= seen[..., None], -1)
+    indices = torch.where(every[..., None], whole[:, None].int(), indices)
+    return indices, torch.where(every, seen[:, None].int(), counts)
 
 
 def _budgets(seen: Tensor, budget: int | float, forced: int) -> Tensor:
