@@ -2,6 +2,7 @@
 
 from adaptive.policy._policy import Policy
 from adaptive.policy.alibi import alibi_windows
+from adaptive.policy.block_sparse import BlockSparsePrefill
 from adaptive.policy.exact import Exact
 from adaptive.policy.plan import Plan
 from adaptive.policy.quest import Quest
@@ -11,6 +12,7 @@ from adaptive.policy.streaming import StreamingLLM
 from adaptive.policy.tidal import TidalDecode
 
 __all__ = [
+    "BlockSparsePrefill",
     "Exact",
     "ModelShape",
     "Plan",
