@@ -14,15 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adaptive.errors import AdaptiveError, PatchConflict
 from adaptive.layers import windowed_attention
 from adaptive.layers.head_split import HeadSplit
 from adaptive.layers.hf_cache import AdaptiveCacheLayer
-from adaptive.layers.hf_call import Call, inputs_of, why_stock
-from adaptive.layers.kv_store import KVStore
+from adaptive.layers.hf_call import Call, inputs_of, is_long, why_stock
+from adaptive.layers.hf_mask import LazyMask, make_mask
+from adaptive.layers.hf_prefill import (
+    attend_long,
+    pattern_of,
+    why_stock_long,
+    with_stock_mask,
+    without_mask,
+)
+from adaptive.layers.pattern import Pattern
 from adaptive.layers.sparse_attention import attend_whole
 from adaptive.layers.state import STATE, LayerState
 from adaptive.ops import decode_attention
@@ -85,13 +92,13 @@ def adaptive_eager_attention(
 
 
 def adaptive_mask(*args: Any, **kwargs: Any) -> Any:
-    """Make the mask that stock "sdpa" attention gets."""
-    return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
+    """Make the mask that stock "sdpa" attention gets, or what becomes it when looked at."""
+    return make_mask("sdpa", args, kwargs)
 
 
 def adaptive_eager_mask(*args: Any, **kwargs: Any) -> Any:
-    """Make the mask that stock "eager" attention gets."""
-    return ALL_MASK_ATTENTION_FUNCTIONS["eager"](*args, **kwargs)
+    """Make the mask that stock "eager" attention gets, or what becomes it when looked at."""
+    return make_mask("eager", args, kwargs)
 
 
 def register() -> None:
@@ -144,27 +151,25 @@ def _attend(call: Call) -> Attended:
         )
     if not state.record.enabled:
         return _stock(call)
-    split = _split_of(call)
-    reason = why_stock(call, state)
-    if split is not None:
+    layer = _layer_of(call)
+    reduced = layer is not None and isinstance(layer.store, HeadSplit)
+    pattern = None if torch.compiler.is_compiling() else pattern_of(call)
+    reason = why_stock_long(call, pattern) if is_long(call) and not reduced else None
+    reason = reason or why_stock(call, state)
+    if reduced:
         _refuse_unreadable(reason)
-        reason = None
     if torch.compiler.is_compiling():
-        return _native(call, state, split) if reason is None else _stock(call)
+        return _native(call, state, layer, pattern) if reason is None else _stock(call)
 
     start = perf_counter()
-    attended = _native(call, state, split) if reason is None else _stock(call)
+    attended = _native(call, state, layer, pattern) if reason is None else _stock(call)
     state.record.timed = call.query.is_cpu
     seconds = perf_counter() - start if state.record.timed else 0.0
     batch, _, query_tokens, _ = call.query.shape
-    if reason is not None:
-        state.count_stock(reason, batch * query_tokens, seconds)
-    elif state.how is not None:  # what was read has been counted where it was read
+    if reason is None:  # what was read has been counted where it was read
         state.count_native(batch * query_tokens, 0, 0, seconds)
     else:
-        tokens = batch * call.key.shape[2]
-        kv_bytes = 2 * call.key.numel() * call.key.element_size()
-        state.count_native(batch * query_tokens, tokens, kv_bytes, seconds)
+        state.count_stock(reason, batch * query_tokens, seconds)
     return attended
 
 
@@ -175,16 +180,9 @@ def _layer_of(call: Call) -> AdaptiveCacheLayer | None:
     return getattr(call.key, "adaptive_layer", None)
 
 
-def _split_of(call: Call) -> HeadSplit | None:
-    """The storage behind the call if heads have dropped tokens from it."""
-    layer = _layer_of(call)
-    store = None if layer is None else layer.store
-    return store if isinstance(store, HeadSplit) else None
-
-
 def _refuse_unreadable(reason: str | None) -> None:
-    """Raise if a call on a reduced cache would need the stock function; length is no hindrance."""
-    if reason not in (None, "prefill", "long chunk"):
+    """Raise if a call on a reduced cache would need the stock function."""
+    if reason is not None:
         raise NotImplementedError(
             "adaptive: this cache was reduced by a policy, and the stock attention that this call "
             f"needs ({reason}) cannot read it; start with a new cache"
@@ -193,31 +191,49 @@ def _refuse_unreadable(reason: str | None) -> None:
 
 def _stock(call: Call) -> Attended:
     function = stock_function(call.module, "eager" if call.eager else "sdpa")
+    mask = call.mask
     return function(
         call.module,
         call.query,
         call.key,
         call.value,
-        call.mask,
+        mask.dense() if isinstance(mask, LazyMask) else mask,
         scaling=call.scaling,
         dropout=call.dropout,
         **call.kwargs,
     )
 
 
-def _native(call: Call, state: LayerState, split: HeadSplit | None) -> Attended:
-    inputs = inputs_of(call, call.key.shape[2] if split is None else split.length)
-    if state.how is None:
-        out, _ = decode_attention(
-            inputs.query, inputs.key, inputs.value, mask=inputs.mask, **inputs.options()
-        )
-    elif state.how.windowed:
-        state.record.refuse_compiling()
-        out = windowed_attention.attend(state, inputs, _layer_of(call))
+def _native(
+    call: Call, state: LayerState, layer: AdaptiveCacheLayer | None, pattern: Pattern | None
+) -> Attended:
+    """Answer a call by native kernels, and count what they read."""
+    store = None if layer is None else layer.store
+    if isinstance(store, HeadSplit):
+        out = _windowed(with_stock_mask(call), state, layer, store.length)
+    elif is_long(call):
+        assert pattern is not None
+        out = attend_long(state, call, pattern)
+    elif state.how is not None and state.how.windowed:
+        out = _windowed(with_stock_mask(call), state, layer, call.key.shape[2])
     else:
-        state.record.refuse_compiling()
-        layer = _layer_of(call)
-        store = None if layer is None else layer.store
-        out = attend_whole(state, inputs, store if isinstance(store, KVStore) else None)
+        call = without_mask(call, pattern)
+        inputs = inputs_of(call, call.key.shape[2])
+        if state.how is not None:
+            state.record.refuse_compiling()
+            out = attend_whole(state, inputs, store)
+        else:
+            out, _ = decode_attention(
+                inputs.query, inputs.key, inputs.value, mask=inputs.mask, **inputs.options()
+            )
+            kv_bytes = 2 * call.key.numel() * call.key.element_size()
+            state.count_read(call.key.shape[0] * call.key.shape[2], kv_bytes, 0)
     out = out.transpose(1, 2)
-    return out if call.value.dtype == torch.float32 else out.to(call.value.dtype), None
+    return out if call.value.dtype == out.dtype else out.to(call.value.dtype), None
+
+
+def _windowed(
+    call: Call, state: LayerState, layer: AdaptiveCacheLayer | None, tokens: int
+) -> Tensor:
+    state.record.refuse_compiling()
+    return windowed_attention.attend(state, inputs_of(call, tokens), layer)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from adaptive.layers.hf_mask import LazyMask
 from adaptive.layers.sparse_attention import Inputs
 from adaptive.layers.state import LayerState
 from adaptive.layers.torch_guard import autocast_dtype, why_not_plain
@@ -68,20 +69,23 @@ def inputs_of(call: Call, tokens: int) -> Inputs:
     return Inputs(query, key, value, mask, call.scaling, softcap, causal)
 
 
+def is_long(call: Call) -> bool:
+    """Whether there are more query tokens than the decode kernel takes."""
+    return call.query.shape[2] > MAX_QUERY_TOKENS
+
+
 def why_stock(call: Call, state: LayerState) -> str | None:
-    """Say why the stock function must answer this call; None if the kernel can."""
+    """Say why the stock function must answer a call, whatever its length; None if it need not."""
     query, key, value = call.query, call.key, call.value
     if state.row[0] == STOCK:
         return "plan"
-    if query.shape[2] > MAX_QUERY_TOKENS:
-        fresh = call.mask is None or key.shape[2] == query.shape[2]
-        return "prefill" if fresh else "long chunk"
     if state.record.want_weights:
         return "output_attentions"
     if call.dropout > 0:
         return "dropout"
+    mask = None if isinstance(call.mask, LazyMask) else call.mask
     return (
-        why_not_plain((query, key, value, call.mask))
+        why_not_plain((query, key, value, mask))
         or _why_not_tensors(query, key, value)
         or _why_not_arguments(call)
     )

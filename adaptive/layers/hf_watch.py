@@ -10,12 +10,11 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from adaptive.layers.changes import ChangeLog
 from adaptive.layers.hf_attention import (
     Attended,
-    adaptive_eager_mask,
-    adaptive_mask,
     stock_function,
 )
 from adaptive.layers.hf_config import ask_for
@@ -104,11 +103,19 @@ def _decoder_layer(root: nn.Module, survey: Survey, site: Site) -> str:
 
 def _register() -> None:
     for kind, (attention, mask) in {
-        "sdpa": (_watched, adaptive_mask),
-        "eager": (_watched_eager, adaptive_eager_mask),
+        "sdpa": (_watched, _mask),
+        "eager": (_watched_eager, _eager_mask),
     }.items():
         AttentionInterface.register(NAMES[kind], attention)
         AttentionMaskInterface.register(NAMES[kind], mask)
+
+
+def _mask(*args: Any, **kwargs: Any) -> Any:
+    return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
+
+
+def _eager_mask(*args: Any, **kwargs: Any) -> Any:
+    return ALL_MASK_ATTENTION_FUNCTIONS["eager"](*args, **kwargs)
 
 
 def _watched(module: nn.Module, *args: Any, **kwargs: Any) -> Attended:

@@ -203,6 +203,8 @@ class LayerState:
         paths: How often each way of answering a native call was taken, by name.
         dense_bytes: Bytes that the native calls would have read without skipping any key.
         gathered: What calls that skip keys read; not in ``kv_tokens`` and ``kv_bytes``.
+        scores: Pairs of query and key that long native calls computed, per head.
+        dense_scores: Those that a fully causal call would have.
         dropped_bytes: Bytes of keys and values that heads dropped for good.
         mass: Shares of the softmax mass that the keys read had, where they were measured.
     """
@@ -224,6 +226,8 @@ class LayerState:
     paths: dict[str, int] = field(default_factory=dict)
     dense_bytes: int = 0
     gathered: ReadLog = field(default_factory=ReadLog)
+    scores: int = 0
+    dense_scores: int = 0
     dropped_bytes: int = 0
     mass: MassLog = field(default_factory=MassLog)
 
@@ -256,6 +260,11 @@ class LayerState:
         self.kv_tokens += tokens
         self.kv_bytes += read_bytes
         self.dense_bytes += dense_bytes
+
+    def count_scores(self, computed: int, dense: int) -> None:
+        """Count the pairs of query and key of one long call: computed, and if it were dense."""
+        self.scores += computed
+        self.dense_scores += dense
 
     def count_stock(self, reason: str, query_tokens: int, seconds: float = 0.0) -> None:
         """Count one call that the stock implementation answered, and why."""
