@@ -19,8 +19,6 @@
 
 namespace adaptive {
 
-constexpr int64_t kMaxTokens = INT32_MAX;  // what an int32 offset or block can point to
-
 /// Arguments that every attention op has. `value` is not given where only keys are read.
 struct AttentionInputs {
   const TensorView& query;

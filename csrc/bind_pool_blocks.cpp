@@ -10,6 +10,8 @@ namespace {
 
 namespace py = pybind11;
 
+constexpr int64_t kMaxPooledTokens = INT32_MAX;
+
 int64_t pool_blocks(const TensorView& means, const TensorView& workspace, const TensorView& source,
                     py::handle block_size, const TensorView& offsets) {
   const Check check("pool_blocks");
@@ -23,12 +25,12 @@ int64_t pool_blocks(const TensorView& means, const TensorView& workspace, const 
   args.heads = source.size(1);
   args.tokens = source.size(2);
   args.head_dim = source.size(3);
-  if (args.tokens > kMaxTokens) {
+  if (args.tokens > kMaxPooledTokens) {
     check.fail(PyExc_ValueError, "source", "have fewer than 2^31 tokens", check.shape(source));
   }
   set_strides(source, args.source_stride);
   args.block_size = check.integer(block_size, "block_size");
-  if (args.block_size < 1 || args.block_size > kMaxTokens) {
+  if (args.block_size < 1 || args.block_size > kMaxPooledTokens) {
     check.fail(PyExc_ValueError, "block_size", "be at least 1 and below 2^31",
                std::to_string(args.block_size));
   }
