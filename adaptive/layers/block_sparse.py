@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from adaptive.layers.certificate import retained_mass
+from adaptive.layers.pattern import Pattern
+from adaptive.layers.state import LayerState
 from adaptive.ops import (
     block_ranges,
     block_sparse_attention,
@@ -76,6 +78,67 @@ def attend(policy: BlockSparsePrefill, prompt: Prompt) -> Attended:
         prompt.softcap,
     )
     return Attended(out, lse, counts)
+
+
+def policy_of(
+    state: LayerState, query: Tensor, pattern: Pattern | None
+) -> BlockSparsePrefill | None:
+    """Return the policy that a long call follows; None: it is as without one.
+
+    Args:
+        state: Of the layer.
+        query: ``[batch, heads, query_tokens, head_dim]``.
+        pattern: What the queries see; None: not known without a mask.
+    """
+    policy: BlockSparsePrefill | None = state.prefill
+    if policy is None or pattern is None or not state.record.sparse:
+        return None
+    known = pattern.causal and pattern.window is None
+    long = pattern.tokens >= policy.min_context and query.shape[2] > policy.dense_tail
+    native = query.device.type in block_sparse_attention.native
+    return policy if known and long and native else None
+
+
+def refuse_compiling(state: LayerState, tokens: int) -> None:
+    """Raise if torch.compile is at work on a long call that should choose blocks."""
+    policy: BlockSparsePrefill | None = state.prefill
+    if torch.compiler.is_compiling() and policy is not None and tokens >= policy.min_context:
+        raise NotImplementedError(
+            "adaptive: BlockSparsePrefill cannot run under torch.compile; compile decoding alone"
+        )
+
+
+def attend_and_count(state: LayerState, policy: BlockSparsePrefill, prompt: Prompt) -> Tensor:
+    """Answer a long call as ``policy`` says, measure some of its queries, and count both."""
+    key, batch, queries = prompt.key, len(prompt.query), prompt.query.shape[2]
+    made = attend(policy, prompt)
+    every, computed = _scores(policy, prompt, made.counts)
+    state.count_path(policy.pattern)
+    state.count_scores(computed, every)
+    key_bytes = key.numel() * key.element_size()
+    state.count_read(batch * key.shape[2], 2 * key_bytes, 2 * key_bytes)
+    if policy.audit is not None:
+        state.mass.add(audit(policy, prompt, made.lse))
+        state.count_path("audit")
+        state.count_read(0, -(-min(policy.audit, queries) // MAX_QUERY_TOKENS) * key_bytes, 0)
+    return made.out
+
+
+def _scores(policy: BlockSparsePrefill, prompt: Prompt, counts: Tensor | None) -> tuple[int, int]:
+    """Pairs of query and key of one head: those that causal attention has, those computed."""
+    batch, queries, offsets = len(prompt.query), prompt.query.shape[2], prompt.offsets
+    every = Pattern(prompt.key.shape[2], offsets=offsets).scores(batch, queries, None)
+    if counts is not None:
+        ranges, lists = prompt.ranges(policy.block), counts.shape[1]
+        seen = (ranges.last - ranges.first + 1).expand(batch, -1)
+        # What is left out lies before the diagonal, in whole blocks.
+        left_out = int(seen.sum()) * lists - int(counts.sum())
+        return every, every - left_out * policy.block**2 // lists
+    rest = max(queries - policy.dense_tail, 0)
+    end = prompt.start + rest
+    cut = Pattern(end, offsets=None if offsets is None else offsets.clamp(max=end))
+    near = cut.scores(batch, rest, policy.window(prompt.key.shape[2]), policy.sinks)
+    return every, every - cut.scores(batch, rest, None) + near
 
 
 def choose(policy: BlockSparsePrefill, prompt: Prompt) -> tuple[Tensor, Tensor]:

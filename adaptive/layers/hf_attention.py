@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adaptive.errors import AdaptiveError, PatchConflict
-from adaptive.layers import windowed_attention
+from adaptive.layers import block_sparse, windowed_attention
 from adaptive.layers.head_split import HeadSplit
 from adaptive.layers.hf_cache import AdaptiveCacheLayer
 from adaptive.layers.hf_call import Call, inputs_of, is_long, why_stock
@@ -153,8 +153,10 @@ def _attend(call: Call) -> Attended:
         return _stock(call)
     layer = _layer_of(call)
     reduced = layer is not None and isinstance(layer.store, HeadSplit)
+    if is_long(call):
+        block_sparse.refuse_compiling(state, call.key.shape[2])
     pattern = None if torch.compiler.is_compiling() else pattern_of(call)
-    reason = why_stock_long(call, pattern) if is_long(call) and not reduced else None
+    reason = why_stock_long(state, call, pattern) if is_long(call) and not reduced else None
     reason = reason or why_stock(call, state)
     if reduced:
         _refuse_unreadable(reason)
