@@ -16,14 +16,19 @@ namespace adaptive::cpu {
 namespace {
 
 constexpr int64_t kMinTileTokens = 16;
+constexpr int64_t kItemsPerThread = 4;  // at least, so that none waits long for the last
 constexpr int64_t kWorkPerThread = int64_t{1}
                                    << 21;  // multiplications; below, waking one costs more
 
-// Tokens of an item: as many columns as there is room for; with lists, those of one block.
+// Tokens of an item: as many columns as there is room for, unless that leaves threads idle; with
+// lists, those of one block.
 int64_t tile_tokens(const LocalAttentionArgs& args, int64_t heads) {
   if (args.counts != nullptr) return args.block_size;
   const int64_t room = kMaxColumns / heads / kMinTileTokens * kMinTileTokens;
-  return std::clamp<int64_t>(room, kMinTileTokens, 2 * kTileKeys);
+  int64_t tile = std::clamp<int64_t>(room, kMinTileTokens, 2 * kTileKeys);
+  const int64_t rows = args.batch * args.heads / heads * args.query_tokens;
+  while (tile > kMinTileTokens && rows < tile * kItemsPerThread * omp_get_max_threads()) tile /= 2;
+  return tile;
 }
 
 // Heads of an item: all that share keys, as far as their columns fit.
