@@ -33,6 +33,7 @@ from adaptive.layers.pattern import Pattern
 from adaptive.layers.sparse_attention import attend_whole
 from adaptive.layers.state import STATE, LayerState
 from adaptive.ops import decode_attention
+from adaptive.policy.plan import STOCK
 
 ADAPTIVE = "adaptive"
 ADAPTIVE_EAGER = "adaptive_eager"
@@ -156,8 +157,7 @@ def _attend(call: Call) -> Attended:
     if is_long(call):
         block_sparse.refuse_compiling(state, call.key.shape[2])
     pattern = None if torch.compiler.is_compiling() else pattern_of(call)
-    reason = why_stock_long(state, call, pattern) if is_long(call) and not reduced else None
-    reason = reason or why_stock(call, state)
+    reason = _why_stock(call, state, pattern, reduced)
     if reduced:
         _refuse_unreadable(reason)
     if torch.compiler.is_compiling():
@@ -173,6 +173,14 @@ def _attend(call: Call) -> Attended:
     else:
         state.count_stock(reason, batch * query_tokens, seconds)
     return attended
+
+
+def _why_stock(call: Call, state: LayerState, pattern: Pattern | None, reduced: bool) -> str | None:
+    """Say why the stock function must answer a call; None if native kernels can."""
+    if state.row[0] == STOCK:
+        return "plan"
+    long = is_long(call) and not reduced
+    return (why_stock_long(state, call, pattern) if long else None) or why_stock(call, state)
 
 
 def _layer_of(call: Call) -> AdaptiveCacheLayer | None:
