@@ -12,6 +12,8 @@ ROW_FIELDS: dict[str, frozenset[str]] = {
     "ops": frozenset({"op", "sizes", "dtype", "threads", "moved_bytes", "variants"}),
     "modules": frozenset({"what", "memory", "dtype", "threads", "variants", "speedup"}),
     "models": frozenset({"model", "context", "dtype", "threads", "kv_bytes", "variants"}),
+    "prefill": frozenset({"heads", "tokens", "dtype", "threads", "variants", "split_ms"}),
+    "quality_prefill": frozenset({"policy", "choice", "context", "scores_share", "tasks"}),
     "quality": frozenset({"policy", "budget", "context", "kv_read_share", "tasks"}),
 }
 VARIANT_FIELDS: dict[str, frozenset[str]] = {

@@ -24,7 +24,7 @@ every_pattern = pytest.mark.parametrize("fields", PATTERNS.values(), ids=PATTERN
 
 def policy(**fields):
     return BlockSparsePrefill(
-        **{"block": 16, "sinks": 4, "dense_tail": 16, "min_context": 1, **fields}
+        **{"block": 16, "sinks": 4, "recent": 0, "dense_tail": 16, "min_context": 1, **fields}
     )
 
 

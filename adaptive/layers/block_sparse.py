@@ -153,7 +153,7 @@ def choose(policy: BlockSparsePrefill, prompt: Prompt) -> tuple[Tensor, Tensor]:
         policy.budget,
         policy.mass,
         sinks=policy.sink_blocks + straddle,
-        diagonal=diagonal,
+        diagonal=diagonal + policy.recent_blocks,
         dense=dense_rows(policy, prompt),
     )
 

@@ -50,6 +50,8 @@ class BlockSparsePrefill(Policy):
             window for all (Han et al. 2023, arXiv:2308.16137).
         per_head: Each query head has its own blocks, instead of all that share a KV head.
         sinks: First tokens whose blocks are always read.
+        recent: Tokens right before a block of queries whose blocks are always read, too: the mean
+            of a block says little about its neighbours.
         dense_tail: Last queries of a call that read every key: where a prompt asks.
         min_context: Tokens in the cache below which a call is as without this policy.
         layers: Layers that do so; None: all without a window of the model's own.
@@ -64,6 +66,7 @@ class BlockSparsePrefill(Policy):
     pattern: str = SELECTED
     per_head: bool = False
     sinks: int = 4
+    recent: int = 64
     dense_tail: int = 64
     min_context: int = 4096
     layers: tuple[int, ...] | None = None
@@ -75,6 +78,7 @@ class BlockSparsePrefill(Policy):
         if type(self.block) is not int or self.block not in BLOCK_SIZES:
             raise refused(self, "block", "be 16, 32, 64 or 128", self.block)
         check_count(self, "sinks", 0)
+        check_count(self, "recent", 0)
         check_count(self, "dense_tail", 0)
         check_share(self, "mass")
         if self.mass is not None and self.budget is not None:
@@ -98,6 +102,11 @@ class BlockSparsePrefill(Policy):
     def sink_blocks(self) -> int:
         """Blocks that hold the sinks where a sequence starts with a block."""
         return -(-self.sinks // self.block)
+
+    @property
+    def recent_blocks(self) -> int:
+        """Blocks that hold the recent tokens."""
+        return -(-self.recent // self.block)
 
     def window(self, tokens: int) -> int:
         """Last tokens that a query of an "a_shape" reads in a prompt of ``tokens``."""
@@ -133,7 +142,7 @@ class BlockSparsePrefill(Policy):
         budget = self.budget
         if budget is None:
             return
-        least = self.sink_blocks + 1
+        least = self.sink_blocks + self.recent_blocks + 1
         if type(budget) is float and is_share(budget):
             return
         if type(budget) is int and budget >= least:
@@ -141,7 +150,7 @@ class BlockSparsePrefill(Policy):
         raise refused(
             self,
             "budget",
-            f"be a whole number of blocks from {least} on (sinks and the diagonal), or a share "
-            "above 0 and at most 1.0",
+            f"be a whole number of blocks from {least} on (sinks, recent ones, the diagonal), or a "
+            "share above 0 and at most 1.0",
             budget,
         )

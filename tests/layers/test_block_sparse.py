@@ -16,6 +16,7 @@ from adaptive.policy import BlockSparsePrefill
 I32 = torch.int32
 PATTERNS = {
     "selected": {"mass": 0.5},
+    "selected, with recent": {"mass": 0.5, "recent": 20},
     "selected, heads apart": {"mass": 0.5, "per_head": True},
     "selected, a share": {"budget": 0.3},
     "vertical_slash": {"pattern": "vertical_slash", "budget": 3},
@@ -41,7 +42,7 @@ def prompt(queries=300, tokens=300, offsets=None, batch=2, seed=0, softcap=0.0):
 
 
 def policy(**fields):
-    return BlockSparsePrefill(**{"block": 16, "sinks": 4, "dense_tail": 16, **fields})
+    return BlockSparsePrefill(**{"block": 16, "sinks": 4, "recent": 0, "dense_tail": 16, **fields})
 
 
 def dense(call):
@@ -157,6 +158,21 @@ def test_a_row_of_a_batch_is_the_row_alone():
             alone = Prompt(*(part[one] for part in call[:4]), *call[4:])
             found = attend(policy(**fields), alone)
             torch.testing.assert_close(found.out, made.out[one], rtol=1e-4, atol=1e-5)
+
+
+@every_call
+@pytest.mark.parametrize("pattern", ["selected", "vertical_slash"])
+def test_blocks_with_sinks_and_recent_tokens_are_always_read(sizes, pattern):
+    call = prompt(**sizes)
+    chosen = policy(pattern=pattern, mass=0.01, dense_tail=0, sinks=17, recent=20)
+    blocks = -(-call.key.shape[2] // 16)
+    listed = listed_blocks(*choose(chosen, call), blocks)
+    seen = call.ranges(16).visible(blocks).expand(2, -1, -1)
+    for row in range(2):
+        for n, blocks_seen in enumerate(seen[row]):
+            places = blocks_seen.nonzero()[:, 0].tolist()
+            wanted = {*places[:2], *places[-3:]}
+            assert all(wanted <= set(x[n].nonzero()[:, 0].tolist()) for x in listed[row])
 
 
 def test_more_mass_reads_more_and_keeps_more():

@@ -26,6 +26,7 @@ FIELDS = st.fixed_dictionaries(
         "block": st.sampled_from([16, 32, 64, 128]),
         "per_head": st.booleans(),
         "sinks": st.integers(0, 99),
+        "recent": st.integers(0, 99),
         "dense_tail": st.integers(0, 999),
         "min_context": st.integers(1, 10**6),
         "layers": st.none() | st.sets(st.integers(0, 90), min_size=1).map(sorted),
@@ -39,7 +40,7 @@ CHOICES = (
     | st.fixed_dictionaries(
         {
             "pattern": st.sampled_from(["selected", "vertical_slash", "a_shape"]),
-            "budget": SHARES | st.just(1.0) | st.integers(8, 10**6),
+            "budget": SHARES | st.just(1.0) | st.integers(15, 10**6),
         }
     )
     | st.fixed_dictionaries({"pattern": st.sampled_from(["selected", "a_shape"])})
@@ -81,15 +82,15 @@ BAD = {
         {"mass": 0.9, "pattern": "a_shape"},
         "mass must be None for a_shape, which estimates nothing, got 0.9",
     ),
-    "no budget": ({"budget": 0}, "budget must be a whole number of blocks from 2 on .*got 0"),
+    "no budget": ({"budget": 0}, "budget must be a whole number of blocks from 3 on .*got 0"),
     "a negative budget": ({"budget": -3}, "budget must be .*got -3"),
     "a negative share": ({"budget": -0.1}, "budget must be .* a share above 0 .*got -0.1"),
     "more than all": ({"budget": 1.5}, "budget must be .* at most 1.0, got 1.5"),
     "budget of NaN": ({"budget": math.nan}, "budget must be .*got nan"),
     "a budget that is true": ({"budget": True}, "budget must be .*got True"),
     "sinks fill the budget": (
-        {"budget": 2, "sinks": 65},
-        r"budget must be a whole number of blocks from 3 on \(sinks and the diagonal\).*got 2",
+        {"budget": 3, "sinks": 65},
+        r"budget must be a whole number of blocks from 4 on \(sinks, recent .*got 3",
     ),
     "a block of 48": ({"block": 48}, "block must be 16, 32, 64 or 128, got 48"),
     "a block of text": ({"block": "64"}, "block must be 16, 32, 64 or 128, got '64'"),
@@ -98,6 +99,7 @@ BAD = {
         "pattern must be one of selected, a_shape, vertical_slash, got 'diagonal'",
     ),
     "negative sinks": ({"sinks": -1}, "sinks must be a whole number from 0 on, got -1"),
+    "negative recent": ({"recent": -1}, "recent must be a whole number from 0 on, got -1"),
     "a negative tail": ({"dense_tail": -1}, "dense_tail must be a whole number from 0 on, got -1"),
     "half a context": ({"min_context": 0.5}, "min_context must be a whole number from 1 on"),
     "no layer": ({"layers": ()}, r"layers must name a layer, or be None, got \(\)"),
