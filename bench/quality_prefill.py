@@ -31,8 +31,8 @@ from bench.quality import DENSE, Item, decode, items
 from bench.record import Recorder
 
 POLICIES: tuple[tuple[str, dict[str, Any]], ...] = (
-    *(("selected", {"mass": mass}) for mass in (0.5, 0.7, 0.8, 0.9, 0.95)),
-    *(("vertical_slash", {"mass": mass}) for mass in (0.5, 0.7, 0.9)),
+    *(("selected", {"mass": mass}) for mass in (0.5, 0.7, 0.9)),
+    *(("vertical_slash", {"mass": mass}) for mass in (0.5, 0.7)),
     *(("a_shape", {"budget": budget}) for budget in (0.05, 0.1, 0.2)),
 )
 """Patterns, and how much of them; a window's share is one of the prompt, not of what it sees."""

@@ -8,6 +8,9 @@ from models import greedy, make, padded, token_ids
 
 import adaptive
 from adaptive.errors import UnsupportedModel
+from adaptive.layers import block_sparse
+from adaptive.ops._local_keys import seen_keys
+from adaptive.ops.block_sparse_attention import listed_blocks
 from adaptive.policy import BlockSparsePrefill, Exact, Plan, Quest, RazorAttention, TidalDecode
 
 TOKENS = 150
@@ -108,37 +111,25 @@ def test_skipping_is_counted_and_its_mass_measured(fields):
 @every_pattern
 def test_the_scores_reported_are_those_of_blocks_that_are_seen(fields, monkeypatch):
     """By hand: of all pairs, those whose key is in a listed block, or within the window."""
-    from adaptive.layers import block_sparse
-    from adaptive.ops.block_sparse_attention import listed_blocks
-    from adaptive.ops.local_attention import seen_keys
-
     counted = []
     real, real_local = block_sparse.block_sparse_attention, block_sparse.local_attention
-    device = torch.device("cpu")
+
+    def seen(query, key, offsets, window=None, sinks=0):
+        keys = torch.arange(key.shape[2])
+        places = keys[len(keys) - query.shape[2] :]
+        made = seen_keys(places, keys, len(keys), window, sinks, offsets, True)
+        return made.expand(len(query), -1, -1, -1)
 
     def lists(query, key, value, indices, counts, block, offsets, *rest):
-        shape = (*query.shape[:3], key.shape[2])
-        listed = listed_blocks(indices, counts, -(-shape[3] // block))
-        rows, keys = torch.arange(shape[2]) // block, torch.arange(shape[3]) // block
-        seen = seen_keys(shape, None, 0, offsets, True, device)
-        counted.append(
-            int(
-                (
-                    seen
-                    & listed[:, :, rows][..., keys].repeat_interleave(
-                        shape[1] // listed.shape[1], 1
-                    )
-                ).sum()
-            )
-            // shape[1]
-        )
+        listed = listed_blocks(indices, counts, -(-key.shape[2] // block))
+        rows, keys = torch.arange(query.shape[2]) // block, torch.arange(key.shape[2]) // block
+        pairs = seen(query, key, offsets) & listed[:, :, rows][..., keys]
+        counted.append(int(pairs.sum()) // listed.shape[1])
         return real(query, key, value, indices, counts, block, offsets, *rest)
 
     def window(query, key, value, **options):
-        shape = (*query.shape[:3], key.shape[2])
-        near, first = options["window"], options["sinks"]
-        seen = seen_keys(shape, near, first, options["offsets"], True, device)
-        counted.append(int(seen[:, :1].sum()))
+        near = options["window"], options["sinks"]
+        counted.append(int(seen(query, key, options["offsets"], *near).sum()))
         return real_local(query, key, value, **options)
 
     for name, double in (("block_sparse_attention", lists), ("local_attention", window)):

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from adaptive.layers.block_sparse import Prompt, attend, audit, audited, choose, dense_rows
 from adaptive.ops import local_attention
+from adaptive.ops._local_keys import seen_keys
 from adaptive.ops.block_sparse_attention import listed_blocks
-from adaptive.ops.local_attention import seen_keys
 from adaptive.policy import BlockSparsePrefill
 
 I32 = torch.int32
@@ -101,10 +101,10 @@ def test_what_is_not_chosen_is_not_read(sizes, fields):
     indices, counts = choose(chosen, call)
     blocks = -(-call.key.shape[2] // 16)
     listed = listed_blocks(indices, counts, blocks).repeat_interleave(4 // indices.shape[1], dim=1)
-    shape = (2, 4, call.query.shape[2], call.key.shape[2])
-    seen = seen_keys(shape, None, 0, call.offsets, True, torch.device("cpu"))
-    keys, rows = torch.arange(shape[3]) // 16, torch.arange(shape[2]) // 16
-    seen = seen & listed[:, :, rows][..., keys]
+    tokens = call.key.shape[2]
+    keys, rows = torch.arange(tokens), torch.arange(call.query.shape[2])
+    seen = seen_keys(keys[call.start :], keys, tokens, None, 0, call.offsets, True)
+    seen = seen & listed[:, :, rows // 16][..., keys // 16]
     logits = call.query @ call.key.repeat_interleave(2, 1).mT * 32**-0.5
     if call.softcap:
         logits = call.softcap * torch.tanh(logits / call.softcap)

@@ -20,6 +20,7 @@ KERNELS = {
     "gather_attention.cu": ["attend_fma"] * 3,
     "gather_attention_mma.cu": ["attend_mma"] * 6,
     "plan.cu": ["merge_rows"],
+    "pool_blocks.cu": ["pool_rows"] * 3,
     "score_tokens.cu": ["reduce_scores", *["attend_fma"] * 6],
     "score_tokens_mma.cu": ["attend_mma"] * 12,
     "select_tokens.cu": ["prepare", "measure", "count", "write", *["descend"] * 6],

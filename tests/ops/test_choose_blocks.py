@@ -16,8 +16,8 @@ from adaptive.ops import (
     score_blocks,
     score_lines,
 )
+from adaptive.ops._local_keys import seen_keys
 from adaptive.ops.block_sparse_attention import listed_blocks
-from adaptive.ops.local_attention import seen_keys
 
 I32 = torch.int32
 
@@ -47,7 +47,9 @@ def randn(*sizes, seed=0):
 
 def seen_blocks(query_tokens, tokens, block_size, offsets):
     """Which blocks hold a key that a query of the block sees, ``[batch, rows, blocks]``."""
-    seen = seen_keys((2, 1, query_tokens, tokens), None, 0, offsets, True, torch.device("cpu"))
+    keys = torch.arange(tokens)
+    seen = seen_keys(keys[tokens - query_tokens :], keys, tokens, None, 0, offsets, True)
+    seen = seen.expand(2, -1, -1, -1)
     more = (-tokens % block_size, -query_tokens % block_size)
     seen = torch.nn.functional.pad(seen[:, 0], (0, more[0], 0, more[1]))
     return seen.unflatten(2, (-1, block_size)).unflatten(1, (-1, block_size)).any(4).any(2)
