@@ -24,6 +24,7 @@ from adaptive.patched import Patched
 from adaptive.policy import (
     BlockSparsePrefill,
     Exact,
+    LocalAttention,
     Plan,
     Policy,
     Quest,
@@ -39,6 +40,7 @@ __all__ = [
     "BlockSparsePrefill",
     "Exact",
     "Family",
+    "LocalAttention",
     "PatchConflict",
     "Patched",
     "Plan",

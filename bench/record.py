@@ -14,12 +14,20 @@ ROW_FIELDS: dict[str, frozenset[str]] = {
     "models": frozenset({"model", "context", "dtype", "threads", "kv_bytes", "variants"}),
     "prefill": frozenset({"heads", "tokens", "dtype", "threads", "variants", "split_ms"}),
     "quality_prefill": frozenset({"policy", "choice", "context", "scores_share", "tasks"}),
+    "prompts": frozenset({"model", "tokens", "dtype", "threads", "layers", "variants"}),
     "quality": frozenset({"policy", "budget", "context", "kv_read_share", "tasks"}),
+    "block_transformer": frozenset(
+        {"model", "batch", "prompt_tokens", "new_tokens", "threads", "variants", "speedup"}
+    ),
 }
 VARIANT_FIELDS: dict[str, frozenset[str]] = {
     "ops": frozenset({"kind", "us", "us_min", "clean", "dropped", "gb_s", "error"}),
     "modules": frozenset({"us", "us_min", "clean", "dropped", "error"}),
     "models": frozenset({"ms", "ms_min", "clean", "dropped", "error", "argmax_agreement"}),
+    "prompts": frozenset({"ms", "ms_min", "clean", "dropped", "error", "speedup"}),
+    "block_transformer": frozenset(
+        {"batch", "kv_bytes", "prefill_s", "decode_tokens_per_s", "tokens_per_s", "error"}
+    ),
 }
 
 

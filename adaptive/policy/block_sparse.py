@@ -16,7 +16,7 @@ from adaptive.policy._fields import (
     set_layers,
 )
 from adaptive.policy._policy import Policy
-from adaptive.policy.plan import BLOCKS, Plan
+from adaptive.policy.plan import BLOCKS, LOCAL, Plan
 
 SELECTED = "selected"
 A_SHAPE = "a_shape"
@@ -54,7 +54,7 @@ class BlockSparsePrefill(Policy):
             of a block says little about its neighbours.
         dense_tail: Last queries of a call that read every key: where a prompt asks.
         min_context: Tokens in the cache below which a call is as without this policy.
-        layers: Layers that do so; None: all without a window of the model's own.
+        layers: Layers that do so; None: all that the model or `LocalAttention` gives no window.
         audit: Queries of each call whose true softmax mass is measured; None: none.
     """
 
@@ -125,8 +125,9 @@ class BlockSparsePrefill(Policy):
         table = begin(self, table)
         check_layers_exist(self, "layers", self.layers or (), len(table.rows))
         for layer in self.layers or ():
-            why = why_fixed(table, layer)
-            if why is not None:
+            local = "some of its heads are local in prompts, too" * (LOCAL in table.rows[layer])
+            why = why_fixed(table, layer) or local
+            if why:
                 raise refused(self, "layers", f"leave out a layer: {why}", layer)
         if not self.prefill_layers(table):
             rule = "have a layer that may skip keys, and the model has none"
@@ -135,8 +136,8 @@ class BlockSparsePrefill(Policy):
 
     def prefill_layers(self, table: Plan) -> tuple[int, ...]:
         """Layers of ``table`` whose prompts read chosen blocks."""
-        free = free_layers(table, ())
-        return tuple(free if self.layers is None else self.layers)
+        chosen = free_layers(table, ()) if self.layers is None else self.layers
+        return tuple(layer for layer in chosen if LOCAL not in table.rows[layer])
 
     def _check_budget(self) -> None:
         budget = self.budget

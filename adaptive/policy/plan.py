@@ -21,6 +21,7 @@ REUSE = "reuse"
 PAGES = "pages"
 WINDOW = "window"
 RAZOR = "razor"
+LOCAL = "local"
 MODES = {
     DENSE: ("#", "reads every key, native kernel"),
     STOCK: (".", "the model's own attention"),
@@ -29,14 +30,16 @@ MODES = {
     PAGES: ("p", "reads the pages of keys whose bounds promise most"),
     WINDOW: ("w", "keeps first and recent tokens, drops the others for good"),
     RAZOR: ("z", "keeps first and recent tokens, and one that stands for all others"),
+    LOCAL: ("l", "sees first and recent tokens, in the prompt, too; drops the others for good"),
 }
 """Every mode a head can have: the sign that maps print for it, and what it means."""
+
+WINDOWED = (WINDOW, RAZOR, LOCAL)
+"""Modes of heads that do not keep every key."""
 
 BLOCKS = "blocks"
 PREFILL = {BLOCKS: ("b", "prompts read chosen blocks of keys")}
 """What a policy can do to a layer's long calls, whatever its heads do in decoding."""
-
-_WINDOWED = (WINDOW, RAZOR)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +212,7 @@ class Plan:
 
 def _broken_rule(row: Sequence[str]) -> str | None:
     """The rule that the modes of one layer break together; None if none."""
-    whole = {mode for mode in row if mode not in _WINDOWED}
+    whole = {mode for mode in row if mode not in WINDOWED}
     windowed = set(row) - whole
     if len(whole) > 1:
         return "have one mode for all its heads that keep every key"

@@ -6,6 +6,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cmath>
 #include <utility>
 
 #include "cpu/decode_schedule.h"
@@ -75,6 +76,14 @@ void find_spans(const LocalAttentionArgs& args, const LocalItem& item, KeySpan* 
   }
 }
 
+void store_lse(const LocalAttentionArgs& args, const LocalItem& item, const LocalScratch& scratch) {
+  for (int64_t column = 0; column < item.heads * item.tokens; ++column) {
+    const int64_t row = item.batch * args.heads + item.head + column / item.tokens;
+    const int64_t token = item.token + column % item.tokens;
+    args.lse[row * args.query_tokens + token] = scratch.max[column] + std::log(scratch.sum[column]);
+  }
+}
+
 }  // namespace
 
 void local_attention(const LocalAttentionArgs& args) {
@@ -120,6 +129,7 @@ void local_attention(const LocalAttentionArgs& args) {
                            .tokens = std::min(tile, args.query_tokens - token)};
       find_spans(args, item, scratch.spans);
       kernel(args, item, scratch);
+      store_lse(args, item, scratch);
     }
   }
 }

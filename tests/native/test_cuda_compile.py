@@ -19,6 +19,8 @@ KERNELS = {
     "device.cu": [],
     "gather_attention.cu": ["attend_fma"] * 3,
     "gather_attention_mma.cu": ["attend_mma"] * 6,
+    "local_attention.cu": ["attend_local"] * 3,
+    "local_attention_mma.cu": ["attend_local"] * 6,
     "plan.cu": ["merge_rows"],
     "pool_blocks.cu": ["pool_rows"] * 3,
     "score_tokens.cu": ["reduce_scores", *["attend_fma"] * 6],

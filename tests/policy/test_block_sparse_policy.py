@@ -11,6 +11,7 @@ import adaptive
 from adaptive.policy import (
     BlockSparsePrefill,
     Exact,
+    LocalAttention,
     ModelShape,
     Plan,
     Policy,
@@ -165,6 +166,16 @@ def test_decoding_is_left_to_the_other_policies(other):
 def test_layers_with_a_window_are_left_alone():
     plan = Plan.make(shape(4, (None, 512, None, 512)), [BlockSparsePrefill()])
     assert [plan.prefill(layer) is not None for layer in range(4)] == [True, False, True, False]
+
+
+def test_layers_with_local_heads_are_left_to_those():
+    local = LocalAttention(window=9, heads=((1, 0), (3, 1)))
+    for order in ([local, BlockSparsePrefill()], [BlockSparsePrefill(), local]):
+        plan = Plan.make(shape(), order)
+        chosen = [plan.prefill(layer) is not None for layer in range(6)]
+        assert chosen == [True, False, True, False, True, True]
+    with pytest.raises(ValueError, match="leave out a layer: some of its heads are local"):
+        Plan.make(shape(), [local, BlockSparsePrefill(layers=(3,))])
 
 
 @pytest.mark.parametrize(
