@@ -21,6 +21,7 @@ ROW_FIELDS: dict[str, frozenset[str]] = {
     ),
 }
 VARIANT_FIELDS: dict[str, frozenset[str]] = {
+    "prefill": frozenset({"us", "us_min", "clean", "dropped", "error"}),
     "ops": frozenset({"kind", "us", "us_min", "clean", "dropped", "gb_s", "error"}),
     "modules": frozenset({"us", "us_min", "clean", "dropped", "error"}),
     "models": frozenset({"ms", "ms_min", "clean", "dropped", "error", "argmax_agreement"}),
