@@ -1,4 +1,4 @@
-"""Calls the CUDA local_attention on the simulator, on torch CPU tensors, for both of its ops."""
+"""Calls the CUDA local_attention and pool_blocks on the simulator, on torch CPU tensors."""
 
 import ctypes
 
@@ -8,6 +8,7 @@ from simulated import DTYPES, ROOT, pointer
 LOCAL_SOURCES = [
     ROOT / "csrc/cuda/local_attention.cu",
     ROOT / "csrc/cuda/local_attention_mma.cu",
+    ROOT / "csrc/cuda/pool_blocks.cu",
     ROOT / "csrc/cuda/plan.cu",
     ROOT / "tests/cuda_on_cpu/local_shim.cpp",
 ]
@@ -36,13 +37,27 @@ class LocalArgs(ctypes.Structure):
     )
 
 
+class PoolArgs(ctypes.Structure):
+    """PoolBlocksArgs of csrc/pool_blocks.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("source", "offsets", "means")),
+        ("dtype", ctypes.c_int32),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "tokens", "head_dim")),
+        *((name, ctypes.c_int64) for name in ("block_size", "cuts")),
+        ("source_stride", ctypes.c_int64 * 3),
+        ("offsets_stride", ctypes.c_int64),
+    )
+
+
 class Local:
-    """The CUDA kernels of local_attention and block_sparse_attention on the CPU."""
+    """The CUDA kernels of local_attention, block_sparse_attention and pool_blocks on the CPU."""
 
     def __init__(self, library: ctypes.CDLL):
         self.library = library
-        library.local_args_bytes.restype = ctypes.c_int64
+        library.local_args_bytes.restype = library.pool_args_bytes.restype = ctypes.c_int64
         assert library.local_args_bytes() == ctypes.sizeof(LocalArgs)
+        assert library.pool_args_bytes() == ctypes.sizeof(PoolArgs)
         self.set_device()
         self.set_seed(0)
 
@@ -86,7 +101,23 @@ class Local:
             none if counts is None else counts.stride(),
             head_dim**-0.5 if scale is None else scale, softcap,
         )  # fmt: skip
-        message = ctypes.create_string_buffer(1000)
-        if self.library.local_attention(ctypes.byref(args), message):
-            raise RuntimeError(message.value.decode())
+        self._run(self.library.local_attention, args)
         return out, lse
+
+    def pool(self, source, block_size=64, offsets=None):
+        """As adaptive.ops.pool_blocks."""
+        batch, heads, tokens, head_dim = source.shape
+        means = torch.full((batch, heads, -(-tokens // block_size), head_dim), torch.nan)
+        args = PoolArgs(
+            *map(pointer, (source, offsets, means)), DTYPES[source.dtype],
+            *source.shape, block_size, 0 if offsets is None else offsets.shape[1],
+            source.stride()[:3], 0 if offsets is None else offsets.stride(0),
+        )  # fmt: skip
+        self._run(self.library.pool_blocks, args)
+        return means
+
+    @staticmethod
+    def _run(function, args):
+        message = ctypes.create_string_buffer(1000)
+        if function(ctypes.byref(args), message):
+            raise RuntimeError(message.value.decode())

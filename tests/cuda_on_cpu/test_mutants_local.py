@@ -18,7 +18,8 @@ MUTANTS = {
         SIGHT, "far ? sight.end : max(sight.end, sight.sink_end)", "sight.end"),
     "causal bound one too high": (SIGHT, "a.causal ? p + 1 : last", "a.causal ? p + 2 : last"),
     "first token of a sequence in the one before": (SIGHT, "position + 1);", "position);"),
-    "window across the start of a sequence": (SIGHT, "max(int64_t{first}, p -", "max(int64_t{0}, p -"),
+    "window across the start of a sequence": (
+        SIGHT, "max(int64_t{first}, p -", "max(int64_t{0}, p -"),
     "padding sees the last sequence": (
         SIGHT, "if (number == 0 || number == a.cuts) return {};", "if (number == 0) return {};"),
     "keys between the sinks and the window loaded": (
