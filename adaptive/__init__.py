@@ -22,6 +22,7 @@ from adaptive.layers.torch_sdpa import attention
 from adaptive.patch import Support, check, patch, patched
 from adaptive.patched import Patched
 from adaptive.policy import (
+    BlockSparsePrefill,
     Exact,
     LocalAttention,
     Plan,
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaptiveError",
+    "BlockSparsePrefill",
     "Exact",
     "Family",
     "LocalAttention",

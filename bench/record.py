@@ -12,6 +12,8 @@ ROW_FIELDS: dict[str, frozenset[str]] = {
     "ops": frozenset({"op", "sizes", "dtype", "threads", "moved_bytes", "variants"}),
     "modules": frozenset({"what", "memory", "dtype", "threads", "variants", "speedup"}),
     "models": frozenset({"model", "context", "dtype", "threads", "kv_bytes", "variants"}),
+    "prefill": frozenset({"heads", "tokens", "dtype", "threads", "variants", "split_ms"}),
+    "quality_prefill": frozenset({"policy", "choice", "context", "scores_share", "tasks"}),
     "prompts": frozenset({"model", "tokens", "dtype", "threads", "layers", "variants"}),
     "quality": frozenset({"policy", "budget", "context", "kv_read_share", "tasks"}),
     "block_transformer": frozenset(
@@ -19,6 +21,7 @@ ROW_FIELDS: dict[str, frozenset[str]] = {
     ),
 }
 VARIANT_FIELDS: dict[str, frozenset[str]] = {
+    "prefill": frozenset({"us", "us_min", "clean", "dropped", "error"}),
     "ops": frozenset({"kind", "us", "us_min", "clean", "dropped", "gb_s", "error"}),
     "modules": frozenset({"us", "us_min", "clean", "dropped", "error"}),
     "models": frozenset({"ms", "ms_min", "clean", "dropped", "error", "argmax_agreement"}),

@@ -39,7 +39,13 @@ def local_ops_table(document: Document) -> str:
                 ", ".join(others),
             ]
         )
-    header = [f"threads: {threads}", "**adaptive**", "best PyTorch loop", "ratio", "as fast as others"]
+    header = [
+        f"threads: {threads}",
+        "**adaptive**",
+        "best PyTorch loop",
+        "ratio",
+        "as fast as others",
+    ]
     return (
         render(header, rows)
         + "\n\nAs many queries as keys, 32 query and 8 KV heads, median CPU time; blocks are the "

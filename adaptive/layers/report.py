@@ -55,6 +55,8 @@ class LayerReport:
     scores: int
     dense_scores: int
     dropped_bytes: int
+    scores: int
+    dense_scores: int
     mass_measured: int
     mass_mean: float | None
     mass_of_heads: tuple[tuple[float, float] | None, ...]
@@ -113,7 +115,7 @@ class Report:
         title = f"{self.model} ({self.family}), {exact}: {', '.join(self.policies)}"
         table = Table(title=title, title_justify="left", caption=self._caption(), box=SIMPLE_HEAD)
         table.caption_justify = "left"
-        skips = any(layer.dense_bytes for layer in self.layers)
+        skips = any(layer.dense_bytes or layer.mass_measured for layer in self.layers)
         headings = ["layers", "native", "stock, why", "queries", "KV read", "KV held", "time"]
         if skips:
             headings += ["of dense", "mass min", "mean"]
@@ -159,6 +161,10 @@ class Report:
         dropped = sum(layer.dropped_bytes for layer in self.layers)
         if dropped:
             lines.append(f"KV dropped for good: {_bytes(dropped)}")
+        dense = sum(layer.dense_scores for layer in self.layers)
+        if dense:
+            computed = sum(layer.scores for layer in self.layers)
+            lines.append(f"scores computed in long native calls: {computed / dense:.1%} of causal")
         lines += [f"{count} x {note}" for note, count in self.notes.items()]
         return "\n".join(lines)
 
@@ -204,9 +210,11 @@ def _layer(state: LayerState) -> LayerReport:
         scores=state.scores,
         dense_scores=state.dense_scores,
         dropped_bytes=state.dropped_bytes,
+        scores=state.scores,
+        dense_scores=state.dense_scores,
         layer=state.site.layer,
         name=state.site.name,
-        mode=", ".join(sorted(set(state.row))),
+        mode=", ".join(sorted({*state.row, *(state.prefill.modes if state.prefill else ())})),
         native_calls=state.native_calls,
         torch_calls=state.torch_calls,
         stock_calls=dict(state.stock_calls),
@@ -238,11 +246,12 @@ def _alike(layer: LayerReport) -> dict[str, Any]:
         "seconds",
         "kv_tokens",
         "kv_bytes",
+        "scores",
         "mass_mean",
         "mass_of_heads",
         *PERCENTILES,
     )
-    skips = bool(layer.dense_bytes)
+    skips = bool(layer.dense_bytes or layer.mass_measured)
     return {k: v for k, v in asdict(layer).items() if k not in (own if skips else own[:3])}
 
 
