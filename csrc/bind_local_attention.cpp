@@ -1,36 +1,22 @@
-// The bindings of local_attention and block_sparse_attention: one kernel, two ways to say which
-// keys take part.
+// The binding of local_attention, and the checks that it shares with block_sparse_attention.
+
+#include "bind_local_attention.h"
 
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
-
-#include "bind_attention.h"
-#include "local_attention.h"
 
 namespace adaptive {
 namespace {
 
 namespace py = pybind11;
 
-constexpr int64_t kMaxTokens = INT32_MAX;
+constexpr int64_t kMaxTokens = int64_t{1} << 24;  // so that a position is exact as a float
 
-struct LocalInputs {
-  const TensorView& out;
-  const TensorView& lse;
-  const TensorView& query;
-  const TensorView& key;
-  const TensorView& value;
-  const TensorView& offsets;
-  py::handle scale;
-  py::handle softcap;
-  py::handle causal;
-};
-
-std::string at(const char* name, std::initializer_list<int64_t> places) {
+std::string place(const char* name, std::initializer_list<int64_t> places) {
   std::string text = std::string(name) + "[";
-  for (const int64_t place : places) {
-    text += (text.back() == '[' ? "" : ", ") + std::to_string(place);
+  for (const int64_t number : places) {
+    text += (text.back() == '[' ? "" : ", ") + std::to_string(number);
   }
   return text + "]";
 }
@@ -45,7 +31,8 @@ void set_offsets(const Check& check, const TensorView& offsets, LocalAttentionAr
   check.last_contiguous(offsets, "offsets");
   args.cuts = offsets.size(1);
   if (args.cuts < 2) {
-    check.fail(PyExc_ValueError, "offsets", "have at least 2 entries per row", check.shape(offsets));
+    check.fail(PyExc_ValueError, "offsets", "have at least 2 entries per row",
+               check.shape(offsets));
   }
   args.offsets = offsets.data<int32_t>();
   args.offsets_stride = offsets.stride(0);
@@ -55,7 +42,7 @@ void set_offsets(const Check& check, const TensorView& offsets, LocalAttentionAr
     for (int64_t i = 0; i < args.cuts; ++i) {
       const int32_t low = i == 0 ? 0 : cuts[i - 1];
       if (cuts[i] >= low && cuts[i] <= args.tokens) continue;
-      check.fail(PyExc_IndexError, at("offsets", {row, i}).c_str(),
+      check.fail(PyExc_IndexError, place("offsets", {row, i}).c_str(),
                  "be in " + std::to_string(low) + ".." + std::to_string(args.tokens) +
                      ", not below the one before",
                  std::to_string(cuts[i]));
@@ -63,7 +50,8 @@ void set_offsets(const Check& check, const TensorView& offsets, LocalAttentionAr
   }
 }
 
-// What both ops share: all but windows, sinks and lists.
+}  // namespace
+
 LocalAttentionArgs local_args(const Check& check, const LocalInputs& inputs) {
   const auto& [out, lse, query, key, value, offsets, scale, softcap, causal] = inputs;
   check.tensor(query, "query", 4);
@@ -84,7 +72,7 @@ LocalAttentionArgs local_args(const Check& check, const LocalInputs& inputs) {
   for (int axis = 0; axis < 4; ++axis) check.size(value, "value", axis, key.size(axis));
   check_grouping(check, args.heads, args.kv_heads);
   if (args.tokens > kMaxTokens) {
-    check.fail(PyExc_ValueError, "key", "have fewer than 2^31 tokens", check.shape(key));
+    check.fail(PyExc_ValueError, "key", "have at most 16777216 tokens", check.shape(key));
   }
   if (args.query_tokens > args.tokens) {
     check.fail(PyExc_ValueError, "query",
@@ -122,8 +110,8 @@ LocalAttentionArgs local_args(const Check& check, const LocalInputs& inputs) {
   return args;
 }
 
-int64_t run(const Check& check, const char* op, const LocalInputs& inputs,
-            const TensorView& workspace, const LocalAttentionArgs& args) {
+int64_t run_local(const Check& check, const char* op, const LocalInputs& inputs,
+                  const TensorView& workspace, const LocalAttentionArgs& args) {
   if (inputs.lse.numel() == 0) return 0;
   return launch(
       check, op, inputs.query, "query", workspace, [&] { cpu::local_attention(args); },
@@ -131,52 +119,7 @@ int64_t run(const Check& check, const char* op, const LocalInputs& inputs,
       [&](void*, int64_t, Stream stream) { cuda::local_attention(args, stream); });
 }
 
-// The lists of blocks: shapes, then on the CPU every entry.
-void set_lists(const Check& check, const TensorView& indices, const TensorView& counts,
-               int64_t block_size, LocalAttentionArgs& args, const TensorView& like) {
-  if (block_size != 16 && block_size != 32 && block_size != 64 && block_size != 128) {
-    check.fail(PyExc_ValueError, "block_size", "be 16, 32, 64 or 128", std::to_string(block_size));
-  }
-  args.block_size = block_size;
-  check.tensor(indices, "indices", 4);
-  check.tensor(counts, "counts", 3);
-  args.lists = indices.size(1);
-  if (args.lists != args.kv_heads && args.lists != args.heads) {
-    check.fail(PyExc_ValueError, "indices",
-               "have a list for each of " + std::to_string(args.kv_heads) + " KV heads or " +
-                   std::to_string(args.heads) + " heads",
-               check.shape(indices));
-  }
-  const int64_t query_blocks = (args.query_tokens + block_size - 1) / block_size;
-  const int64_t sizes[3] = {args.batch, args.lists, query_blocks};
-  for (const auto& [view, name] : {std::pair{&indices, "indices"}, std::pair{&counts, "counts"}}) {
-    check.dtype(*view, name, {DType::kInt32});
-    check.same_device(*view, name, like);
-    for (int axis = 0; axis < 3; ++axis) check.size(*view, name, axis, sizes[axis]);
-  }
-  check.last_contiguous(indices, "indices");
-  args.chosen = indices.size(3);
-  args.blocks = indices.data<int32_t>();
-  args.counts = counts.data<int32_t>();
-  set_strides(indices, args.blocks_stride);
-  set_strides(counts, args.counts_stride);
-  if (indices.tensor.device.type != dlpack::kCpu) return;  // the CUDA kernel looks itself
-  const int64_t key_blocks = (args.tokens + block_size - 1) / block_size;
-  for (int64_t i = 0; i < args.batch * args.lists; ++i) {
-    const int64_t row = i / args.lists, list = i % args.lists;
-    const Choice choice{.indices = args.blocks + row * args.blocks_stride[0] +
-                                   list * args.blocks_stride[1],
-                        .indices_stride = {0, args.blocks_stride[2]},
-                        .counts = args.counts + row * args.counts_stride[0] +
-                                  list * args.counts_stride[1],
-                        .counts_stride = {0, args.counts_stride[2]},
-                        .chosen = args.chosen};
-    const std::string place = std::to_string(row) + ", " + std::to_string(list);
-    for (int64_t block = 0; block < query_blocks; ++block) {
-      check_list(check, choice, 0, block, key_blocks, place);
-    }
-  }
-}
+namespace {
 
 void set_windows(const Check& check, py::handle window, const TensorView& windows,
                  LocalAttentionArgs& args, const TensorView& like) {
@@ -200,7 +143,7 @@ void set_windows(const Check& check, py::handle window, const TensorView& window
   if (windows.tensor.device.type != dlpack::kCpu) return;  // the CUDA kernel looks itself
   for (int64_t head = 0; head < args.heads; ++head) {
     if (args.windows[head] < 1) {
-      check.fail(PyExc_IndexError, at("windows", {head}).c_str(), "be at least 1",
+      check.fail(PyExc_IndexError, place("windows", {head}).c_str(), "be at least 1",
                  std::to_string(args.windows[head]));
     }
   }
@@ -220,20 +163,7 @@ int64_t local_attention(const TensorView& out, const TensorView& lse, const Tens
     check.fail(PyExc_ValueError, "sinks", "be at least 0", std::to_string(args.sinks));
   }
   args.sinks = std::min(args.sinks, args.tokens);
-  return run(check, "local_attention", inputs, workspace, args);
-}
-
-int64_t block_sparse_attention(const TensorView& out, const TensorView& lse,
-                               const TensorView& workspace, const TensorView& query,
-                               const TensorView& key, const TensorView& value,
-                               const TensorView& indices, const TensorView& counts,
-                               py::handle block_size, const TensorView& offsets, py::handle scale,
-                               py::handle softcap, py::handle causal) {
-  const Check check("block_sparse_attention");
-  const LocalInputs inputs{out, lse, query, key, value, offsets, scale, softcap, causal};
-  LocalAttentionArgs args = local_args(check, inputs);
-  set_lists(check, indices, counts, check.integer(block_size, "block_size"), args, query);
-  return run(check, "block_sparse_attention", inputs, workspace, args);
+  return run_local(check, "local_attention", inputs, workspace, args);
 }
 
 }  // namespace
@@ -243,11 +173,6 @@ void bind_local_attention(py::module_& m) {
         py::arg("query"), py::arg("key"), py::arg("value"), py::arg("window") = py::none(),
         py::arg("windows") = py::none(), py::arg("sinks") = 0, py::arg("offsets") = py::none(),
         py::arg("scale") = py::none(), py::arg("softcap") = 0.0, py::arg("causal") = true);
-  m.def("block_sparse_attention", &block_sparse_attention, py::arg("out"), py::arg("lse"),
-        py::arg("workspace"), py::arg("query"), py::arg("key"), py::arg("value"),
-        py::arg("indices"), py::arg("counts"), py::arg("block_size") = 64,
-        py::arg("offsets") = py::none(), py::arg("scale") = py::none(), py::arg("softcap") = 0.0,
-        py::arg("causal") = true);
 }
 
 }  // namespace adaptive

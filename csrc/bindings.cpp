@@ -68,6 +68,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("calls", [] { return calls(); });
   m.def("cpu_level", [] { return level_name(cpu::level()); });
   m.def("set_cpu_level", &set_cpu_level, py::arg("level"));
+  bind_block_sparse_attention(m);
   bind_decode_attention(m);
   bind_gather_attention(m);
   bind_local_attention(m);

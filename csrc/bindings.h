@@ -9,6 +9,7 @@ namespace adaptive {
 /// Counts one call of a kernel, named "<op>:<device>". The GIL must be held.
 void count_call(const char* kernel);
 
+void bind_block_sparse_attention(pybind11::module_& m);
 void bind_decode_attention(pybind11::module_& m);
 void bind_gather_attention(pybind11::module_& m);
 void bind_local_attention(pybind11::module_& m);

@@ -63,8 +63,8 @@ class Check {
               std::initializer_list<DType> allowed) const {
     std::string names;
     for (const DType type : allowed) {
-      if (is(view, type)) return type;
-      names += (names.empty() ? "" : " or ") + std::string(name(type));
+      if (has_dtype(view, type)) return type;
+      names += (names.empty() ? "" : " or ") + std::string(dtype_name(type));
     }
     fail(PyExc_TypeError, argument, "be " + names,
          std::string(pybind11::str(view.object.attr("dtype"))));
@@ -169,31 +169,6 @@ class Check {
   }
 
  private:
-  static const char* name(DType type) {
-    switch (type) {
-      case DType::kFloat32: return "float32";
-      case DType::kFloat16: return "float16";
-      case DType::kBfloat16: return "bfloat16";
-      case DType::kBool: return "bool";
-      case DType::kInt32: return "int32";
-      case DType::kInt64: return "int64";
-    }
-    return "?";
-  }
-
-  static bool is(const TensorView& view, DType type) {
-    const auto [code, bits, lanes] = view.tensor.dtype;
-    switch (type) {
-      case DType::kFloat32: return code == dlpack::kFloat && bits == 32;
-      case DType::kFloat16: return code == dlpack::kFloat && bits == 16;
-      case DType::kBfloat16: return code == dlpack::kBfloat && bits == 16;
-      case DType::kBool: return code == dlpack::kBool && bits == 8;
-      case DType::kInt32: return code == dlpack::kInt && bits == 32;
-      case DType::kInt64: return code == dlpack::kInt && bits == 64;
-    }
-    return false;
-  }
-
   static std::string type_name(pybind11::handle object) {
     return pybind11::str(pybind11::type::of(object).attr("__name__"));
   }

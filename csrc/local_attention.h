@@ -25,11 +25,12 @@ struct LocalAttentionArgs {
   const void* key;         // [batch, kv_heads, tokens, head_dim], dtype
   const void* value;       // [batch, kv_heads, tokens, head_dim], dtype
   const int32_t* windows;  // [heads], each at least 1; null: `window` for every head
-  const int32_t* offsets;  // [batch, cuts], ascending in 0..tokens; null: one sequence of all tokens
-  const int32_t* blocks;   // [batch, lists, query_blocks, chosen], last contiguous; ascending
-  const int32_t* counts;   // [batch, lists, query_blocks], each in 0..chosen; null: no lists
-  void* out;               // [batch, heads, query_tokens, head_dim], dtype
-  float* lse;              // [batch, heads, query_tokens], contiguous
+  const int32_t*
+      offsets;            // [batch, cuts], ascending in 0..tokens; null: one sequence of all tokens
+  const int32_t* blocks;  // [batch, lists, query_blocks, chosen], last contiguous; ascending
+  const int32_t* counts;  // [batch, lists, query_blocks], each in 0..chosen; null: no lists
+  void* out;              // [batch, heads, query_tokens, head_dim], dtype
+  float* lse;             // [batch, heads, query_tokens], contiguous
 
   DType dtype;  // float32, float16 or bfloat16
   bool causal;
@@ -38,7 +39,7 @@ struct LocalAttentionArgs {
   int64_t heads;
   int64_t kv_heads;
   int64_t query_tokens;  // at most `tokens`
-  int64_t tokens;        // at most 2^31 - 1
+  int64_t tokens;        // at most 2^24
   int64_t head_dim;      // 32..256, a multiple of 8
   int64_t window;        // at least 1; `tokens` or more: no limit
   int64_t sinks;         // 0..tokens

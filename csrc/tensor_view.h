@@ -5,6 +5,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include "common.h"
 #include "dlpack_abi.h"
 
 namespace adaptive {
@@ -58,6 +59,31 @@ inline const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
   known_type = type;
   known_api = api;
   return api;
+}
+
+inline const char* dtype_name(DType type) {
+  switch (type) {
+    case DType::kFloat32: return "float32";
+    case DType::kFloat16: return "float16";
+    case DType::kBfloat16: return "bfloat16";
+    case DType::kBool: return "bool";
+    case DType::kInt32: return "int32";
+    case DType::kInt64: return "int64";
+  }
+  return "?";
+}
+
+inline bool has_dtype(const TensorView& view, DType type) {
+  const auto [code, bits, lanes] = view.tensor.dtype;
+  switch (type) {
+    case DType::kFloat32: return code == dlpack::kFloat && bits == 32;
+    case DType::kFloat16: return code == dlpack::kFloat && bits == 16;
+    case DType::kBfloat16: return code == dlpack::kBfloat && bits == 16;
+    case DType::kBool: return code == dlpack::kBool && bits == 8;
+    case DType::kInt32: return code == dlpack::kInt && bits == 32;
+    case DType::kInt64: return code == dlpack::kInt && bits == 64;
+  }
+  return false;
 }
 
 }  // namespace adaptive

@@ -207,7 +207,7 @@ def local_attention(  # noqa: PLR0913
         query: ``[batch, heads, query_tokens, head_dim]``, float32, float16 or bfloat16;
             head_dim in 32..256, a multiple of 8, contiguous; at most ``tokens`` query tokens.
         key: ``[batch, kv_heads, tokens, head_dim]``, dtype of ``query``, any strides but the last;
-            ``heads`` is a multiple of ``kv_heads``.
+            ``heads`` is a multiple of ``kv_heads``; at most 2^24 tokens.
         value: As ``key``.
         window: Keys that a query sees up to and with its own: those less than ``window`` away, on
             both sides if not causal; at least 1. None: no limit.

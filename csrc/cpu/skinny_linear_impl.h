@@ -5,6 +5,7 @@
 
 #pragma once
 
+#include "cpu/narrow.h"
 #include "cpu/simd.h"
 #include "cpu/skinny_linear_kernel.h"
 
@@ -28,31 +29,6 @@ ADAPTIVE_INLINE float widen_one(Float16 x) {
     bits = __builtin_bit_cast(uint32_t, static_cast<float>(magnitude) * 0x1p-24f);
   }
   return __builtin_bit_cast(float, bits | (x.bits & 0x8000u) << 16);
-}
-
-ADAPTIVE_INLINE void narrow(float x, Float32* to) { to->value = x; }
-
-ADAPTIVE_INLINE void narrow(float x, Bfloat16* to) {
-  const auto bits = __builtin_bit_cast(uint32_t, x);
-  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;  // ties to even
-  to->bits = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
-}
-
-ADAPTIVE_INLINE void narrow(float x, Float16* to) {
-  const auto bits = __builtin_bit_cast(uint32_t, x);
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  uint32_t made;
-  if (magnitude > 0x7f800000u) {
-    made = 0x7e00u;
-  } else if (magnitude >= 0x477ff000u) {  // rounds to 2^16 or is beyond
-    made = 0x7c00u;
-  } else if (magnitude < 0x38800000u) {  // subnormal: 0.5 has the same last place
-    const float shifted = __builtin_bit_cast(float, magnitude) + 0.5f;
-    made = __builtin_bit_cast(uint32_t, shifted) - 0x3f000000u;
-  } else {
-    made = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1)) >> 13;  // ties to even
-  }
-  to->bits = static_cast<uint16_t>(made | (bits >> 16 & 0x8000u));
 }
 
 template <class S, class E>
