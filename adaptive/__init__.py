@@ -7,7 +7,7 @@
 import torch  # noqa: F401  (first: its OpenMP runtime is the one that the kernels share)
 
 from adaptive import _native
-from adaptive.adapters import Family, register_family
+from adaptive.adapters import EncoderFamily, Family, register_family
 from adaptive.calibrate import calibrate
 from adaptive.cpu_level import cpu_level, set_cpu_level
 from adaptive.errors import (
@@ -23,6 +23,7 @@ from adaptive.patch import Support, check, patch, patched
 from adaptive.patched import Patched
 from adaptive.policy import (
     Exact,
+    GlobalLocalAttention,
     Plan,
     Policy,
     Quest,
@@ -35,8 +36,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaptiveError",
+    "EncoderFamily",
     "Exact",
     "Family",
+    "GlobalLocalAttention",
     "PatchConflict",
     "Patched",
     "Plan",

@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adaptive.errors import AdaptiveError, PatchConflict
+from adaptive.layers import hf_encoder_attention as encoder
 from adaptive.layers import windowed_attention
 from adaptive.layers.head_split import HeadSplit
 from adaptive.layers.hf_cache import AdaptiveCacheLayer
@@ -31,7 +32,7 @@ from adaptive.layers.hf_prefill import (
 )
 from adaptive.layers.pattern import Pattern
 from adaptive.layers.sparse_attention import attend_whole
-from adaptive.layers.state import STATE, LayerState
+from adaptive.layers.state import ENCODER, STATE, LayerState
 from adaptive.ops import decode_attention
 
 ADAPTIVE = "adaptive"
@@ -151,6 +152,8 @@ def _attend(call: Call) -> Attended:
         )
     if not state.record.enabled:
         return _stock(call)
+    if state.site.kind == ENCODER:
+        return _attend_both_ways(call, state)
     layer = _layer_of(call)
     reduced = layer is not None and isinstance(layer.store, HeadSplit)
     pattern = None if torch.compiler.is_compiling() else pattern_of(call)
@@ -170,6 +173,28 @@ def _attend(call: Call) -> Attended:
         state.count_native(batch * query_tokens, 0, 0, seconds)
     else:
         state.count_stock(reason, batch * query_tokens, seconds)
+    return attended
+
+
+def _attend_both_ways(call: Call, state: LayerState) -> Attended:
+    """As `_attend`, for an encoder."""
+    start = perf_counter()
+    pattern = encoder.pattern_of(call)
+    reason = why_stock(call, state) or encoder.why_stock_encoder(call, state, pattern)
+    if reason is None:
+        assert pattern is not None
+        attended: Attended = encoder.attend_encoder(state, call, pattern).transpose(1, 2), None
+    else:
+        attended = _stock(call)
+    if torch.compiler.is_compiling():
+        return attended
+    state.record.timed = call.query.is_cpu
+    seconds = perf_counter() - start if state.record.timed else 0.0
+    tokens = call.query.shape[0] * call.query.shape[2]
+    if reason is None:
+        state.count_native(tokens, 0, 0, seconds)
+    else:
+        state.count_stock(reason, tokens, seconds)
     return attended
 
 
