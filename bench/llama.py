@@ -122,7 +122,7 @@ def static_cache(model: LlamaForCausalLM, capacity: int) -> StaticCache:
 
 def adopted_cache(model: LlamaForCausalLM, _capacity: int) -> DynamicCache:
     """The default cache after a patched model has adopted it."""
-    from adaptive.layers.hf_cache import adopt
+    from adaptive.layers.hf_adopt import adopt
 
     cache = DynamicCache(config=model.config)
     if adopt(cache) != model.config.num_hidden_layers:

@@ -19,7 +19,9 @@ def both(model, inputs, tokens=TOKENS, **options):
         ours = greedy(model, inputs, tokens, **options)
         report = patched.report()
     calls = sum(layer.native_calls for layer in report.layers)
-    assert report.native_calls["decode_attention:cpu"] == calls > 0
+    ran = report.native_calls
+    # A padded prompt is one call of local_attention, and some more for padding on the right.
+    assert ran["decode_attention:cpu"] + ran.get("local_attention:cpu", 0) >= calls > 0
     return stock, ours, report
 
 
@@ -34,7 +36,8 @@ def test_padded_batches(case, side):
 def test_beam_search(case):
     stock, ours, report = both(make(case), padded(), num_beams=3)
     assert torch.equal(stock, ours)
-    assert report.layers[0].native_calls == TOKENS - 1
+    assert report.layers[0].native_calls == TOKENS
+    assert report.layers[0].paths == {"local": 1}  # the padded prompt
 
 
 def test_sampling_with_a_seed():
@@ -182,7 +185,7 @@ def test_half_precision_is_no_further_from_the_truth_than_stock(dtype, implement
     truth, stock = last(exact), last(model)
     with adaptive.patch(model) as patched:
         ours = last(model)
-        assert patched.report().layers[0].native_calls == 1
+        assert patched.report().layers[0].native_calls == 2
     assert ids.shape[1] == 20
     assert (ours - truth).norm() <= 2 * (stock - truth).norm()
 
@@ -201,7 +204,7 @@ def test_peft_before_and_after_the_patch():
             wrapped = peft.get_peft_model(model, config)
         assert adaptive.patched(wrapped).active
         ours = greedy(wrapped, padded())
-        assert handle.report().layers[0].native_calls == TOKENS - 1
+        assert handle.report().layers[0].native_calls == TOKENS
         with handle.disabled():
             stock = greedy(wrapped, padded())
         assert torch.equal(stock, ours)

@@ -165,7 +165,8 @@ class TestReport:
         text = str(patched.report())
         rows = [line.split()[0] for line in text.splitlines() if line.strip()[:1].isdigit()]
         assert rows[:3] == ["0-1", "2", "3-5"]
-        assert "1 prefill" in text
+        assert "8 plan" in text
+        assert "local_attention:cpu x5" in text
         assert "decode_attention:cpu x35" in text
         assert "exact: Exact(stock_layers=(2,))" in text
         assert max(map(len, text.splitlines())) <= 100

@@ -34,6 +34,7 @@ from adaptive.layers.pattern import Pattern
 from adaptive.layers.sparse_attention import attend_whole
 from adaptive.layers.state import ENCODER, STATE, LayerState
 from adaptive.ops import decode_attention
+from adaptive.policy.plan import STOCK
 
 ADAPTIVE = "adaptive"
 ADAPTIVE_EAGER = "adaptive_eager"
@@ -157,8 +158,7 @@ def _attend(call: Call) -> Attended:
     layer = _layer_of(call)
     reduced = layer is not None and isinstance(layer.store, HeadSplit)
     pattern = None if torch.compiler.is_compiling() else pattern_of(call)
-    reason = why_stock_long(call, pattern) if is_long(call) and not reduced else None
-    reason = reason or why_stock(call, state)
+    reason = _why_stock(call, state, pattern, reduced)
     if reduced:
         _refuse_unreadable(reason)
     if torch.compiler.is_compiling():
@@ -178,16 +178,13 @@ def _attend(call: Call) -> Attended:
 
 def _attend_both_ways(call: Call, state: LayerState) -> Attended:
     """As `_attend`, for an encoder."""
-    start = perf_counter()
     pattern = encoder.pattern_of(call)
-    reason = why_stock(call, state) or encoder.why_stock_encoder(call, state, pattern)
-    if reason is None:
-        assert pattern is not None
-        attended: Attended = encoder.attend_encoder(state, call, pattern).transpose(1, 2), None
-    else:
-        attended = _stock(call)
+    reason = "plan" if state.row[0] == STOCK else why_stock(call, state)
+    reason = reason or encoder.why_stock_encoder(call, state, pattern)
     if torch.compiler.is_compiling():
-        return attended
+        return _stock(call) if reason else encoder.attend_encoder(state, call, pattern)
+    start = perf_counter()
+    attended = _stock(call) if reason else encoder.attend_encoder(state, call, pattern)
     state.record.timed = call.query.is_cpu
     seconds = perf_counter() - start if state.record.timed else 0.0
     tokens = call.query.shape[0] * call.query.shape[2]
@@ -196,6 +193,14 @@ def _attend_both_ways(call: Call, state: LayerState) -> Attended:
     else:
         state.count_stock(reason, tokens, seconds)
     return attended
+
+
+def _why_stock(call: Call, state: LayerState, pattern: Pattern | None, reduced: bool) -> str | None:
+    """Say why the stock function must answer a call; None if native kernels can."""
+    if state.row[0] == STOCK:
+        return "plan"
+    long = is_long(call) and not reduced
+    return (why_stock_long(call, pattern) if long else None) or why_stock(call, state)
 
 
 def _layer_of(call: Call) -> AdaptiveCacheLayer | None:

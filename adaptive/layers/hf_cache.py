@@ -21,8 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from adaptive.layers.head_split import REDUCED, HeadSplit
 from adaptive.layers.kv_store import KVStore
@@ -122,7 +121,7 @@ class AdaptiveCacheLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         if torch.is_grad_enabled():
             assert isinstance(self.store, KVStore)  # a reduced cache is locked here
-            self._graph = _joined(self.keys, key_states), _joined(self.values, value_states)
+            self._graph = joined(self.keys, key_states), joined(self.values, value_states)
             self.store.reset()
             return self._graph
         if self._graph is not None:
@@ -231,57 +230,7 @@ class AdaptiveCacheLayer(CacheLayerMixin):
         return other
 
 
-def adopt(cache: Cache) -> int:
-    """Give an empty DynamicCache this project's layers, in place.
-
-    Swapped are layers whose class is exactly DynamicLayer: full attention, dynamic, unquantised;
-    the cache also makes ours for layers that it adds later. Sliding, chunked, linear, shared and
-    quantised layers stay, and so does any cache that holds tokens, offloads, or is not a
-    DynamicCache. Calling it again changes nothing.
-
-    Args:
-        cache: As made by the user, by `generate` or by a model's forward.
-
-    Returns:
-        The number of layers swapped; 0 for a cache that adds its layers later, so look at
-        ``cache.layers`` after a forward.
-    """
-    if not isinstance(cache, DynamicCache) or cache.offloading:
-        return 0
-    held = (x.get_seq_length() for x in cache.layers if isinstance(x, CacheLayerMixin))
-    if any(length > 0 for length in held):
-        return 0
-    if cache.layer_class_to_replicate is DynamicLayer:
-        cache.layer_class_to_replicate = AdaptiveCacheLayer
-    swap = [i for i, layer in enumerate(cache.layers) if type(layer) is DynamicLayer]
-    for i in swap:
-        cache.layers[i] = AdaptiveCacheLayer()
-    return len(swap)
-
-
-def lock(cache: object, locked: bool) -> None:
-    """Lock the layers of a cache some of which have dropped tokens, or unlock them for a pass."""
-    layers = [x for x in getattr(cache, "layers", ()) if isinstance(x, AdaptiveCacheLayer)]
-    if any(isinstance(layer.store, HeadSplit) for layer in layers):
-        for layer in layers:
-            layer.locked = locked
-
-
-def new_cache(config: PretrainedConfig) -> Cache:
-    """An empty cache for a model, as ``DynamicCache(config=config)``, with this project's layers.
-
-    Args:
-        config: The model's; tells which layers are full attention.
-
-    Returns:
-        A DynamicCache to hand over as ``past_key_values``, for several turns if wanted.
-    """
-    cache = DynamicCache(config=config)
-    adopt(cache)
-    return cache
-
-
-def _joined(held: Tensor | None, new: Tensor) -> Tensor:
+def joined(held: Tensor | None, new: Tensor) -> Tensor:
     """What is held and what is new, in fresh memory, with the graphs of both."""
     return torch.cat([new] if held is None else [held, new], dim=-2)
 

@@ -11,7 +11,6 @@ from adaptive.layers.state import LayerState
 from adaptive.layers.torch_guard import autocast_dtype, why_not_plain
 from adaptive.ops import decode_attention
 from adaptive.ops.decode_attention import DTYPES, MAX_QUERY_TOKENS, supports
-from adaptive.policy.plan import STOCK
 
 MASK_AXES = 4
 
@@ -77,8 +76,6 @@ def is_long(call: Call) -> bool:
 def why_stock(call: Call, state: LayerState) -> str | None:
     """Say why the stock function must answer a call, whatever its length; None if it need not."""
     query, key, value = call.query, call.key, call.value
-    if state.row[0] == STOCK:
-        return "plan"
     if state.record.want_weights:
         return "output_attentions"
     if call.dropout > 0:

@@ -56,13 +56,17 @@ def why_stock_encoder(call: Call, state: LayerState, pattern: Pattern | None) ->
     return "no mask" if unmasked and not UNMASKED_NATIVE else None
 
 
-def attend_encoder(state: LayerState, call: Call, pattern: Pattern) -> Tensor:
+def attend_encoder(
+    state: LayerState, call: Call, pattern: Pattern | None
+) -> tuple[Tensor, Tensor | None]:
     """Answer a call natively, and count it.
 
     Returns:
-        ``[batch, heads, tokens, head_dim]``, in the dtype of the query; zeros for padding, but for
-        the first token of a row, which poolers read: it sees what stock attention lets it see.
+        ``[batch, tokens, heads, head_dim]``, in the dtype of the query, and no weights; zeros for
+        padding, but for the first token of a row, which poolers read: it sees what stock attention
+        lets it see.
     """
+    assert pattern is not None
     policy = _policy(state, pattern)
     window = pattern.window if policy is None else policy.window
     first = 0 if policy is None else min(policy.globals, pattern.tokens)
@@ -81,12 +85,12 @@ def attend_encoder(state: LayerState, call: Call, pattern: Pattern) -> Tensor:
         _attend_globals(call, pattern, first, out)
     _first_token_as_stock(call, pattern, out)
     if torch.compiler.is_compiling():
-        return out
+        return out.transpose(1, 2), None
     if policy is not None and _audit_is_due(state, policy):
         _audit(state, call, pattern, lse, first)
     _count(state, call, pattern, window, first)
     state.count_path("local" if policy is None else policy.modes[0])
-    return out
+    return out.transpose(1, 2), None
 
 
 def _policy(state: LayerState, pattern: Pattern) -> GlobalLocalAttention | None:

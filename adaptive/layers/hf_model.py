@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from adaptive.layers import hf_attention, hf_cache
+from adaptive.layers import hf_adopt, hf_attention
 from adaptive.layers.correction import correct, note_pass
 from adaptive.layers.hf_config import ask_for
 from adaptive.layers.hf_windows import own_windows
@@ -157,8 +157,8 @@ def before_forward(
             cache = DynamicCache(config=config)
             changed = (args, {**kwargs, "past_key_values": cache})
         if isinstance(cache, Cache):
-            hf_cache.adopt(cache)
-            hf_cache.lock(cache, False)
+            hf_adopt.adopt(cache)
+            hf_adopt.lock(cache, False)
             if record.correct_every:
                 correct(base, record, kwargs, cache, record.correct_every)
     record.forward_start = perf_counter()
@@ -179,7 +179,7 @@ def after_forward(
     if record.timed:
         record.forward_seconds += perf_counter() - record.forward_start
     cache = kwargs.get("past_key_values")
-    hf_cache.lock(cache, True)
+    hf_adopt.lock(cache, True)
     if record.correct_every and not torch.is_grad_enabled():
         note_pass(record, kwargs, cache)
     for state, layer in zip(record.states, getattr(cache, "layers", ()), strict=False):

@@ -17,6 +17,11 @@ LEAST_SLACK = 64
 _CHUNK = 4096
 
 
+def slack(window: int) -> int:
+    """Tokens that may pile up above a window."""
+    return max(LEAST_SLACK, window // SLACK_SHARE)
+
+
 class WindowStore:
     """What is left of a cache's keys and values after most tokens were dropped for good.
 
@@ -84,7 +89,7 @@ class WindowStore:
             visible: Which tokens are not padding, ``[batch, positions]``; None: all.
         """
         over = self.recent - self.window
-        if over <= max(LEAST_SLACK, self.window // SLACK_SHARE):
+        if over <= slack(self.window):
             return
         keys, values = self.store.keys, self.store.values
         assert keys is not None

@@ -7,7 +7,8 @@ import torch
 from transformers import DynamicCache, LlamaConfig, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from adaptive.layers.hf_cache import AdaptiveCacheLayer, adopt
+from adaptive.layers.hf_adopt import adopt
+from adaptive.layers.hf_cache import AdaptiveCacheLayer
 
 CONFIG = LlamaConfig(num_hidden_layers=2, hidden_size=16, num_attention_heads=2)
 
