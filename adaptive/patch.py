@@ -77,8 +77,10 @@ def patch(model: nn.Module, *policies: Policy | Plan, exact_linear: bool = True)
             another module; or a plain PyTorch module with attention layers that are known.
         policies: What to do; none: `Exact`, the same mathematics through native kernels. Or one
             Plan, made earlier or loaded from a file.
-        exact_linear: Whether large linear layers of a decoder of transformers on a CPU go to a
-            native kernel, too, where there are 1..16 rows: the same mathematics, summed in float32.
+        exact_linear: Whether large linear layers of a model of transformers on a CPU are computed
+            faster, too: by a native kernel where there are 1..16 rows, and by slices of weights
+            widened to float32 where there are 32 or more, the weights have 16 bits and the
+            processor has no units for them. The same mathematics, summed in float32.
 
     Returns:
         The handle: a context manager, with reports, verification and `unpatch()`.

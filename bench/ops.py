@@ -143,7 +143,10 @@ def cells(options: argparse.Namespace) -> list[Cell]:
         suite = suite_for(op)
         sweep = suite.cuda_sweep if options.device == "cuda" else suite.sweep
         for sizes, dtype in product(sweep or op.models, options.dtype):
-            wanted = options.tokens is None or sizes.get("capacity") in options.tokens
+            wanted = (
+                options.tokens is None
+                or sizes.get("capacity", sizes.get("tokens")) in options.tokens
+            )
             if (options.op is None or name in options.op) and wanted:
                 found.append(Cell(op, suite, sizes, dtype))
     return found

@@ -114,7 +114,7 @@ DECODE = Suite(
 )
 
 SUITES: dict[str, Suite] = {"decode_attention": DECODE}
-"""By name of the op; `bench.stock_sparse` and `bench.stock_linear` have more."""
+"""By name of the op; the other modules called ``bench.stock_*`` have more."""
 
 
 def _as_double(reference: Callable[..., Any]) -> Form:
@@ -139,9 +139,10 @@ def first(result: Tensor | Sequence[Tensor]) -> Tensor:
 def suite_for(op: Op[..., Any]) -> Suite:
     """The op's suite, or one that compares it with its own reference."""
     from bench.stock_linear import SUITES as LINEAR  # which use this module
+    from bench.stock_local import SUITES as LOCAL
     from bench.stock_sparse import SUITES as SPARSE
 
-    if op.name in (suites := {**SUITES, **SPARSE, **LINEAR}):
+    if op.name in (suites := {**SUITES, **SPARSE, **LINEAR, **LOCAL}):
         return suites[op.name]
     return Suite(
         forms={"reference": lambda *a: first(op.reference(*a))}, truth=_as_double(op.reference)
@@ -152,7 +153,7 @@ def smallest(op: Op[..., Any]) -> dict[str, Any]:
     """The op's smallest sizes at which there is anything to compute."""
     return min(
         (sizes for sizes in op.edges if all(sizes.values())),
-        key=lambda sizes: sizes.get("capacity", 1) * sizes.get("head_dim", 1),
+        key=lambda s: s.get("capacity", s.get("tokens", 1)) * s.get("head_dim", 1),
     )
 
 

@@ -31,8 +31,9 @@ def forms(op: Op[..., Any], dtype: str) -> dict[str, Callable[[], torch.Tensor]]
     """The op and its stock forms on its first published size, made short; all of them proved."""
     suite = suite_for(op)
     sizes = dict(op.models[0])
-    if "capacity" in sizes:
-        sizes["capacity"] = CAPACITY
+    for tokens in ("capacity", "tokens"):
+        if tokens in sizes:
+            sizes[tokens] = CAPACITY
     arguments = op.make_inputs(**sizes, dtype=getattr(torch, dtype), device="cpu")
     found: dict[str, Callable[[], torch.Tensor]] = {"adaptive": lambda: first(op(*arguments))}
     for name, form in suite.forms.items():

@@ -1,8 +1,8 @@
-"""Linear layers of a transformers model on the CPU, read by `skinny_linear` where rows are few.
+"""Linear layers of a transformers model on the CPU: few rows natively, many of 16 bits widened.
 
 A step of decoding reads every weight for one row, or a few. PyTorch's F.linear reads bfloat16 at
 little more than half of what memory gives, and from two rows on at a quarter of it. On CUDA cuBLAS
-is near that limit, and nn.Linear is left alone.
+is near that limit, and nn.Linear is left alone. A prompt has many rows; see `widened_linear`.
 """
 
 import weakref
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from adaptive import _native
 from adaptive.layers.state import PatchRecord, Switch
 from adaptive.layers.torch_guard import autocast_dtype, why_not_plain
+from adaptive.layers.widened_linear import MIN_ROWS, slow_dtypes, widened_linear
 from adaptive.ops import skinny_linear
 from adaptive.ops.skinny_linear import MAX_ROWS, supports
 
@@ -21,6 +22,9 @@ MIN_WEIGHT_BYTES = 2 << 20
 
 MAX_NARROW_ROWS = 4
 """Rows up to which memory is the limit even where the processor has the means for many more."""
+
+SLOW_DTYPES = slow_dtypes()
+"""16-bit types for which this processor has no units of its own."""
 
 _WRAPPED = ".base_layer"
 _CAPABILITIES = getattr(
@@ -58,7 +62,8 @@ class LinearForward:
         if torch.compiler.is_compiling() or not self.switch.on or not _can_run(linear, input):
             return type(linear).forward(linear, input)
         rows = input.reshape(-1, linear.in_features)
-        out = skinny_linear(rows, linear.weight, linear.bias)
+        run = skinny_linear if len(rows) <= most_rows(input.dtype) else widened_linear
+        out = run(rows, linear.weight, linear.bias)
         return out.view(*input.shape[:-1], linear.out_features)
 
 
@@ -79,6 +84,11 @@ def most_rows(dtype: torch.dtype) -> int:
     return MAX_NARROW_ROWS if narrow or _native.cpu_level() == "baseline" else MAX_ROWS
 
 
+def _widens(rows: int, dtype: torch.dtype) -> bool:
+    """Whether `widened_linear` is faster than F.linear."""
+    return rows >= MIN_ROWS and dtype in SLOW_DTYPES and _native.cpu_level() != "baseline"
+
+
 def _gains(name: str, linear: nn.Linear) -> bool:
     weight = linear._parameters.get("weight")
     return (
@@ -92,14 +102,15 @@ def _gains(name: str, linear: nn.Linear) -> bool:
 
 
 def _can_run(linear: nn.Linear, input: Tensor) -> bool:
-    """Whether the kernel may answer: few rows, plain memory that nobody records, no gradient."""
+    """Whether ours may answer: rows in range, plain memory that nobody records, no gradient."""
     if torch.is_grad_enabled() or type(input) is not Tensor or not input.is_cpu:
         return False
     weight, bias = linear.weight, linear.bias
     width = linear.in_features
     if input.dim() == 0 or input.shape[-1] != width:
         return False
-    if not 1 <= input.numel() // width <= most_rows(input.dtype):
+    rows = input.numel() // width
+    if not 1 <= rows <= most_rows(input.dtype) and not _widens(rows, input.dtype):
         return False
     if weight.shape != (linear.out_features, width) or not _alike(input, weight, bias):
         return False

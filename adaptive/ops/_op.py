@@ -27,6 +27,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Sizes = dict[str, Any]
 MakeInputs = Callable[..., tuple[Any, ...]]
+Gradient = tuple[Callable[..., None], Callable[..., tuple[Tensor | None, ...]]]
 
 _library = torch.library.Library("adaptive", "DEF")
 
@@ -54,6 +55,7 @@ class Op(Generic[P, R]):
         make_inputs: MakeInputs,
         edges: Sequence[Sizes],
         models: Sequence[Sizes],
+        gradient: Gradient | None = None,
     ) -> None:
         self.name = reference.__name__
         self.reference = reference
@@ -68,8 +70,14 @@ class Op(Generic[P, R]):
         self._kernel = getattr(_native, self.name)
         _library.define(self.name + torch.library.infer_schema(reference, mutates_args=()))
         _library.impl(self.name, self._run, "CompositeExplicitAutograd")
-        _library.impl(self.name, self._refuse_gradient, "Autograd")
+        if gradient is None:
+            _library.impl(self.name, self._refuse_gradient, "Autograd")
         torch.library.register_fake(f"adaptive::{self.name}", outputs, lib=_library)
+        if gradient is not None:
+            setup, backward = gradient
+            torch.library.register_autograd(
+                f"adaptive::{self.name}", backward, setup_context=setup, lib=_library
+            )
         self._overload: Callable[P, R] = getattr(torch.ops.adaptive, self.name).default
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -164,6 +172,7 @@ def op(
     inputs: MakeInputs,
     edges: Sequence[Sizes],
     models: Sequence[Sizes],
+    gradient: Gradient | None = None,
 ) -> Callable[[Callable[P, R]], Op[P, R]]:
     """Turn a reference function into an operator of the same name.
 
@@ -172,10 +181,12 @@ def op(
         inputs: Builds valid arguments; ``make_inputs`` of :class:`Op`.
         edges: See :class:`Op`.
         models: See :class:`Op`.
+        gradient: ``setup_context`` and ``backward`` as `torch.library.register_autograd` takes
+            them; None: the op refuses arguments that require a gradient.
     """
 
     def declare(reference: Callable[P, R]) -> Op[P, R]:
-        declared: Op[P, R] = Op(reference, outputs, inputs, edges, models)
+        declared: Op[P, R] = Op(reference, outputs, inputs, edges, models, gradient)
         OPS[reference.__name__] = declared
         return declared
 

@@ -9,7 +9,7 @@ from adaptive.ops._op import op
 from adaptive.ops.decode_attention import decode_attention
 from adaptive.ops.local_attention import make_inputs as make_local_inputs
 from adaptive.ops.local_attention import outputs as local_outputs
-from adaptive.ops.local_attention import seen_keys
+from adaptive.ops.local_attention import reference_mask
 
 
 def make_inputs(
@@ -166,8 +166,7 @@ def block_sparse_attention(  # noqa: PLR0913
         IndexError: A count, block or offset is out of range, or they do not ascend. On CUDA, the
             results that depend on it are NaN instead.
     """
-    shape = (*query.shape[:3], key.shape[2])
-    seen = seen_keys(shape, None, 0, offsets, causal, query.device)
+    seen = reference_mask(query, key, None, 0, offsets, causal)
     taken = listed_blocks(indices, counts, -(-key.shape[2] // block_size))
     taken = taken.repeat_interleave(query.shape[1] // max(indices.shape[1], 1), dim=1)
     taken = taken.repeat_interleave(block_size, dim=2)[:, :, : query.shape[2]]

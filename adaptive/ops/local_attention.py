@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptive.ops._local_gradient import backward, setup_context
+from adaptive.ops._local_keys import seen_keys
 from adaptive.ops._op import op
 from adaptive.ops.decode_attention import decode_attention
 
@@ -69,46 +71,25 @@ def outputs(  # noqa: PLR0913
     return out.as_strided((batch, heads, tokens, width), strides), lse
 
 
-def seen_keys(
-    shape: tuple[int, int, int, int],
+def reference_mask(
+    query: Tensor,
+    key: Tensor,
     window: int | Tensor | None,
     sinks: int,
     offsets: Tensor | None,
     causal: bool,
-    device: torch.device,
 ) -> Tensor:
-    """Which keys each query sees, ``[batch, heads or 1, query_tokens, tokens]``, bool.
-
-    Args:
-        shape: Batch, heads, query tokens and tokens.
-        window: One for all heads, one for each, ``[heads]``, or None: no limit.
-        sinks: As for ``local_attention``.
-        offsets: As for ``local_attention``.
-        causal: As for ``local_attention``.
-        device: Where to make it.
-    """
-    batch, _, query_tokens, tokens = shape
-    keys = torch.arange(tokens, device=device)
-    places = (tokens - query_tokens + torch.arange(query_tokens, device=device))[:, None]
-    cuts = torch.tensor([[0, tokens]], device=device) if offsets is None else offsets
-    # The sequence of each position: how many cuts are at or before it; 0 and the last are none.
-    number = (cuts[:, None, :] <= keys[:, None]).sum(2)
-    inside = (number > 0) & (number < cuts.shape[1])
-    first = cuts.long().gather(1, (number - 1).clamp(min=0))
-    mine = number[:, tokens - query_tokens :, None] == number[:, None, :]
-    mine = mine & inside[:, None, :]
-    limit = tokens if window is None else window
-    limits = torch.as_tensor(limit, device=device).reshape(1, -1, 1, 1)
-    away = places - keys
-    near = (away if causal else away.abs()) < limits
-    sink = keys < first[:, tokens - query_tokens :, None] + sinks
-    seen = mine[:, None] & (near | sink[:, None])
-    return (seen & (away >= 0) if causal else seen).expand(batch, -1, -1, -1)
+    """Which keys each query sees, ``[batch, heads or 1, query_tokens, tokens]``, bool."""
+    tokens = key.shape[2]
+    keys = torch.arange(tokens, device=query.device)
+    seen = seen_keys(keys[tokens - query.shape[2] :], keys, tokens, window, sinks, offsets, causal)
+    return seen.expand(query.shape[0], -1, -1, -1)
 
 
 @op(
     outputs=outputs,
     inputs=make_inputs,
+    gradient=(setup_context, backward),
     edges=[
         # an empty batch, no query token, no token at all
         {"batch": 0, "heads": 4, "kv_heads": 2, "tokens": 8, "head_dim": 64, "window": 3},
@@ -200,6 +181,10 @@ def local_attention(  # noqa: PLR0913
     arXiv:2309.17453), tile by tile with the online softmax of FlashAttention (Dao et al. 2022,
     arXiv:2205.14135). No tensor of ``query_tokens x tokens`` exists.
 
+    Differentiable in query, key and value; the backward pass computes no more than the forward one,
+    block by block with PyTorch's matrix products (all keys that causality leaves, where windows
+    differ between heads, or where there are both sinks and offsets).
+
     The last query stands at the last of ``tokens`` positions: with a cache, ``key`` and ``value``
     hold all of it, and ``query`` its last tokens.
 
@@ -235,9 +220,9 @@ def local_attention(  # noqa: PLR0913
             that depend on it are NaN instead.
         NotImplementedError: The device has no kernel.
     """
-    shape = (*query.shape[:3], key.shape[2])
-    near = window if windows is None else windows
-    seen = seen_keys(shape, near, sinks, offsets, causal, query.device)
+    seen = reference_mask(
+        query, key, window if windows is None else windows, sinks, offsets, causal
+    )
     out, lse = decode_attention.reference(
         query, key, value, mask=seen, scale=scale, softcap=softcap, causal=False
     )

@@ -6,6 +6,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cmath>
 #include <utility>
 
 #include "cpu/decode_schedule.h"
@@ -16,14 +17,19 @@ namespace adaptive::cpu {
 namespace {
 
 constexpr int64_t kMinTileTokens = 16;
+constexpr int64_t kItemsPerThread = 4;  // at least, so that none waits long for the last
 constexpr int64_t kWorkPerThread = int64_t{1}
                                    << 21;  // multiplications; below, waking one costs more
 
-// Tokens of an item: as many columns as there is room for; with lists, those of one block.
+// Tokens of an item: as many columns as there is room for, unless that leaves threads idle; with
+// lists, those of one block.
 int64_t tile_tokens(const LocalAttentionArgs& args, int64_t heads) {
   if (args.counts != nullptr) return args.block_size;
   const int64_t room = kMaxColumns / heads / kMinTileTokens * kMinTileTokens;
-  return std::clamp<int64_t>(room, kMinTileTokens, 2 * kTileKeys);
+  int64_t tile = std::clamp<int64_t>(room, kMinTileTokens, 2 * kTileKeys);
+  const int64_t rows = args.batch * args.heads / heads * args.query_tokens;
+  while (tile > kMinTileTokens && rows < tile * kItemsPerThread * omp_get_max_threads()) tile /= 2;
+  return tile;
 }
 
 // Heads of an item: all that share keys, as far as their columns fit.
@@ -67,6 +73,14 @@ void find_spans(const LocalAttentionArgs& args, const LocalItem& item, KeySpan* 
       const int64_t position = args.tokens - args.query_tokens + item.token + token;
       own[token] = span_of(args, item.batch, window, position);
     }
+  }
+}
+
+void store_lse(const LocalAttentionArgs& args, const LocalItem& item, const LocalScratch& scratch) {
+  for (int64_t column = 0; column < item.heads * item.tokens; ++column) {
+    const int64_t row = item.batch * args.heads + item.head + column / item.tokens;
+    const int64_t token = item.token + column % item.tokens;
+    args.lse[row * args.query_tokens + token] = scratch.max[column] + std::log(scratch.sum[column]);
   }
 }
 
@@ -115,6 +129,7 @@ void local_attention(const LocalAttentionArgs& args) {
                            .tokens = std::min(tile, args.query_tokens - token)};
       find_spans(args, item, scratch.spans);
       kernel(args, item, scratch);
+      store_lse(args, item, scratch);
     }
   }
 }

@@ -161,9 +161,6 @@ class LocalItemKernel {
         narrow(from[(unit + place) * kPanel] * factor, to + unit + i);
       }
     }
-    const int64_t row = item_.batch * args_.heads + head(column);
-    args_.lse[row * args_.query_tokens + token(column)] =
-        scratch_.max[column] + __builtin_logf(sum);
   }
 
   const LocalAttentionArgs& args_;

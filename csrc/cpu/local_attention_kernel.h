@@ -39,8 +39,8 @@ struct LocalScratch {
   float* key;      // [kTileKeys][width]
   float* value;    // the same
   float* row;      // [width]
-  float* max;      // [columns]
-  float* sum;      // [columns]
+  float* max;      // [columns]; a result, of the scores; -inf without any key
+  float* sum;      // [columns]; a result, of exp(score - max)
   KeySpan* spans;  // [columns]
 };
 

@@ -55,18 +55,6 @@ class Elements {
     exact_[i] = dtype_ == DType::kBfloat16 ? from_bfloat16(half) : from_half(half);
   }
 
- private:
-  // Truncates; numbers of this driver are small. NaN stays NaN.
-  static uint32_t half_of(float x) {
-    if (std::isnan(x)) return 0x7e00;
-    const uint32_t sign = std::signbit(x) ? 0x8000 : 0;
-    int exponent;
-    const double fraction = std::frexp(std::fabs(x), &exponent);
-    if (exponent < -13) return sign | static_cast<uint32_t>(std::ldexp(std::fabs(x), 24));
-    return sign | ((exponent + 14) << 10) |
-           (static_cast<uint32_t>(std::ldexp(fraction, 11)) & 1023);
-  }
-
   static double from_bfloat16(uint16_t half) {
     const uint32_t bits = uint32_t{half} << 16;
     float x;
@@ -81,6 +69,18 @@ class Elements {
                              : exponent == 0 ? std::ldexp(mantissa, -24)
                                              : std::ldexp(1024 + mantissa, exponent - 25);
     return half & 0x8000 ? -magnitude : magnitude;
+  }
+
+ private:
+  // Truncates; numbers of this driver are small. NaN stays NaN.
+  static uint32_t half_of(float x) {
+    if (std::isnan(x)) return 0x7e00;
+    const uint32_t sign = std::signbit(x) ? 0x8000 : 0;
+    int exponent;
+    const double fraction = std::frexp(std::fabs(x), &exponent);
+    if (exponent < -13) return sign | static_cast<uint32_t>(std::ldexp(std::fabs(x), 24));
+    return sign | ((exponent + 14) << 10) |
+           (static_cast<uint32_t>(std::ldexp(fraction, 11)) & 1023);
   }
 
   DType dtype_;

@@ -22,9 +22,10 @@ def driver(tmp_path_factory):
         pytest.skip("needs g++")
     objects = tmp_path_factory.mktemp("sanitized")
     # The driver's own arithmetic need not be watched: its buffers are, all the same.
-    outputs = [objects / "driver.o"]
-    command = ["g++", *FLAGS, "-c", ROOT / "tests/native/driver.cpp", "-o", outputs[0]]
-    running = [subprocess.Popen(command)]
+    outputs, running = [], []
+    for source in sorted((ROOT / "tests/native").glob("*.cpp")):
+        outputs.append(objects / f"{source.stem}.o")
+        running.append(subprocess.Popen(["g++", *FLAGS, "-c", source, "-o", outputs[-1]]))
     for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
         isa = next((flags for end, flags in ISA.items() if source.stem.endswith(end)), [])
         if isa and platform.machine() != "x86_64":
