@@ -59,6 +59,8 @@ def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
     policies = [p for p in record.policies if isinstance(p, GlobalLocalAttention)]
     for state in record.states:
         state.how = policies[0] if set(state.row) == {GLOBAL_LOCAL} else None
+    if policies:
+        record.eager_only = "GlobalLocalAttention with an attention mask"
     base: Any = root.get_submodule(survey.base)
     ask_for(root, record.log, hf_attention.NAMES[base.config._attn_implementation])
     record.log.set(root, survey.base, FORWARD, record)

@@ -46,6 +46,8 @@ def pattern_of(call: Call) -> Pattern | None:
 def why_stock_encoder(call: Call, state: LayerState, pattern: Pattern | None) -> str | None:
     """Say why the stock function must answer a call, by its mask; None if the kernel may."""
     if pattern is None:
+        if state.how is not None:
+            state.record.refuse_compiling()  # a graph makes its masks, and they have no pattern
         return "mask"
     if call.query.device.type not in local_attention.native:
         return f"device {call.query.device.type}"
