@@ -11,12 +11,14 @@ SCHEMA = 1
 ROW_FIELDS: dict[str, frozenset[str]] = {
     "ops": frozenset({"op", "sizes", "dtype", "threads", "moved_bytes", "variants"}),
     "modules": frozenset({"what", "memory", "dtype", "threads", "variants", "speedup"}),
+    "encoders": frozenset({"model", "layers", "tokens", "batch", "padded", "dtype", "threads"}),
     "models": frozenset({"model", "context", "dtype", "threads", "kv_bytes", "variants"}),
     "quality": frozenset({"policy", "budget", "context", "kv_read_share", "tasks"}),
 }
 VARIANT_FIELDS: dict[str, frozenset[str]] = {
     "ops": frozenset({"kind", "us", "us_min", "clean", "dropped", "gb_s", "error"}),
     "modules": frozenset({"us", "us_min", "clean", "dropped", "error"}),
+    "encoders": frozenset({"ms", "ms_min", "clean", "dropped", "error", "computed_share"}),
     "models": frozenset({"ms", "ms_min", "clean", "dropped", "error", "argmax_agreement"}),
 }
 
