@@ -24,6 +24,7 @@ from adaptive.patched import Patched
 from adaptive.policy import (
     Exact,
     GlobalLocalAttention,
+    LocalAttention,
     Plan,
     Policy,
     Quest,
@@ -40,6 +41,7 @@ __all__ = [
     "Exact",
     "Family",
     "GlobalLocalAttention",
+    "LocalAttention",
     "PatchConflict",
     "Patched",
     "Plan",

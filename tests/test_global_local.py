@@ -152,6 +152,20 @@ def test_no_output_depends_on_padding():
         assert torch.equal(run(model, given)[mask], run(model, other)[mask])
 
 
+@NEEDS_5
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("side", ["", "left", "right"])
+def test_training_sees_what_the_kernel_reads(side, implementation):
+    given = inputs("bert", batch=3, side=side)
+    model = make("bert", implementation=implementation)
+    with adaptive.patch(model, GlobalLocalAttention(window=3)) as patched:
+        trained = model(**given).logits
+        trained.sum().backward()
+        assert patched.report().layers[0].stock_calls == {"gradient": 1}
+        assert close(trained.detach(), run(model, given), given)
+    assert bool(model.bert.embeddings.word_embeddings.weight.grad.isfinite().all())
+
+
 class TestCertificate:
     @NEEDS_5
     @pytest.mark.parametrize("side", ["", "left", "right"])

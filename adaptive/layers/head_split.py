@@ -1,7 +1,7 @@
 """The storage of a layer whose heads keep different tokens: some all of them, some a window."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from adaptive.layers.kv_checks import check_append
 from adaptive.layers.kv_store import KVStore
+from adaptive.layers.local_store import LocalStore
 from adaptive.layers.window_store import WindowStore
 
 REDUCED = (
@@ -27,10 +28,7 @@ class HeadSplit:
         store: The layer's storage so far, with every token.
         whole: KV heads that keep every token, ascending.
         windowed: The others, ascending.
-        visible: Which tokens are not padding, ``[batch, length]``, bool; None: all.
-        sinks: For `WindowStore`.
-        window: For `WindowStore`.
-        compensation: For `WindowStore`.
+        window: Makes the storage of the windowed heads from their keys and values.
 
     Attributes:
         whole: Storage of the heads that keep every token; None if there are none.
@@ -44,10 +42,7 @@ class HeadSplit:
         store: KVStore,
         whole: Sequence[int],
         windowed: Sequence[int],
-        visible: Tensor | None,
-        sinks: int,
-        window: int,
-        compensation: bool,
+        window: Callable[[Tensor, Tensor], WindowStore | LocalStore],
     ) -> None:
         """Copy what is kept; ``store`` is left as it is."""
         keys, values = store.keys, store.values
@@ -57,14 +52,7 @@ class HeadSplit:
         self.windowed_heads = torch.tensor(windowed, dtype=torch.int64, device=keys.device)
         self.length = store.length
         self._like = keys.new_empty((*keys.shape[:2], 0, keys.shape[3]))
-        self.window = WindowStore(
-            keys[:, self.windowed_heads],
-            values[:, self.windowed_heads],
-            visible,
-            sinks,
-            window,
-            compensation,
-        )
+        self.window = window(keys[:, self.windowed_heads], values[:, self.windowed_heads])
         self.whole: KVStore | None = None
         if whole:
             self.whole = KVStore()

@@ -18,18 +18,21 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adaptive.errors import AdaptiveError, PatchConflict
 from adaptive.layers import hf_encoder_attention as encoder
-from adaptive.layers import windowed_attention
+from adaptive.layers import local_heads, windowed_attention
 from adaptive.layers.head_split import HeadSplit
 from adaptive.layers.hf_cache import AdaptiveCacheLayer
 from adaptive.layers.hf_call import Call, inputs_of, is_long, why_stock
-from adaptive.layers.hf_mask import LazyMask, make_mask
+from adaptive.layers.hf_mask import make_mask
 from adaptive.layers.hf_prefill import (
     attend_long,
+    local_inputs,
     pattern_of,
     why_stock_long,
+    with_local_mask,
     with_stock_mask,
     without_mask,
 )
+from adaptive.layers.how import How
 from adaptive.layers.pattern import Pattern
 from adaptive.layers.sparse_attention import attend_whole
 from adaptive.layers.state import ENCODER, STATE, LayerState
@@ -152,20 +155,23 @@ def _attend(call: Call) -> Attended:
             "model is not patched; load it with attn_implementation='sdpa', then adaptive.patch it"
         )
     if not state.record.enabled:
-        return _stock(call)
+        return _stock(call, None)
     if state.site.kind == ENCODER:
         return _attend_both_ways(call, state)
     layer = _layer_of(call)
-    reduced = layer is not None and isinstance(layer.store, HeadSplit)
-    pattern = None if torch.compiler.is_compiling() else pattern_of(call)
+    split = None if layer is None else layer.store
+    reduced = isinstance(split, HeadSplit)
+    tokens = split.length if isinstance(split, HeadSplit) else call.key.shape[2]
+    pattern = None if torch.compiler.is_compiling() else pattern_of(call, tokens)
     reason = _why_stock(call, state, pattern, reduced)
     if reduced:
         _refuse_unreadable(reason)
     if torch.compiler.is_compiling():
-        return _native(call, state, layer, pattern) if reason is None else _stock(call)
+        return _native(call, state, layer, pattern) if reason is None else _stock(call, state.how)
 
     start = perf_counter()
-    attended = _native(call, state, layer, pattern) if reason is None else _stock(call)
+    native = reason is None
+    attended = _native(call, state, layer, pattern) if native else _stock(call, state.how)
     state.record.timed = call.query.is_cpu
     seconds = perf_counter() - start if state.record.timed else 0.0
     batch, _, query_tokens, _ = call.query.shape
@@ -181,10 +187,12 @@ def _attend_both_ways(call: Call, state: LayerState) -> Attended:
     pattern = encoder.pattern_of(call)
     reason = "plan" if state.row[0] == STOCK else why_stock(call, state)
     reason = reason or encoder.why_stock_encoder(call, state, pattern)
+    if reason is not None:
+        call = encoder.with_policy_mask(call, state, pattern)
     if torch.compiler.is_compiling():
-        return _stock(call) if reason else encoder.attend_encoder(state, call, pattern)
+        return _stock(call, None) if reason else encoder.attend_encoder(state, call, pattern)
     start = perf_counter()
-    attended = _stock(call) if reason else encoder.attend_encoder(state, call, pattern)
+    attended = _stock(call, None) if reason else encoder.attend_encoder(state, call, pattern)
     state.record.timed = call.query.is_cpu
     seconds = perf_counter() - start if state.record.timed else 0.0
     tokens = call.query.shape[0] * call.query.shape[2]
@@ -199,6 +207,9 @@ def _why_stock(call: Call, state: LayerState, pattern: Pattern | None, reduced: 
     """Say why the stock function must answer a call; None if native kernels can."""
     if state.row[0] == STOCK:
         return "plan"
+    if state.how is not None and state.how.local:
+        known = pattern is not None and pattern.causal
+        return why_stock(call, state) or (None if known else "mask")
     long = is_long(call) and not reduced
     return (why_stock_long(call, pattern) if long else None) or why_stock(call, state)
 
@@ -219,15 +230,16 @@ def _refuse_unreadable(reason: str | None) -> None:
         )
 
 
-def _stock(call: Call) -> Attended:
+def _stock(call: Call, how: How | None) -> Attended:
+    local = how is not None and how.local
+    call = with_local_mask(call, how) if local and how else with_stock_mask(call)
     function = stock_function(call.module, "eager" if call.eager else "sdpa")
-    mask = call.mask
     return function(
         call.module,
         call.query,
         call.key,
         call.value,
-        mask.dense() if isinstance(mask, LazyMask) else mask,
+        call.mask,
         scaling=call.scaling,
         dropout=call.dropout,
         **call.kwargs,
@@ -239,7 +251,11 @@ def _native(
 ) -> Attended:
     """Answer a call by native kernels, and count what they read."""
     store = None if layer is None else layer.store
-    if isinstance(store, HeadSplit):
+    if state.how is not None and state.how.local:
+        assert pattern is not None
+        state.record.refuse_compiling()
+        out = local_heads.attend(state, local_inputs(call, pattern), pattern, layer)
+    elif isinstance(store, HeadSplit):
         out = _windowed(with_stock_mask(call), state, layer, store.length)
     elif is_long(call):
         assert pattern is not None

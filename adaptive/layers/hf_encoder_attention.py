@@ -52,8 +52,7 @@ def why_stock_encoder(call: Call, state: LayerState, pattern: Pattern | None) ->
     if call.query.device.type not in local_attention.native:
         return f"device {call.query.device.type}"
     if _policy(state, pattern) is not None:
-        packed = pattern.offsets is not None and pattern.offsets.shape[1] > _ONE_SEQUENCE
-        return "packed sequences" if packed else None
+        return "packed sequences" if _is_packed(pattern) else None
     unmasked = pattern.offsets is None and pattern.window is None
     return "no mask" if unmasked and not UNMASKED_NATIVE else None
 
@@ -95,10 +94,37 @@ def attend_encoder(
     return out.transpose(1, 2), None
 
 
+def with_policy_mask(call: Call, state: LayerState, pattern: Pattern | None) -> Call:
+    """Return a call whose mask says what the policy lets tokens see, for stock attention.
+
+    What trains, drops out or returns weights then does so on the keys that the kernel would read.
+    Padding sees what stock attention lets it see.
+    """
+    policy = None if pattern is None else _policy(state, pattern)
+    if pattern is None or policy is None or _is_packed(pattern):
+        return call
+    device = call.query.device
+    places = torch.arange(pattern.tokens, device=device)
+    starts, ends = _bounds(pattern, call.query.shape[0], device)
+    real = (places >= starts) & (places < ends)
+    free = ~real | (places < starts + policy.globals)  # sees every token
+    near = (places[:, None] - places).abs() < policy.window
+    seen = near | free[:, :, None] | free[:, None, :]
+    seen = (seen & real[:, None, :])[:, None]
+    if call.eager:
+        zero = torch.zeros((), dtype=call.query.dtype, device=device)
+        seen = torch.where(seen, zero, torch.finfo(call.query.dtype).min)
+    return call._replace(mask=seen)
+
+
 def _policy(state: LayerState, pattern: Pattern) -> GlobalLocalAttention | None:
     """The policy of a layer, where it leaves anything out."""
     policy: GlobalLocalAttention | None = state.how
     return policy if policy is not None and policy.window < pattern.tokens else None
+
+
+def _is_packed(pattern: Pattern) -> bool:
+    return pattern.offsets is not None and pattern.offsets.shape[1] > _ONE_SEQUENCE
 
 
 def _attend_globals(call: Call, pattern: Pattern, count: int, out: Tensor) -> None:
@@ -150,12 +176,9 @@ def _places(
         not padding, ``[batch, 1, 1, tokens]``, None: all.
     """
     steps = torch.arange(count, device=device)[None]
+    starts, ends = _bounds(pattern, batch, device)
     visible = None
-    if pattern.offsets is None:
-        starts = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        ends = starts + pattern.tokens
-    else:
-        starts, ends = pattern.offsets.long()[:, :1], pattern.offsets.long()[:, -1:]
+    if pattern.offsets is not None:
         tokens = torch.arange(pattern.tokens, device=device)[None]
         visible = ((tokens >= starts) & (tokens < ends))[:, None, None]
     first = starts + skip
@@ -163,6 +186,14 @@ def _places(
         steps = ((steps + shift) * (ends - first).clamp(min=0) / count).long()
     places = first + steps
     return places.clamp(max=pattern.tokens - 1), places < ends, visible
+
+
+def _bounds(pattern: Pattern, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the one sequence of each row starts and ends, ``[batch, 1]``, int64."""
+    if pattern.offsets is None:
+        starts = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        return starts, starts + pattern.tokens
+    return pattern.offsets.long()[:, :1], pattern.offsets.long()[:, -1:]
 
 
 def _first_token_as_stock(call: Call, pattern: Pattern, out: Tensor) -> None:

@@ -8,9 +8,12 @@ nothing but what the queries see, and no mask is made.
 import torch
 from torch import Tensor
 
-from adaptive.layers.hf_call import Call
+from adaptive.layers.hf_call import Call, inputs_of, is_long
 from adaptive.layers.hf_mask import LazyMask
+from adaptive.layers.how import How
+from adaptive.layers.local_heads import local_mask
 from adaptive.layers.pattern import Pattern
+from adaptive.layers.sparse_attention import Inputs
 from adaptive.layers.state import LayerState
 from adaptive.ops import decode_attention, local_attention
 from adaptive.ops.decode_attention import MAX_QUERY_TOKENS
@@ -19,18 +22,19 @@ FULL_CAUSAL_NATIVE = False
 """Whether fully causal prompts without padding run the native kernel, too, in place of SDPA."""
 
 
-def pattern_of(call: Call) -> Pattern | None:
-    """Say what the queries of a call see, if that is known without a mask."""
-    mask = call.mask
-    queries, tokens = call.query.shape[2], call.key.shape[2]
+def pattern_of(call: Call, tokens: int) -> Pattern | None:
+    """Say what the queries of a call whose cache holds ``tokens`` see, if no mask is needed."""
+    mask, queries = call.mask, call.query.shape[2]
     if isinstance(mask, LazyMask):
         pattern = mask.pattern
         fits = pattern is not None and queries <= pattern.tokens <= tokens
         return pattern if fits and mask.shape[2] == queries else None
-    if mask is not None or call.eager:
+    if mask is not None:
         return None
     if queries == 1:
         return Pattern(tokens)
+    if call.eager:
+        return None
     # Stock "sdpa" then takes its causal flag from the top left: queries see no later keys.
     flag = call.kwargs.get("is_causal")
     causal = bool(getattr(call.module, "is_causal", True) if flag is None else flag)
@@ -51,6 +55,35 @@ def with_stock_mask(call: Call) -> Call:
     """Return a call with the mask that stock attention would get."""
     mask = call.mask
     return call._replace(mask=mask.dense()) if isinstance(mask, LazyMask) else call
+
+
+def with_local_mask(call: Call, how: How) -> Call:
+    """Return a call whose mask says what local heads see, for stock attention."""
+    call = with_stock_mask(call)
+    mask, (batch, _, queries, _) = call.mask, call.query.shape
+    tokens = call.key.shape[2]
+    if mask is None:
+        visible = torch.ones(batch, 1, queries, tokens, dtype=torch.bool, device=call.key.device)
+        if queries > 1 and not call.eager:
+            visible = visible.tril()
+    else:
+        visible = mask[..., :tokens]
+        if visible.dtype != torch.bool:
+            visible = visible > torch.finfo(visible.dtype).min / 2
+        visible = visible[:, :1].expand(batch, 1, queries, tokens)
+    seen = local_mask(inputs_of(call._replace(mask=visible), tokens), how, visible)
+    if call.eager:
+        zero = torch.zeros((), dtype=call.query.dtype, device=seen.device)
+        seen = torch.where(seen, zero, torch.finfo(call.query.dtype).min)
+    return call._replace(mask=seen)
+
+
+def local_inputs(call: Call, pattern: Pattern) -> Inputs:
+    """What a layer with local heads needs to know of a call; the mask, if the call is short."""
+    if not is_long(call):
+        return inputs_of(with_stock_mask(call), pattern.tokens)
+    softcap = call.kwargs.get("softcap") or 0.0
+    return Inputs(call.query, call.key, call.value, None, call.scaling, softcap, True)
 
 
 def without_mask(call: Call, pattern: Pattern | None) -> Call:

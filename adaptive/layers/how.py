@@ -4,8 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adaptive.layers.state import PatchRecord
-from adaptive.policy import Policy, Quest, RazorAttention, StreamingLLM, TidalDecode
-from adaptive.policy.plan import DENSE, PAGES, RAZOR, STOCK, WINDOW
+from adaptive.policy import (
+    LocalAttention,
+    Policy,
+    Quest,
+    RazorAttention,
+    StreamingLLM,
+    TidalDecode,
+)
+from adaptive.policy.plan import DENSE, LOCAL, PAGES, RAZOR, STOCK, WINDOWED
 
 
 @dataclass(frozen=True)
@@ -19,14 +26,16 @@ class How:
         whole: KV heads that keep every key.
         windowed: The others.
         compensation: Whether one token stands for what the others dropped.
+        local: Whether the others see no more than their window in prompts, either.
     """
 
     mode: str
     policy: TidalDecode | Quest | None
-    window: RazorAttention | StreamingLLM | None
+    window: LocalAttention | RazorAttention | StreamingLLM | None
     whole: tuple[int, ...]
     windowed: tuple[int, ...]
     compensation: bool
+    local: bool
 
 
 def resolve(row: Sequence[str], policies: Sequence[Policy]) -> How | None:
@@ -37,15 +46,17 @@ def resolve(row: Sequence[str], policies: Sequence[Policy]) -> How | None:
     """
     if set(row) <= {DENSE, STOCK}:
         return None
-    windowed = tuple(head for head, mode in enumerate(row) if mode in (WINDOW, RAZOR))
+    windowed = tuple(head for head, mode in enumerate(row) if mode in WINDOWED)
     whole = tuple(head for head in range(len(row)) if head not in windowed)
     mode = row[whole[0]] if whole else DENSE
     kind = Quest if mode == PAGES else TidalDecode
     policy = next((p for p in policies if isinstance(p, kind)), None) if mode != DENSE else None
-    window = next((p for p in policies if isinstance(p, (RazorAttention, StreamingLLM))), None)
+    local = LOCAL in row
+    keeps = (LocalAttention,) if local else (RazorAttention, StreamingLLM)
+    window = next((p for p in policies if isinstance(p, keeps)), None)
     for need, found, kinds in (
         (mode != DENSE, policy, kind.__name__),
-        (bool(windowed), window, "RazorAttention or StreamingLLM"),
+        (bool(windowed), window, " or ".join(kept.__name__ for kept in keeps)),
     ):
         if need and found is None:
             given = ", ".join(type(p).__name__ for p in policies)
@@ -60,6 +71,7 @@ def resolve(row: Sequence[str], policies: Sequence[Policy]) -> How | None:
         whole=whole,
         windowed=windowed,
         compensation=RAZOR in row,
+        local=local,
     )
 
 

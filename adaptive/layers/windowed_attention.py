@@ -4,6 +4,8 @@ The heads drop them at the first decoding step, when the prompt has been read, a
 too many recent tokens have piled up.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ from adaptive.layers.sparse_attention import (
     visible_tokens,
 )
 from adaptive.layers.state import LayerState
+from adaptive.layers.window_store import WindowStore
 from adaptive.ops import decode_attention
 from adaptive.ops.decode_attention import MAX_QUERY_TOKENS
 
@@ -74,15 +77,15 @@ def _reduce(state: LayerState, inputs: Inputs, layer: AdaptiveCacheLayer, store:
     if not state.record.sparse or store.length <= how.window.sinks + window:
         state.count_read(0, 0, 2 * inputs.key.numel() * inputs.key.element_size())
         return attend_densely(state, inputs, "dense: within the window")
-    split = HeadSplit(
-        store,
-        how.whole,
-        how.windowed,
-        visible_tokens(inputs.mask, inputs.key.shape[0]),
-        how.window.sinks,
-        window,
-        how.compensation,
+    visible = visible_tokens(inputs.mask, inputs.key.shape[0])
+    make = partial(
+        WindowStore,
+        visible=visible,
+        sinks=how.window.sinks,
+        window=window,
+        compensation=how.compensation,
     )
+    split = HeadSplit(store, how.whole, how.windowed, make)
     state.dropped_bytes += store.used_bytes - split.used_bytes
     _, full = decode_attention(*inputs[:3], mask=inputs.mask, **inputs.options())
     layer.store = split
@@ -109,8 +112,13 @@ def _attend_split(state: LayerState, inputs: Inputs, split: HeadSplit, later: in
     out[:, inputs.query_heads(split.windowed_heads)] = made
     _count_windowed(state, split)
     if later == 0:
-        split.window.trim(visible_tokens(inputs.mask, batch))
+        _window(split).trim(visible_tokens(inputs.mask, batch))
     return out
+
+
+def _window(split: HeadSplit) -> WindowStore:
+    assert isinstance(split.window, WindowStore)  # local heads are answered in `local_heads`
+    return split.window
 
 
 def _windowed(
@@ -118,7 +126,7 @@ def _windowed(
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of the windowed heads."""
     part = inputs.heads(split.windowed_heads)
-    keys, values, bias = split.window.read(part.mask, later, compensated)
+    keys, values, bias = _window(split).read(part.mask, later, compensated)
     return decode_attention(
         part.query,
         keys,

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from adaptive.policy._policy import Policy
 from adaptive.policy.exact import Exact
-from adaptive.policy.plan import DENSE, RAZOR, SELECT, STOCK, WINDOW, Plan
+from adaptive.policy.plan import DENSE, LOCAL, SELECT, STOCK, WINDOW, WINDOWED, Plan
 
 _WHY = {
     frozenset({"Quest", "TidalDecode"}): "both choose the keys of the same heads",
@@ -42,7 +42,7 @@ def begin(policy: Policy, table: Plan) -> Plan:
 
 def refuse_correction(first: Policy, second: Policy) -> None:
     """Raise if the first corrects cache entries that the second drops for good."""
-    drops = WINDOW in second.modes
+    drops = WINDOW in second.modes or LOCAL in second.modes
     if drops and getattr(first, "correct_every", None) is not None:
         raise ValueError(
             f"adaptive: {type(first).__name__}.correct_every must be None together with "
@@ -78,6 +78,6 @@ def with_whole(table: Plan, layer: int, mode: str) -> Plan:
 
     For SELECT those are all of them: later layers take their sets head by head.
     """
-    kept = () if mode == SELECT else (WINDOW, RAZOR)
+    kept = () if mode == SELECT else WINDOWED
     row = tuple(old if old in kept else mode for old in table.rows[layer])
     return table.with_row(layer, row)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from adaptive.policy._policy import Policy
+
+
+Heads = tuple[tuple[int, int], ...]
+"""(layer, KV head) pairs, ascending."""
 
 
 def refused(policy: Policy, name: str, rule: str, value: object) -> ValueError:
@@ -64,6 +68,44 @@ def set_layers(policy: Policy, name: str, optional: bool = False) -> None:
         rule = "be ascending layer numbers from 0" + (", or None" if optional else "")
         raise refused(policy, name, rule, value)
     object.__setattr__(policy, name, tuple(value))
+
+
+def set_heads(policy: Policy, name: str) -> None:
+    """Make the field, unless it is None, ascending (layer, KV head) pairs.
+
+    Raises:
+        ValueError: It holds no such pairs, and is no mapping from layers to heads.
+    """
+    heads = getattr(policy, name)
+    if heads is None:
+        return
+    if isinstance(heads, Mapping):
+        heads = [
+            (layer, head)
+            for layer, row in heads.items()
+            for head in (row if isinstance(row, list | tuple) else [row])
+        ]
+    if not isinstance(heads, list | tuple | set | frozenset):
+        raise refused(policy, name, "be (layer, KV head) pairs or a mapping, or None", heads)
+    for pair in heads:
+        two = isinstance(pair, list | tuple) and len(pair) == len(("layer", "head"))
+        if not two or not all(type(number) is int and number >= 0 for number in pair):
+            raise refused(policy, name, "hold (layer, KV head) pairs from (0, 0) on", pair)
+    pairs = [(layer, head) for layer, head in heads]
+    for pair in pairs:
+        if pairs.count(pair) > 1:
+            raise refused(policy, name, "name each head once", pair)
+    object.__setattr__(policy, name, tuple(sorted(pairs)))
+
+
+def check_heads_exist(policy: Policy, name: str, heads: Heads, kv_heads: Sequence[int]) -> None:
+    """Raise unless all ``heads`` are among the model's, ``kv_heads`` in each layer."""
+    for layer, head in heads:
+        if layer >= len(kv_heads) or head >= kv_heads[layer]:
+            rule = f"be of the model's {len(kv_heads)} layers"
+            if layer < len(kv_heads):
+                rule = f"be of the {kv_heads[layer]} KV heads of layer {layer}"
+            raise refused(policy, name, rule, (layer, head))
 
 
 def check_layers_exist(policy: Policy, name: str, layers: Sequence[int], total: int) -> None:

@@ -22,6 +22,7 @@ PAGES = "pages"
 WINDOW = "window"
 RAZOR = "razor"
 GLOBAL_LOCAL = "global_local"
+LOCAL = "local"
 MODES = {
     DENSE: ("#", "reads every key, native kernel"),
     STOCK: (".", "the model's own attention"),
@@ -31,10 +32,12 @@ MODES = {
     WINDOW: ("w", "keeps first and recent tokens, drops the others for good"),
     RAZOR: ("z", "keeps first and recent tokens, and one that stands for all others"),
     GLOBAL_LOCAL: ("g", "sees near keys and the global tokens, which see all"),
+    LOCAL: ("l", "sees first and recent tokens, in the prompt, too; drops the others for good"),
 }
 """Every mode a head can have: the sign that maps print for it, and what it means."""
 
-_WINDOWED = (WINDOW, RAZOR)
+WINDOWED = (WINDOW, RAZOR, LOCAL)
+"""Modes of heads that do not keep every key."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +197,7 @@ class Plan:
 
 def _broken_rule(row: Sequence[str]) -> str | None:
     """The rule that the modes of one layer break together; None if none."""
-    whole = {mode for mode in row if mode not in _WINDOWED}
+    whole = {mode for mode in row if mode not in WINDOWED}
     windowed = set(row) - whole
     if len(whole) > 1:
         return "have one mode for all its heads that keep every key"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,18 +10,19 @@ from typing import Any, ClassVar
 from adaptive.policy import _head_files
 from adaptive.policy._compose import begin, free_layers
 from adaptive.policy._fields import (
+    Heads,
     check_count,
     check_flag,
+    check_heads_exist,
     check_layers_exist,
     check_rate,
     is_share,
     refused,
+    set_heads,
     set_layers,
 )
 from adaptive.policy._policy import Policy
-from adaptive.policy.plan import RAZOR, SELECT, WINDOW, Plan
-
-Heads = tuple[tuple[int, int], ...]
+from adaptive.policy.plan import LOCAL, RAZOR, SELECT, WINDOW, Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,8 @@ class RazorAttention(Policy):
 
     After Tang et al. 2024 (arXiv:2407.15891). What is dropped is dropped for good, and its memory
     given back. The token that stands for the dropped ones has their mean key and mean value and
-    counts as many times as there are. A layer that a TidalDecode lets select keeps all its keys.
+    counts as many times as there are. A layer that a TidalDecode lets select keeps all its keys,
+    and one some of whose heads are local by LocalAttention stays as it is.
 
     Attributes:
         heads: The KV heads that keep every key, as (layer, head) pairs, or a mapping from layer to
@@ -62,8 +64,7 @@ class RazorAttention(Policy):
     of_heads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.heads is not None:
-            object.__setattr__(self, "heads", self._pairs(self.heads))
+        set_heads(self, "heads")
         check_rate(self, "induction")
         check_rate(self, "echo")
         if self.induction == self.echo == 0:
@@ -161,19 +162,14 @@ class RazorAttention(Policy):
                 numbers = ", ".join(map(str, sorted(theirs)))
                 rule = f"be for a model with {numbers} {what}"
                 raise ValueError(f"adaptive: RazorAttention.heads must {rule}, got {ours} {what}")
-        for layer, head in self.heads:
-            if layer >= len(kv_heads) or head >= kv_heads[layer]:
-                rule = f"be of the model's {len(kv_heads)} layers"
-                if layer < len(kv_heads):
-                    rule = f"be of the {kv_heads[layer]} KV heads of layer {layer}"
-                raise refused(self, "heads", rule, (layer, head))
+        check_heads_exist(self, "heads", self.heads, kv_heads)
         mode = RAZOR if self.compensation else WINDOW
         free = free_layers(table, self.dense_layers)
         if not free:
             raise refused(self, "dense_layers", "leave a layer that may drop", self.dense_layers)
         for layer in free:
             row = table.rows[layer]
-            if SELECT not in row:
+            if SELECT not in row and LOCAL not in row:
                 keep = {head for at, head in self.heads if at == layer}
                 row = tuple(old if head in keep else mode for head, old in enumerate(row))
                 table = table.with_row(layer, row)
@@ -183,26 +179,6 @@ class RazorAttention(Policy):
         """(layer, KV head) pairs of ``table`` that could keep a window: not in a dense layer."""
         free = free_layers(table, self.dense_layers)
         return [(layer, head) for layer in free for head in range(table.shape.kv_heads[layer])]
-
-    def _pairs(self, heads: object) -> Heads:
-        """Return ``heads`` as ascending pairs."""
-        if isinstance(heads, Mapping):
-            heads = [
-                (layer, head)
-                for layer, row in heads.items()
-                for head in (row if isinstance(row, list | tuple) else [row])
-            ]
-        if not isinstance(heads, list | tuple | set | frozenset):
-            raise refused(self, "heads", "be (layer, KV head) pairs or a mapping, or None", heads)
-        for pair in heads:
-            two = isinstance(pair, list | tuple) and len(pair) == len(("layer", "head"))
-            if not two or not all(type(number) is int and number >= 0 for number in pair):
-                raise refused(self, "heads", "hold (layer, KV head) pairs from (0, 0) on", pair)
-        pairs = [(layer, head) for layer, head in heads]
-        for pair in pairs:
-            if pairs.count(pair) > 1:
-                raise refused(self, "heads", "name each head once", pair)
-        return tuple(sorted(pairs))
 
     def _check_window(self) -> None:
         window = self.window

@@ -8,7 +8,7 @@ from typing import ClassVar
 from adaptive.policy._compose import begin, free_layers, why_fixed
 from adaptive.policy._fields import check_count, check_layers_exist, refused, set_layers
 from adaptive.policy._policy import Policy
-from adaptive.policy.plan import SELECT, WINDOW, Plan
+from adaptive.policy.plan import LOCAL, SELECT, WINDOW, Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,8 @@ class StreamingLLM(Policy):
             why = why_fixed(table, layer)
             if SELECT in table.rows[layer]:
                 why = "it selects keys for later layers"
+            if LOCAL in table.rows[layer]:
+                why = "LocalAttention gives its heads another window"
             if why:
                 raise refused(self, "layers", f"leave out a layer: {why}", layer)
         free = free_layers(table, ())

@@ -16,7 +16,7 @@ from adaptive.policy._fields import (
     set_layers,
 )
 from adaptive.policy._policy import Policy
-from adaptive.policy.plan import REUSE, SELECT, WINDOW, Plan
+from adaptive.policy.plan import LOCAL, REUSE, SELECT, WINDOW, Plan
 from adaptive.policy.streaming import StreamingLLM
 
 SECOND = 0.4
@@ -120,7 +120,8 @@ class TidalDecode(Policy):
             )
         free = self.may_select(table)
         for layer in self.select_layers or ():
-            why = why_fixed(table, layer) or ("StreamingLLM drops its keys" * (layer not in free))
+            dropper = "LocalAttention" if LOCAL in table.rows[layer] else "StreamingLLM"
+            why = why_fixed(table, layer) or (f"{dropper} drops its keys" * (layer not in free))
             if why:
                 raise refused(self, "select_layers", f"leave out a layer: {why}", layer)
         chosen = self.select_layers or self._default(free, layers)
@@ -135,8 +136,10 @@ class TidalDecode(Policy):
     def may_select(self, table: Plan) -> list[int]:
         """Layers of ``table`` that could select: not dense, no window of the model or a policy."""
         free = free_layers(table, self.dense_layers)
-        streams = any(isinstance(policy, StreamingLLM) for policy in table.policies)
-        return [layer for layer in free if not (streams and WINDOW in table.rows[layer])]
+        kept = {LOCAL}
+        if any(isinstance(policy, StreamingLLM) for policy in table.policies):
+            kept.add(WINDOW)
+        return [layer for layer in free if not kept & set(table.rows[layer])]
 
     def _default(self, free: list[int], layers: int) -> tuple[int, ...]:
         if len(free) < 2:  # noqa: PLR2004  (one to select and one to reuse)

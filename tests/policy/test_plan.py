@@ -11,6 +11,7 @@ from adaptive.errors import PlanMismatch
 from adaptive.policy import (
     Exact,
     GlobalLocalAttention,
+    LocalAttention,
     ModelShape,
     Plan,
     Quest,
@@ -27,6 +28,7 @@ EVERY_MODE = (
     StreamingLLM(),
     RazorAttention(),
     GlobalLocalAttention(window=8),
+    LocalAttention(window=8),
 )
 """Policies that have no meaning together, but each mode has one."""
 
