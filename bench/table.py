@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bench.markdown import Document, machine_line, render, tokens_label
 from bench.record import load
+from bench.table_encoders import encoders_quality_table, encoders_table
 from bench.table_sparse import quality_table, sparse_models_table, sparse_ops_table
 
 HEADLINE_TOKENS = (16384, 32768)
@@ -137,6 +138,8 @@ def modules_table(document: Document) -> str:
 
 TABLES: dict[str, tuple[str, Callable[[Document], str]]] = {
     "decode": ("models", models_table),
+    "encoders": ("encoders", encoders_table),
+    "encoders_quality": ("encoders", encoders_quality_table),
     "memory": ("models", memory_table),
     "modules": ("modules", modules_table),
     "ops": ("ops", ops_table),
