@@ -33,8 +33,8 @@ class LayerReport:
     calls elsewhere. The output of a query with mass m is within ``2 (1 - m) max|v|`` of the dense.
     None: nothing was measured. ``mass_of_heads`` has the least and the mean of each query head.
 
-    ``scores`` counts the pairs of query and key that prompts and long chunks computed natively, per
-    head, ``dense_scores`` those that causality allows.
+    ``scores`` counts the pairs of query and key, per head, that native calls on many query tokens
+    computed, ``dense_scores`` those of dense attention on the same tokens: causal in a decoder.
     """
 
     layer: int
@@ -115,7 +115,7 @@ class Report:
         title = f"{self.model} ({self.family}), {exact}: {', '.join(self.policies)}"
         table = Table(title=title, title_justify="left", caption=self._caption(), box=SIMPLE_HEAD)
         table.caption_justify = "left"
-        skips = any(layer.dense_bytes or layer.mass_measured for layer in self.layers)
+        skips = any(_skips(layer) for layer in self.layers)
         headings = ["layers", "native", "stock, why", "queries", "KV read", "KV held", "time"]
         if skips:
             headings += ["of dense", "mass min", "mean"]
@@ -251,14 +251,26 @@ def _alike(layer: LayerReport) -> dict[str, Any]:
         "mass_of_heads",
         *PERCENTILES,
     )
-    skips = bool(layer.dense_bytes or layer.mass_measured)
-    return {k: v for k, v in asdict(layer).items() if k not in (own if skips else own[:3])}
+    own = own if _skips(layer) else own[:3]
+    return {k: v for k, v in asdict(layer).items() if k not in own}
+
+
+def _skips(layer: LayerReport) -> bool:
+    """Whether a layer skipped keys by a policy: decoding, or on all tokens of an encoder."""
+    return bool(layer.dense_bytes or layer.mass_measured)
 
 
 def _skipped(group: Sequence[LayerReport]) -> tuple[str, str, str]:
-    """Share of the dense bytes that was read, and the least and the mean mass, of like layers."""
+    """Share of the dense work that was done, and the least and the mean mass, of like layers.
+
+    The work is the bytes that were read, or else the pairs of query and key that were computed.
+    """
     dense = sum(layer.dense_bytes for layer in group)
-    share = f"{sum(layer.kv_bytes for layer in group) / dense:.1%}" if dense else "-"
+    done = sum(layer.kv_bytes for layer in group)
+    if not dense:
+        dense = sum(layer.dense_scores for layer in group)
+        done = sum(layer.scores for layer in group)
+    share = f"{done / dense:.1%}" if dense else "-"
     measured = [layer for layer in group if layer.mass_min is not None]
     if not measured:
         return share, "-", "-"

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from adaptive.errors import PlanMismatch
 from adaptive.policy import (
     Exact,
+    GlobalLocalAttention,
     LocalAttention,
     ModelShape,
     Plan,
@@ -26,6 +27,7 @@ EVERY_MODE = (
     Quest(),
     StreamingLLM(),
     RazorAttention(),
+    GlobalLocalAttention(window=8),
     LocalAttention(window=8),
 )
 """Policies that have no meaning together, but each mode has one."""
