@@ -55,8 +55,6 @@ class LayerReport:
     scores: int
     dense_scores: int
     dropped_bytes: int
-    scores: int
-    dense_scores: int
     mass_measured: int
     mass_mean: float | None
     mass_of_heads: tuple[tuple[float, float] | None, ...]
@@ -210,8 +208,6 @@ def _layer(state: LayerState) -> LayerReport:
         scores=state.scores,
         dense_scores=state.dense_scores,
         dropped_bytes=state.dropped_bytes,
-        scores=state.scores,
-        dense_scores=state.dense_scores,
         layer=state.site.layer,
         name=state.site.name,
         mode=", ".join(sorted({*state.row, *(state.prefill.modes if state.prefill else ())})),
