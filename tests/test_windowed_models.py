@@ -178,8 +178,8 @@ def test_who_looks_at_the_mask_gets_stocks_and_stock_attention():
 
 @pytest.mark.parametrize("native", [False, True])
 @torch.no_grad()
-def test_fully_causal_prompts_by_choice(native, monkeypatch):
-    monkeypatch.setattr(hf_prefill, "FULL_CAUSAL_NATIVE", native)
+def test_fully_causal_prompts_by_their_length(native, monkeypatch):
+    monkeypatch.setattr(hf_prefill, "FULL_CAUSAL_FROM", PROMPT if native else PROMPT + 1)
     model, ids = make("llama"), token_ids(tokens=PROMPT)
     stock = model(ids).logits
     with adaptive.patch(model) as patched:

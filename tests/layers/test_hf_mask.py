@@ -12,7 +12,7 @@ from transformers import masking_utils as stock
 
 from adaptive.layers.hf_mask import LazyMask, make_mask
 from adaptive.layers.pattern import Pattern
-from adaptive.ops.local_attention import seen_keys
+from adaptive.ops._local_keys import seen_keys
 
 POSITIONS = "cache_position" in inspect.signature(stock.sdpa_mask).parameters  # before 5.4
 
@@ -43,9 +43,10 @@ def agrees(asked, padding=None):
     assert mask.shape == dense.shape
     assert mask.dtype == dense.dtype
     batch, _, queries, _ = dense.shape
-    shape = (batch, 1, queries, pattern.tokens)
-    sizes = (pattern.window, 0, pattern.offsets, pattern.causal, torch.device("cpu"))
-    said = seen_keys(shape, *sizes)
+    keys = torch.arange(pattern.tokens)
+    sizes = (pattern.tokens, pattern.window, 0, pattern.offsets, pattern.causal)
+    inside = seen_keys(keys[pattern.tokens - queries :], keys, *sizes).expand(batch, -1, -1, -1)
+    said = inside
     real = torch.ones(batch, queries, dtype=torch.bool)
     if padding is not None:
         first = asked["kv_offset"] + pattern.tokens - queries
@@ -54,7 +55,7 @@ def agrees(asked, padding=None):
     assert torch.equal(said, dense[:, : pattern.tokens])
     assert not dense[:, pattern.tokens :].any()
     limit = pattern.tokens if pattern.window is None else pattern.window
-    inside = seen_keys(shape, *sizes).sum()
+    inside = inside.sum()
     assert pattern.scores(batch, queries, limit) == int(inside)
     return pattern
 
