@@ -158,6 +158,16 @@ def test_short_prompts_and_short_chunks_are_as_without_it():
             assert not any("selected" in layer.paths for layer in patched.report().layers)
 
 
+def test_a_mask_with_holes_is_left_to_stock_and_said():
+    model, ids = make("llama"), token_ids(tokens=TOKENS)
+    mask = torch.ones_like(ids)
+    mask[0, 40:50] = 0
+    stock = model(ids, attention_mask=mask).logits
+    with adaptive.patch(model, policy(budget=4)) as patched:
+        assert torch.equal(model(ids, attention_mask=mask).logits, stock)
+        assert all(layer.stock_calls == {"mask": 1} for layer in patched.report().layers)
+
+
 def test_only_the_layers_named_choose():
     model, ids = make("llama", num_hidden_layers=3), token_ids(tokens=TOKENS)
     with adaptive.patch(model, Exact(stock_layers=(0,)), policy(layers=(2,))) as patched:
