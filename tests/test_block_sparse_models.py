@@ -100,7 +100,9 @@ def test_skipping_is_counted_and_its_mass_measured(fields):
         assert layer.mass_measured == 2 * 40
         assert 0 < layer.mass_min < layer.mass_mean < 1
         assert len(layer.mass_of_heads) == 4
-        assert layer.kv_bytes > layer.dense_bytes == 2 * 2 * 2 * TOKENS * 32 * 4
+        keys = 2 * 2 * TOKENS * 32 * 4  # bytes; with the values, and three times for the audit
+        assert layer.kv_bytes == (2 + 3) * keys
+        assert layer.dense_bytes == 0
     text = str(report)
     share = sum(x.scores for x in report.layers) / sum(x.dense_scores for x in report.layers)
     assert f"scores computed in long native calls: {share:.1%} of causal" in text
