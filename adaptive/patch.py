@@ -9,11 +9,7 @@ from torch import nn
 
 from adaptive import _native
 from adaptive.adapters import EncoderFamily, family_for
-from adaptive.errors import (
-    PatchConflict,
-    UnknownFamily,
-    UnsupportedModel,
-)
+from adaptive.errors import PatchConflict, UnknownFamily, UnsupportedModel
 from adaptive.layers import hf_linear
 from adaptive.layers.fingerprint import fingerprint
 from adaptive.layers.state import ENCODER, RECORD, STATE, LayerState, PatchRecord, Survey

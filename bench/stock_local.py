@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adaptive.ops import block_sparse_attention, local_attention
+from adaptive.ops import block_sparse_attention, local_attention, pool_blocks
 from bench.stock import Suite
 
 LAYERS = [
@@ -140,7 +140,42 @@ def listed_truth(*arguments: Any) -> Tensor:
     return listed_loop(*doubled, *arguments[5:])
 
 
+def unflattened_mean(source: Tensor, size: int, *_: object) -> Tensor:
+    """A view as blocks, and their mean in float32."""
+    return source.unflatten(2, (-1, size)).mean(3, dtype=torch.float32)
+
+
+def unfolded_mean(source: Tensor, size: int, *_: object) -> Tensor:
+    """As `unflattened_mean`, by unfold."""
+    return source.unfold(2, size, size).mean(4, dtype=torch.float32)
+
+
+def pooled_by_matmul(source: Tensor, size: int, *_: object) -> Tensor:
+    """One product with a row of equal weights for each block."""
+    blocks = source.unflatten(2, (-1, size))
+    return (blocks.new_full((1, size), 1 / size) @ blocks).squeeze(3)
+
+
+def pooled_truth(source: Tensor, size: int, *_: object) -> Tensor:
+    """The means in float64."""
+    return source.double().unflatten(2, (-1, size)).mean(3)
+
+
+def token_major(source: Tensor, *others: Any) -> tuple[Any, ...]:
+    """Lay heads out within tokens, as models of transformers hand them over."""
+    return source.transpose(1, 2).contiguous().transpose(1, 2), *others
+
+
 SUITES: dict[str, Suite] = {
+    pool_blocks.name: Suite(
+        forms={
+            "view + mean": unflattened_mean,
+            "unfold + mean": unfolded_mean,
+            "matmul": pooled_by_matmul,
+        },
+        truth=pooled_truth,
+        place=token_major,
+    ),
     local_attention.name: Suite(
         forms={
             "block loop": block_loop,

@@ -15,6 +15,7 @@ from bench.markdown import Document, machine_line, render, tokens_label
 from bench.record import load
 from bench.table_encoders import encoders_quality_table, encoders_table
 from bench.table_local import local_ops_table, prompts_table
+from bench.table_prefill import prefill_table, quality_prefill_table
 from bench.table_sparse import quality_table, sparse_models_table, sparse_ops_table
 from bench.table_zoo import block_transformer_table
 
@@ -147,8 +148,10 @@ TABLES: dict[str, tuple[str, Callable[[Document], str]]] = {
     "memory": ("models", memory_table),
     "modules": ("modules", modules_table),
     "ops": ("ops", ops_table),
+    "prefill": ("prefill", prefill_table),
     "prompts": ("prompts", prompts_table),
     "quality": ("quality", quality_table),
+    "quality_prefill": ("quality_prefill", quality_prefill_table),
     "sparse_models": ("models", sparse_models_table),
     "sparse_ops": ("ops", sparse_ops_table),
 }

@@ -100,10 +100,12 @@ def test_skipping_is_counted_and_its_mass_measured(fields):
         assert layer.mass_measured == 2 * 40
         assert 0 < layer.mass_min < layer.mass_mean < 1
         assert len(layer.mass_of_heads) == 4
-        assert layer.kv_bytes > layer.dense_bytes == 2 * 2 * 2 * TOKENS * 32 * 4
+        keys = 2 * 2 * TOKENS * 32 * 4  # bytes; with the values, and three times for the audit
+        assert layer.kv_bytes == (2 + 3) * keys
+        assert layer.dense_bytes == 0
     text = str(report)
     share = sum(x.scores for x in report.layers) / sum(x.dense_scores for x in report.layers)
-    assert f"scores computed in long native calls: {share:.1%} of causal" in text
+    assert f"scores computed in long native calls: {share:.1%} of dense" in text
     assert "mass min" in text
     assert report.native_calls["score_tokens:cpu"] == 2 * 3  # 16 queries at a time
 
@@ -156,6 +158,16 @@ def test_short_prompts_and_short_chunks_are_as_without_it():
         with adaptive.patch(model, policy(**given)) as patched:
             assert torch.equal(model(ids).logits, right)
             assert not any("selected" in layer.paths for layer in patched.report().layers)
+
+
+def test_a_mask_with_holes_is_left_to_stock_and_said():
+    model, ids = make("llama"), token_ids(tokens=TOKENS)
+    mask = torch.ones_like(ids)
+    mask[0, 40:50] = 0
+    stock = model(ids, attention_mask=mask).logits
+    with adaptive.patch(model, policy(budget=4)) as patched:
+        assert torch.equal(model(ids, attention_mask=mask).logits, stock)
+        assert all(layer.stock_calls == {"mask": 1} for layer in patched.report().layers)
 
 
 def test_only_the_layers_named_choose():

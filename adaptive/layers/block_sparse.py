@@ -18,6 +18,7 @@ from adaptive.ops import (
     score_lines,
     score_tokens,
 )
+from adaptive.ops._local_keys import seen_keys
 from adaptive.ops.decode_attention import MAX_QUERY_TOKENS
 from adaptive.ops.score_blocks import Ranges
 from adaptive.policy import BlockSparsePrefill
@@ -116,7 +117,9 @@ def attend_and_count(state: LayerState, policy: BlockSparsePrefill, prompt: Prom
     state.count_path(policy.pattern)
     state.count_scores(computed, every)
     key_bytes = key.numel() * key.element_size()
-    state.count_read(batch * key.shape[2], 2 * key_bytes, 2 * key_bytes)
+    # Every key is read by some query. Bytes are compared where decoding reads fewer of them.
+    dense_bytes = 2 * key_bytes if state.how is not None else 0
+    state.count_read(batch * key.shape[2], 2 * key_bytes, dense_bytes)
     if policy.audit is not None:
         state.mass.add(audit(policy, prompt, made.lse))
         state.count_path("audit")
@@ -226,12 +229,13 @@ def audit(policy: BlockSparsePrefill, prompt: Prompt, lse: Tensor) -> Tensor:
     """
     query, key, _, offsets, scale, softcap = prompt
     rows = audited(query.shape[2], policy.audit or 0).to(query.device)
+    keys = torch.arange(key.shape[2], device=key.device)
     made = []
     for some in rows.split(MAX_QUERY_TOKENS):
         _, full = score_tokens(
             query[:, :, some],
             key,
-            mask=_seen(some + prompt.start, key.shape[2], offsets),
+            mask=seen_keys(some + prompt.start, keys, len(keys), None, 0, offsets, True),
             scale=scale,
             softcap=softcap,
             causal=False,
@@ -248,16 +252,3 @@ def audited(queries: int, count: int) -> Tensor:
     number = torch.arange(count, dtype=torch.float64)
     within = (number + 1) * GOLDEN % 1
     return ((number + within) * (queries / max(count, 1))).long().clamp(max=queries - 1)
-
-
-def _seen(places: Tensor, tokens: int, offsets: Tensor | None) -> Tensor:
-    """Keys that the queries at these positions see, ``[batch or 1, 1, places, tokens]``, bool."""
-    keys = torch.arange(tokens, device=places.device)
-    seen = (keys <= places[:, None])[None, None]
-    if offsets is None:
-        return seen
-    cuts = offsets.long()
-    number = torch.searchsorted(cuts, places.expand(len(cuts), -1).contiguous(), right=True)
-    inside = (number > 0) & (number < cuts.shape[1])
-    first = cuts.gather(1, (number - 1).clamp(min=0))
-    return seen & (inside[..., None] & (keys >= first[..., None]))[:, None]

@@ -52,6 +52,8 @@ def why_stock_long(state: LayerState, call: Call, pattern: Pattern | None) -> st
     """Say why the stock function must answer a long call; None if the native kernel may."""
     if block_sparse.policy_of(state, call.query, pattern) is not None:
         return None
+    if state.prefill is not None and pattern is None:
+        return "mask"
     device = call.query.device.type
     known = pattern is not None and device in local_attention.native
     if known and (call.mask is not None or _beats_sdpa(call)):

@@ -117,7 +117,7 @@ class Report:
         headings = ["layers", "native", "stock, why", "queries", "KV read", "KV held", "time"]
         if skips:
             headings += ["of dense", "mass min", "mean"]
-        local = any(layer.scores < layer.dense_scores for layer in self.layers)
+        local = not skips and any(layer.scores < layer.dense_scores for layer in self.layers)
         if local:
             headings += ["scores"]
         for heading in headings:
@@ -162,7 +162,7 @@ class Report:
         dense = sum(layer.dense_scores for layer in self.layers)
         if dense:
             computed = sum(layer.scores for layer in self.layers)
-            lines.append(f"scores computed in long native calls: {computed / dense:.1%} of causal")
+            lines.append(f"scores computed in long native calls: {computed / dense:.1%} of dense")
         lines += [f"{count} x {note}" for note, count in self.notes.items()]
         return "\n".join(lines)
 
@@ -276,7 +276,7 @@ def _skipped(group: Sequence[LayerReport]) -> tuple[str, str, str]:
 
 
 def _scores(group: Sequence[LayerReport]) -> str:
-    """Share of the query-key pairs that causality allows which long calls computed."""
+    """Share of the pairs of query and key of dense attention which long calls computed."""
     dense = sum(layer.dense_scores for layer in group)
     return f"{sum(layer.scores for layer in group) / dense:.1%}" if dense else "-"
 

@@ -1,0 +1,62 @@
+"""Draws what bench.quality_prefill measured: quality over the scores computed, as a PNG."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+from bench.chart import FAINT, INK
+
+LINES = {
+    "selected": ("#1d4ed8", "o"),
+    "vertical_slash": ("#c2410c", "^"),
+    "a_shape": ("#a1a1aa", "v"),
+}
+
+
+def panel(axes: Any, rows: Sequence[dict[str, Any]], task: str, value: str) -> None:
+    """One line per pattern, one point per choice of how much."""
+    for pattern, (colour, marker) in LINES.items():
+        points = sorted(
+            (row["scores_share"], row["tasks"][task][value])
+            for row in rows
+            if row["policy"] == pattern and task in row["tasks"]
+        )
+        if points:
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.8, label=pattern)
+    axes.set_xlim(0, 1.02)
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25 %", "50 %", "75 %", "100 %"])
+    axes.set_xlabel("scores computed, of causal attention", color=INK)
+    axes.grid(color=FAINT)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def draw(document: dict[str, Any], path: Path) -> None:
+    """Write the chart of a ``bench.quality_prefill`` document to ``path``."""
+    rows = document["rows"]
+    dense = next(row for row in rows if row["policy"] == "dense")["tasks"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), dpi=160)
+    panel(left, rows, "passkey", "accuracy")
+    left.axhline(dense["passkey"]["accuracy"], color=INK, linewidth=0.8, linestyle="--")
+    left.set_ylim(-0.03, 1.03)
+    left.set_ylabel(f"pass key found, of {dense['passkey']['answers']}", color=INK)
+    panel(right, rows, "text", "bits_per_byte")
+    right.axhline(dense["text"]["bits_per_byte"], color=INK, linewidth=0.8, linestyle="--")
+    right.set_ylabel("bits per byte of held-out text", color=INK)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=9, loc="lower center", ncols=3)
+    context = rows[0]["context"]
+    figure.suptitle(
+        f"What skipping blocks of a prompt costs: lab model, {context} tokens; dashed: dense",
+        color=INK,
+        fontsize=11,
+    )
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.savefig(path)
+    plt.close(figure)
