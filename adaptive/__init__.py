@@ -6,7 +6,7 @@
 
 import torch  # noqa: F401  (first: its OpenMP runtime is the one that the kernels share)
 
-from adaptive import _native
+from adaptive import _native, zoo
 from adaptive.adapters import EncoderFamily, Family, register_family
 from adaptive.calibrate import calibrate
 from adaptive.cpu_level import cpu_level, set_cpu_level
@@ -22,6 +22,7 @@ from adaptive.layers.torch_sdpa import attention
 from adaptive.patch import Support, check, patch, patched
 from adaptive.patched import Patched
 from adaptive.policy import (
+    BlockSparsePrefill,
     Exact,
     GlobalLocalAttention,
     LocalAttention,
@@ -37,6 +38,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaptiveError",
+    "BlockSparsePrefill",
     "EncoderFamily",
     "Exact",
     "Family",
@@ -65,4 +67,5 @@ __all__ = [
     "register_attention",
     "register_family",
     "set_cpu_level",
+    "zoo",
 ]

@@ -70,6 +70,13 @@ def local_attention(
     softcap: float = 0.0,
     causal: bool = True,
 ) -> int: ...
+def pool_blocks(
+    means: Tensor,
+    workspace: Tensor | None,
+    source: Tensor,
+    block_size: int = 64,
+    offsets: Tensor | None = None,
+) -> int: ...
 def score_tokens(
     scores: Tensor,
     lse: Tensor,

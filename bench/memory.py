@@ -8,6 +8,8 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ import torch
 
 STEPS = 3
 STATUS = Path("/proc/self/status")
+RESET = Path("/proc/self/clear_refs")
+"""Takes "5": the high-water mark starts anew."""
 
 
 def _status_bytes(field: str) -> int:
@@ -22,6 +26,16 @@ def _status_bytes(field: str) -> int:
     if found is None:
         raise RuntimeError(f"bench: {STATUS} must have {field}")
     return int(found[1]) * 1024
+
+
+@contextmanager
+def peak_bytes() -> Iterator[Callable[[], int]]:
+    """Give a function that tells, after the block, how much more the process held at its peak."""
+    RESET.write_text("5")
+    before = _status_bytes("VmRSS")
+    found = []
+    yield lambda: found[0]
+    found.append(_status_bytes("VmHWM") - before)
 
 
 def measure_memory(
@@ -59,7 +73,7 @@ def _decode(variant: str, shape: str, dtype: torch.dtype, context: int) -> dict[
     cache = MAKE_CACHE[variant](model, context + STEPS)
     fill({variant: cache}, model.config, context, dtype)
     held = _status_bytes("VmRSS") - weights
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    RESET.write_text("5")
     for number in range(STEPS):
         step(model, cache, 1, context + number)
     peak = _status_bytes("VmHWM") - weights

@@ -13,13 +13,24 @@ ROW_FIELDS: dict[str, frozenset[str]] = {
     "modules": frozenset({"what", "memory", "dtype", "threads", "variants", "speedup"}),
     "encoders": frozenset({"model", "layers", "tokens", "batch", "padded", "dtype", "threads"}),
     "models": frozenset({"model", "context", "dtype", "threads", "kv_bytes", "variants"}),
+    "prefill": frozenset({"heads", "tokens", "dtype", "threads", "variants", "split_ms"}),
+    "quality_prefill": frozenset({"policy", "choice", "context", "scores_share", "tasks"}),
+    "prompts": frozenset({"model", "tokens", "dtype", "threads", "layers", "variants"}),
     "quality": frozenset({"policy", "budget", "context", "kv_read_share", "tasks"}),
+    "block_transformer": frozenset(
+        {"model", "batch", "prompt_tokens", "new_tokens", "threads", "variants", "speedup"}
+    ),
 }
 VARIANT_FIELDS: dict[str, frozenset[str]] = {
+    "prefill": frozenset({"us", "us_min", "clean", "dropped", "error"}),
     "ops": frozenset({"kind", "us", "us_min", "clean", "dropped", "gb_s", "error"}),
     "modules": frozenset({"us", "us_min", "clean", "dropped", "error"}),
     "encoders": frozenset({"ms", "ms_min", "clean", "dropped", "error", "computed_share"}),
     "models": frozenset({"ms", "ms_min", "clean", "dropped", "error", "argmax_agreement"}),
+    "prompts": frozenset({"ms", "ms_min", "clean", "dropped", "error", "speedup"}),
+    "block_transformer": frozenset(
+        {"batch", "kv_bytes", "prefill_s", "decode_tokens_per_s", "tokens_per_s", "error"}
+    ),
 }
 
 

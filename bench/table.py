@@ -14,7 +14,9 @@ from pathlib import Path
 from bench.markdown import Document, machine_line, render, tokens_label
 from bench.record import load
 from bench.table_encoders import encoders_quality_table, encoders_table
+from bench.table_local import local_ops_table, prompts_table
 from bench.table_sparse import quality_table, sparse_models_table, sparse_ops_table
+from bench.table_zoo import block_transformer_table
 
 HEADLINE_TOKENS = (16384, 32768)
 
@@ -137,12 +139,15 @@ def modules_table(document: Document) -> str:
 
 
 TABLES: dict[str, tuple[str, Callable[[Document], str]]] = {
+    "block_transformer": ("block_transformer", block_transformer_table),
     "decode": ("models", models_table),
+    "local_ops": ("ops", local_ops_table),
     "encoders": ("encoders", encoders_table),
     "encoders_quality": ("encoders", encoders_quality_table),
     "memory": ("models", memory_table),
     "modules": ("modules", modules_table),
     "ops": ("ops", ops_table),
+    "prompts": ("prompts", prompts_table),
     "quality": ("quality", quality_table),
     "sparse_models": ("models", sparse_models_table),
     "sparse_ops": ("ops", sparse_ops_table),

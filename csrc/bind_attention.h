@@ -57,6 +57,17 @@ void check_head_dim(const Check& check, const TensorView& view, const char* name
 const int32_t* check_lengths(const Check& check, const TensorView& lengths, int64_t batch,
                              int64_t capacity, const TensorView& like);
 
+/// Where rows are cut into sequences.
+struct Cuts {
+  const int32_t* offsets;  // [batch, count]; null: not given
+  int64_t stride;          // batch
+  int64_t count;
+};
+
+/// Checks that the offsets of every row ascend in 0..tokens (on CUDA the kernel looks for itself).
+Cuts check_offsets(const Check& check, const TensorView& offsets, int64_t batch, int64_t tokens,
+                   const TensorView& like);
+
 /// Lists of chosen keys or pages.
 struct Choice {
   const int32_t* indices;     // [batch, kv_heads, chosen]

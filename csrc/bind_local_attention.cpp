@@ -13,43 +13,6 @@ namespace py = pybind11;
 
 constexpr int64_t kMaxTokens = int64_t{1} << 24;  // so that a position is exact as a float
 
-std::string place(const char* name, std::initializer_list<int64_t> places) {
-  std::string text = std::string(name) + "[";
-  for (const int64_t number : places) {
-    text += (text.back() == '[' ? "" : ", ") + std::to_string(number);
-  }
-  return text + "]";
-}
-
-void set_offsets(const Check& check, const TensorView& offsets, LocalAttentionArgs& args,
-                 const TensorView& like) {
-  if (!offsets.given()) return;
-  check.tensor(offsets, "offsets", 2);
-  check.dtype(offsets, "offsets", {DType::kInt32});
-  check.same_device(offsets, "offsets", like);
-  check.size(offsets, "offsets", 0, args.batch);
-  check.last_contiguous(offsets, "offsets");
-  args.cuts = offsets.size(1);
-  if (args.cuts < 2) {
-    check.fail(PyExc_ValueError, "offsets", "have at least 2 entries per row",
-               check.shape(offsets));
-  }
-  args.offsets = offsets.data<int32_t>();
-  args.offsets_stride = offsets.stride(0);
-  if (offsets.tensor.device.type != dlpack::kCpu) return;  // the CUDA kernel looks itself
-  for (int64_t row = 0; row < args.batch; ++row) {
-    const int32_t* cuts = args.offsets + row * args.offsets_stride;
-    for (int64_t i = 0; i < args.cuts; ++i) {
-      const int32_t low = i == 0 ? 0 : cuts[i - 1];
-      if (cuts[i] >= low && cuts[i] <= args.tokens) continue;
-      check.fail(PyExc_IndexError, place("offsets", {row, i}).c_str(),
-                 "be in " + std::to_string(low) + ".." + std::to_string(args.tokens) +
-                     ", not below the one before",
-                 std::to_string(cuts[i]));
-    }
-  }
-}
-
 }  // namespace
 
 LocalAttentionArgs local_args(const Check& check, const LocalInputs& inputs) {
@@ -87,7 +50,10 @@ LocalAttentionArgs local_args(const Check& check, const LocalInputs& inputs) {
   }
   args.scale = check_scale(check, scale, args.head_dim);
   args.softcap = check_softcap(check, softcap);
-  set_offsets(check, offsets, args, query);
+  const Cuts cuts = check_offsets(check, offsets, args.batch, args.tokens, query);
+  args.offsets = cuts.offsets;
+  args.offsets_stride = cuts.stride;
+  args.cuts = cuts.count;
 
   const int64_t sizes[4] = {args.batch, args.heads, args.query_tokens, args.head_dim};
   check.tensor(out, "out", 4);
@@ -143,8 +109,8 @@ void set_windows(const Check& check, py::handle window, const TensorView& window
   if (windows.tensor.device.type != dlpack::kCpu) return;  // the CUDA kernel looks itself
   for (int64_t head = 0; head < args.heads; ++head) {
     if (args.windows[head] < 1) {
-      check.fail(PyExc_IndexError, place("windows", {head}).c_str(), "be at least 1",
-                 std::to_string(args.windows[head]));
+      check.fail(PyExc_IndexError, ("windows[" + std::to_string(head) + "]").c_str(),
+                 "be at least 1", std::to_string(args.windows[head]));
     }
   }
 }

@@ -72,6 +72,7 @@ PYBIND11_MODULE(_native, m) {
   bind_decode_attention(m);
   bind_gather_attention(m);
   bind_local_attention(m);
+  bind_pool_blocks(m);
   bind_score_tokens(m);
   bind_select_tokens(m);
   bind_skinny_linear(m);

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "calibrate_heads": {"ops", "policy"},
     "calibrate_layers": {"ops", "policy"},
     "patched": {"adapters", "layers", "policy"},
+    "zoo": {"layers", "ops"},  # models of our own: they need no patch, and so no policy or adapter
     "layers": {"policy", "ops"},
     "policy": {"ops"},
     "adapters": set(),

@@ -73,6 +73,9 @@ def test_logits_and_tokens_are_stocks(model, kind, monkeypatch):
     windowed = [layer for layer in after.layers if layer.scores < layer.dense_scores / 2]
     assert len(windowed) >= 2
     assert {layer.cache for layer in windowed} == {"AdaptiveSlidingLayer"}
+    share = sum(layer.scores for layer in windowed) / sum(layer.dense_scores for layer in windowed)
+    assert "scores" in str(after)
+    assert f"{share:.1%}" in str(after)
     if kind == "plain":
         wide = 8 * 2 * len(tokens)
         decoded = after.layers[0].kv_tokens - 2 * report.layers[0].kv_tokens

@@ -17,8 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adaptive.errors import AdaptiveError, PatchConflict
+from adaptive.layers import block_sparse, local_heads, windowed_attention
 from adaptive.layers import hf_encoder_attention as encoder
-from adaptive.layers import local_heads, windowed_attention
 from adaptive.layers.head_split import HeadSplit
 from adaptive.layers.hf_cache import AdaptiveCacheLayer
 from adaptive.layers.hf_call import Call, inputs_of, is_long, why_stock
@@ -162,6 +162,8 @@ def _attend(call: Call) -> Attended:
     split = None if layer is None else layer.store
     reduced = isinstance(split, HeadSplit)
     tokens = split.length if isinstance(split, HeadSplit) else call.key.shape[2]
+    if is_long(call):
+        block_sparse.refuse_compiling(state, tokens)
     pattern = None if torch.compiler.is_compiling() else pattern_of(call, tokens)
     reason = _why_stock(call, state, pattern, reduced)
     if reduced:
@@ -211,7 +213,7 @@ def _why_stock(call: Call, state: LayerState, pattern: Pattern | None, reduced: 
         known = pattern is not None and pattern.causal
         return why_stock(call, state) or (None if known else "mask")
     long = is_long(call) and not reduced
-    return (why_stock_long(call, pattern) if long else None) or why_stock(call, state)
+    return (why_stock_long(state, call, pattern) if long else None) or why_stock(call, state)
 
 
 def _layer_of(call: Call) -> AdaptiveCacheLayer | None:

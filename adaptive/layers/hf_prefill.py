@@ -8,6 +8,7 @@ nothing but what the queries see, and no mask is made.
 import torch
 from torch import Tensor
 
+from adaptive.layers import block_sparse
 from adaptive.layers.hf_call import Call, inputs_of, is_long
 from adaptive.layers.hf_mask import LazyMask
 from adaptive.layers.how import How
@@ -41,8 +42,10 @@ def pattern_of(call: Call, tokens: int) -> Pattern | None:
     return Pattern(queries) if causal and queries <= tokens else None
 
 
-def why_stock_long(call: Call, pattern: Pattern | None) -> str | None:
+def why_stock_long(state: LayerState, call: Call, pattern: Pattern | None) -> str | None:
     """Say why the stock function must answer a long call; None if the native kernel may."""
+    if block_sparse.policy_of(state, call.query, pattern) is not None:
+        return None
     device = call.query.device.type
     known = pattern is not None and device in local_attention.native
     if known and (call.mask is not None or FULL_CAUSAL_NATIVE):
@@ -113,21 +116,27 @@ def attend_long(state: LayerState, call: Call, pattern: Pattern) -> Tensor:
         ``[batch, heads, query_tokens, head_dim]``, in the dtype of the query.
     """
     query, tokens = call.query, pattern.tokens
-    window = None if pattern.window is None else min(pattern.window, tokens)
-    out, _ = local_attention(
-        query,
-        call.key[:, :, :tokens],
-        call.value[:, :, :tokens],
-        window=window,
-        offsets=pattern.offsets,
-        scale=call.scaling,
-        softcap=call.kwargs.get("softcap") or 0.0,
-        causal=pattern.causal,
-    )
+    key, value = call.key[:, :, :tokens], call.value[:, :, :tokens]
+    softcap = call.kwargs.get("softcap") or 0.0
+    policy = block_sparse.policy_of(state, query, pattern)
+    if policy is not None:
+        prompt = block_sparse.Prompt(query, key, value, pattern.offsets, call.scaling, softcap)
+        out = block_sparse.attend_and_count(state, policy, prompt)
+    else:
+        out, _ = local_attention(
+            query,
+            key,
+            value,
+            window=None if pattern.window is None else min(pattern.window, tokens),
+            offsets=pattern.offsets,
+            scale=call.scaling,
+            softcap=softcap,
+            causal=pattern.causal,
+        )
+        count_local(state, call, pattern)
     late = min(pattern.padded_after, query.shape[2])
     if late and isinstance(call.mask, LazyMask):
         _as_stock(call, call.mask, pattern, late, out)
-    count_local(state, call, pattern)
     return out
 
 

@@ -79,6 +79,7 @@ def set_up(record: PatchRecord) -> None:
     """Tell every layer how to run its row of the plan."""
     for state in record.states:
         state.how = resolve(state.row, record.policies)
+        state.prefill = record.plan.prefill(state.site.layer)
     every = (getattr(policy, "correct_every", None) for policy in record.policies)
     record.correct_every = next(filter(None, every), None)
     record.eager_only = _eager_only(record)

@@ -32,8 +32,9 @@ class LayerReport:
     over all measured queries and query heads: on every call of a layer that selects, on audited
     calls elsewhere. The output of a query with mass m is within ``2 (1 - m) max|v|`` of the dense.
     None: nothing was measured. ``mass_of_heads`` has the least and the mean of each query head.
+
     ``scores`` counts the pairs of query and key, per head, that native calls on many query tokens
-    computed, ``dense_scores`` those of full attention on the same tokens.
+    computed, ``dense_scores`` those of dense attention on the same tokens: causal in a decoder.
     """
 
     layer: int
@@ -116,6 +117,9 @@ class Report:
         headings = ["layers", "native", "stock, why", "queries", "KV read", "KV held", "time"]
         if skips:
             headings += ["of dense", "mass min", "mean"]
+        local = any(layer.scores < layer.dense_scores for layer in self.layers)
+        if local:
+            headings += ["scores"]
         for heading in headings:
             left = heading in ("layers", "stock, why")
             table.add_column(heading, justify="left" if left else "right")
@@ -133,6 +137,7 @@ class Report:
                 _bytes(sum(layer.held_bytes for layer in group)),
                 self._share(sum(layer.seconds for layer in group)),
                 *(_skipped(group) if skips else ()),
+                *((_scores(group),) if local else ()),
             )
         return table
 
@@ -154,6 +159,10 @@ class Report:
         dropped = sum(layer.dropped_bytes for layer in self.layers)
         if dropped:
             lines.append(f"KV dropped for good: {_bytes(dropped)}")
+        dense = sum(layer.dense_scores for layer in self.layers)
+        if dense:
+            computed = sum(layer.scores for layer in self.layers)
+            lines.append(f"scores computed in long native calls: {computed / dense:.1%} of causal")
         lines += [f"{count} x {note}" for note, count in self.notes.items()]
         return "\n".join(lines)
 
@@ -201,7 +210,7 @@ def _layer(state: LayerState) -> LayerReport:
         dropped_bytes=state.dropped_bytes,
         layer=state.site.layer,
         name=state.site.name,
-        mode=", ".join(sorted(set(state.row))),
+        mode=", ".join(sorted({*state.row, *(state.prefill.modes if state.prefill else ())})),
         native_calls=state.native_calls,
         torch_calls=state.torch_calls,
         stock_calls=dict(state.stock_calls),
@@ -233,6 +242,7 @@ def _alike(layer: LayerReport) -> dict[str, Any]:
         "seconds",
         "kv_tokens",
         "kv_bytes",
+        "scores",
         "mass_mean",
         "mass_of_heads",
         *PERCENTILES,
@@ -263,6 +273,12 @@ def _skipped(group: Sequence[LayerReport]) -> tuple[str, str, str]:
     least = min(layer.mass_min or 0.0 for layer in measured)
     mean = sum(layer.mass_mean or 0.0 for layer in measured) / len(measured)
     return share, f"{least:.3f}", f"{mean:.3f}"
+
+
+def _scores(group: Sequence[LayerReport]) -> str:
+    """Share of the query-key pairs that causality allows which long calls computed."""
+    dense = sum(layer.dense_scores for layer in group)
+    return f"{sum(layer.scores for layer in group) / dense:.1%}" if dense else "-"
 
 
 def _bytes(count: float) -> str:

@@ -193,6 +193,7 @@ class LayerState:
         site: The module this belongs to.
         row: This layer's row of the plan: one mode per KV head.
         how: How a row that skips keys is run; None for one that does not.
+        prefill: The policy that long calls of this layer follow; None: they are dense.
         native_calls: Calls that a native kernel answered.
         torch_calls: Calls answered with less work, but in PyTorch's operators.
         stock_calls: Calls that the stock implementation answered, by reason.
@@ -216,6 +217,7 @@ class LayerState:
     site: Site
     row: tuple[str, ...]
     how: Any = None
+    prefill: Any = None
     native_calls: int = 0
     torch_calls: int = 0
     stock_calls: dict[str, int] = field(default_factory=dict)
@@ -292,6 +294,6 @@ class LayerState:
         self.restore(LayerState(record=self.record, site=self.site, row=self.row))
 
 
-_SETTINGS = ("record", "site", "row", "how")
+_SETTINGS = ("record", "site", "row", "how", "prefill")
 COUNTERS = tuple(f.name for f in fields(LayerState) if f.name not in _SETTINGS)
 """Names of the counters of a LayerState."""

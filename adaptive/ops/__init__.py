@@ -2,10 +2,13 @@
 
 from adaptive.ops._op import OPS, Op, recorded
 from adaptive.ops.block_sparse_attention import block_sparse_attention
+from adaptive.ops.choose_blocks import choose_blocks
 from adaptive.ops.decode_attention import decode_attention
 from adaptive.ops.gather_attention import gather_attention
 from adaptive.ops.head_scores import head_scores
 from adaptive.ops.local_attention import local_attention
+from adaptive.ops.pool_blocks import pool_blocks
+from adaptive.ops.score_blocks import block_ranges, score_blocks, score_lines
 from adaptive.ops.score_tokens import score_tokens
 from adaptive.ops.scored_attention import scored_attention
 from adaptive.ops.select_tokens import select_tokens
@@ -15,12 +18,17 @@ from adaptive.ops.sum_tokens import sum_tokens
 __all__ = [
     "OPS",
     "Op",
+    "block_ranges",
     "block_sparse_attention",
+    "choose_blocks",
     "decode_attention",
     "gather_attention",
     "head_scores",
     "local_attention",
+    "pool_blocks",
     "recorded",
+    "score_blocks",
+    "score_lines",
     "score_tokens",
     "scored_attention",
     "select_tokens",

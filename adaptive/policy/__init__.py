@@ -2,6 +2,7 @@
 
 from adaptive.policy._policy import Policy
 from adaptive.policy.alibi import alibi_windows
+from adaptive.policy.block_sparse import BlockSparsePrefill
 from adaptive.policy.exact import Exact
 from adaptive.policy.global_local import GlobalLocalAttention
 from adaptive.policy.local import LocalAttention
@@ -13,6 +14,7 @@ from adaptive.policy.streaming import StreamingLLM
 from adaptive.policy.tidal import TidalDecode
 
 __all__ = [
+    "BlockSparsePrefill",
     "Exact",
     "GlobalLocalAttention",
     "LocalAttention",

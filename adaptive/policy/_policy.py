@@ -45,6 +45,10 @@ class Policy:
         """
         raise NotImplementedError(f"{type(self).__name__} must implement plan(table)")
 
+    def prefill_layers(self, table: Plan) -> tuple[int, ...]:
+        """Layers of ``table`` whose calls of more than 16 query tokens follow this policy."""
+        return ()
+
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values, with the class under "kind"."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}

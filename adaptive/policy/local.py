@@ -82,7 +82,7 @@ class LocalAttention(Policy):
         table = begin(self, table)
         check_layers_exist(self, "layers", self.layers or (), len(table.rows))
         check_heads_exist(self, "heads", self.heads or (), table.shape.kv_heads)
-        others = [p for p in table.policies if not p.exact]
+        others = [p for p in table.policies if not p.exact and not p.prefill_layers(table)]
         if self.layers is None and self.heads is None and others:
             rule = f"name the layers that {type(others[0]).__name__} shall leave to it"
             raise refused(self, "layers", rule, None)

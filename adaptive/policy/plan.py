@@ -39,6 +39,10 @@ MODES = {
 WINDOWED = (WINDOW, RAZOR, LOCAL)
 """Modes of heads that do not keep every key."""
 
+BLOCKS = "blocks"
+PREFILL = {BLOCKS: ("b", "prompts read chosen blocks of keys")}
+"""What a policy can do to a layer's long calls, whatever its heads do in decoding."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -124,6 +128,11 @@ class Plan:
                     f"layer a window of {self.shape.windows[layer]} tokens, got {row[0]!r}"
                 )
 
+    def prefill(self, layer: int) -> Policy | None:
+        """Return the policy that the long calls of ``layer`` follow; None: they are dense."""
+        found = (policy for policy in self.policies if layer in policy.prefill_layers(self))
+        return next(found, None)
+
     def check_shape(self, shape: ModelShape) -> None:
         """Raise PlanMismatch, naming what differs, unless the plan is for a model of ``shape``."""
         for name, ours in self.shape.to_dict().items():
@@ -148,17 +157,25 @@ class Plan:
             )
 
     def __str__(self) -> str:
-        """Return a map, one line per run of equal layers, one sign per KV head."""
+        """Return a map, one line per run of equal layers: a sign per KV head, one for prompts."""
         lines = [f"plan for {self.shape.model_type}: {len(self.rows)} layers x KV heads"]
+        prefill = [self.prefill(layer) for layer in range(len(self.rows))]
+        rows = [
+            "".join(MODES[mode][0] for mode in row)
+            + "".join("  " + PREFILL[mode][0] for mode in (policy.modes if policy else ()))
+            for row, policy in zip(self.rows, prefill, strict=True)
+        ]
         start = 0
-        for layer, row in enumerate(self.rows):
-            if layer + 1 == len(self.rows) or self.rows[layer + 1] != row:
+        for layer, text in enumerate(rows):
+            if layer + 1 == len(rows) or rows[layer + 1] != text:
                 label = f"{start}" if start == layer else f"{start}-{layer}"
-                lines.append(f"{label:>9}  {''.join(MODES[mode][0] for mode in row)}")
+                lines.append(f"{label:>9}  {text}")
                 start = layer + 1
         used = {mode for row in self.rows for mode in row}
+        used |= {mode for policy in prefill if policy is not None for mode in policy.modes}
+        signs = {**MODES, **PREFILL}
         lines += [
-            f"{MODES[mode][0]:>9}  {mode}: {MODES[mode][1]}" for mode in MODES if mode in used
+            f"{signs[mode][0]:>9}  {mode}: {signs[mode][1]}" for mode in signs if mode in used
         ]
         return "\n".join(lines)
 

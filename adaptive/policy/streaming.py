@@ -50,7 +50,7 @@ class StreamingLLM(Policy):
         """
         table = begin(self, table)
         check_layers_exist(self, "layers", self.layers or (), len(table.rows))
-        others = [p for p in table.policies if not p.exact]
+        others = [p for p in table.policies if not p.exact and not p.prefill_layers(table)]
         if self.layers is None and others:
             rule = f"name the layers that {type(others[0]).__name__} shall leave to it"
             raise refused(self, "layers", rule, None)

@@ -57,6 +57,13 @@ __device__ __forceinline__ uint32_t pack2(float low, float high) {
   }
 }
 
+/// 2^x to about two units in the last place; 0 below 2^-126.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float made;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(made) : "f"(x));
+  return made;
+}
+
 /// What the launch code asks of a device.
 struct Device {
   int multiprocessors, shared_bytes_per_block, shared_bytes_per_multiprocessor;

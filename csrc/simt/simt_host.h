@@ -58,6 +58,8 @@ namespace simt {
 
 using Stream = void*;
 
+inline float exp2_approx(float x) { return std::exp2(x); }
+
 /// What the launch code asks of a device. Tests may change it through host::device().
 struct Device {
   int multiprocessors, shared_bytes_per_block, shared_bytes_per_multiprocessor;

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from simulated import SOURCES, Builder, Simulated
+from simulated_local import LOCAL_SOURCES, Local
 from simulated_sparse import SPARSE_SOURCES, Sparse
 
 
@@ -53,3 +54,23 @@ def sparse_objects(builder):
 def sparse(builder, objects, sparse_objects):
     """Those ops as CUDA would run them, on a device of 4 multiprocessors."""
     return Sparse(builder.library(*objects, *sparse_objects))
+
+
+@pytest.fixture(scope="session")
+def local_objects(builder):
+    """The compiled sources of local_attention, in the order of LOCAL_SOURCES."""
+    return builder.objects(*LOCAL_SOURCES)
+
+
+@pytest.fixture(scope="session")
+def local_shared(builder, local_objects):
+    """local_attention as CUDA would run it; its settings are those of the test before."""
+    return Local(builder.library(*local_objects))
+
+
+@pytest.fixture
+def local(local_shared):
+    """local_attention as CUDA would run it, on a device of 4 multiprocessors."""
+    local_shared.set_device()
+    local_shared.set_seed(0)
+    return local_shared

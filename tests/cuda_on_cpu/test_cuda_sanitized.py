@@ -5,12 +5,14 @@ import subprocess
 
 import pytest
 from simulated import ROOT, SOURCES
+from simulated_local import LOCAL_SOURCES
 from simulated_sparse import SPARSE_SOURCES
 
 HERE = ROOT / "tests/cuda_on_cpu"
 PROGRAMS = {
     "decode_attention": (SOURCES, [HERE / "cuda_as_cpu.cpp", ROOT / "tests/native/driver.cpp"]),
     "sparse selection": ([*SOURCES, *SPARSE_SOURCES], [HERE / "sparse_driver.cpp"]),
+    "local attention": (LOCAL_SOURCES, [HERE / "local_driver.cpp"]),
 }
 """Where the kernels lie, and the program that feeds them."""
 

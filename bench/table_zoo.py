@@ -1,0 +1,48 @@
+"""The table of a Block Transformer's throughput beside that of a vanilla model."""
+
+from typing import Any
+
+from bench.markdown import Document, machine_line, render
+
+
+def _cell(found: dict[str, Any], name: str) -> str:
+    form = name.partition(", ")[2]
+    batch = f"batch {found['batch']}, " if found.get("show_batch") else ""
+    return (
+        f"{found['tokens_per_s']:.0f} tokens/s ({batch}{form}, prompts {found['prefill_s']:.1f} s, "
+        f"KV {found['kv_bytes'] / 2**20:.0f} MiB, error {found['error']:.0e})"
+    )
+
+
+def block_transformer_table(document: Document) -> str:
+    """Throughput of both models, each in its faster form, and how decoding alone compares."""
+    rows = []
+    for row in document["rows"]:
+        limit = row["batch"] == "limit"
+        cells = []
+        for kind in ("vanilla", "block"):
+            name = row["speedup"]["tokens_per_s"][kind]
+            cells.append(_cell({**row["variants"][name], "show_batch": limit}, name))
+        sizes = row["parameters"]
+        rows.append(
+            [
+                f"{sizes['vanilla'] / 1e6:.0f} M / {sizes['block'] / 1e6:.0f} M, "
+                f"{row['prompt_tokens']} + {row['new_tokens']} tokens, batch {row['batch']}",
+                *cells,
+                f"{row['speedup']['tokens_per_s']['ratio']:.1f}x",
+                f"{row['speedup']['decode_tokens_per_s']['ratio']:.1f}x",
+            ]
+        )
+    threads = document["rows"][0]["threads"]
+    clock = "CPU time" if threads == 1 else "wall time"
+    limit_gib = document["settings"]["kv_limit_gib"]
+    header = ["parameters, tokens, batch", "vanilla", "**Block Transformer**", "throughput"]
+    return (
+        render([*header, "decoding alone"], rows)
+        + "\n\nNew tokens over the time of prompts and decoding together, each model in the faster "
+        + f"of its forms (weights are float32 but for `bf16`); {threads} CPU thread"
+        + f"{'s' * (threads > 1)}, {clock}, random weights, variants in turn; batch limit: the "
+        + f"largest batch of each form whose KV stays below {limit_gib:g} GiB; error: largest "
+        + "difference of the logits from float64, over the largest logit. "
+        + machine_line(document)
+    )
