@@ -19,7 +19,12 @@ from adaptive.policy import GlobalLocalAttention
 from adaptive.policy.global_local import pairs_seen
 
 UNMASKED_NATIVE = False
-"""Whether calls without padding and window run the native kernel, too, in place of SDPA."""
+"""Whether calls without padding and window run the native kernel, too, in place of SDPA.
+
+Cascade Lake, one thread, 32 to 512 tokens, head size 64: 0.8 to 0.9 times the speed of SDPA in
+float32 and 1.05 to 1.1 times in bfloat16, which other processors have matrix units for. With
+padding it is 1.1 to 1.7 times as fast, at every size.
+"""
 
 _ONE_SEQUENCE = 2
 """Cuts of a row that holds one sequence."""
