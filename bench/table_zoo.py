@@ -35,14 +35,18 @@ def block_transformer_table(document: Document) -> str:
         )
     threads = document["rows"][0]["threads"]
     clock = "CPU time" if threads == 1 else "wall time"
-    limit_gib = document["settings"]["kv_limit_gib"]
+    limit = ""
+    if any(row["batch"] == "limit" for row in document["rows"]):
+        limit = (
+            "batch limit: the largest batch of each form whose KV stays below "
+            f"{document['settings']['kv_limit_gib']:g} GiB; "
+        )
     header = ["parameters, tokens, batch", "vanilla", "**Block Transformer**", "throughput"]
     return (
         render([*header, "decoding alone"], rows)
         + "\n\nNew tokens over the time of prompts and decoding together, each model in the faster "
         + f"of its forms (weights are float32 but for `bf16`); {threads} CPU thread"
-        + f"{'s' * (threads > 1)}, {clock}, random weights, variants in turn; batch limit: the "
-        + f"largest batch of each form whose KV stays below {limit_gib:g} GiB; error: largest "
-        + "difference of the logits from float64, over the largest logit. "
+        + f"{'s' * (threads > 1)}, {clock}, random weights, variants in turn; "
+        + f"{limit}error: largest difference of the logits from float64, over the largest logit. "
         + machine_line(document)
     )
