@@ -103,7 +103,7 @@ def patch(model: nn.Module, *policies: Policy | Plan, exact_linear: bool = True)
             record.states.append(state)
             record.log.set(root, site.name, STATE, state)
         _install(root, survey, record)
-        if exact_linear and _is_pretrained(root) and not _is_encoder(survey):
+        if exact_linear and _is_pretrained(root):
             hf_linear.install(root, record)
         record.reset(_native.calls())
     except BaseException:
