@@ -6,8 +6,8 @@
 
 import torch  # noqa: F401  (first: its OpenMP runtime is the one that the kernels share)
 
-from adaptive import _native
-from adaptive.adapters import Family, register_family
+from adaptive import _native, zoo
+from adaptive.adapters import EncoderFamily, Family, register_family
 from adaptive.calibrate import calibrate
 from adaptive.cpu_level import cpu_level, set_cpu_level
 from adaptive.errors import (
@@ -24,6 +24,7 @@ from adaptive.patched import Patched
 from adaptive.policy import (
     BlockSparsePrefill,
     Exact,
+    GlobalLocalAttention,
     LocalAttention,
     Plan,
     Policy,
@@ -38,8 +39,10 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptiveError",
     "BlockSparsePrefill",
+    "EncoderFamily",
     "Exact",
     "Family",
+    "GlobalLocalAttention",
     "LocalAttention",
     "PatchConflict",
     "Patched",
@@ -64,4 +67,5 @@ __all__ = [
     "register_attention",
     "register_family",
     "set_cpu_level",
+    "zoo",
 ]

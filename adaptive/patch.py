@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from adaptive import _native
-from adaptive.adapters import family_for
+from adaptive.adapters import EncoderFamily, family_for
 from adaptive.errors import (
     PatchConflict,
     UnknownFamily,
@@ -16,10 +16,10 @@ from adaptive.errors import (
 )
 from adaptive.layers import hf_linear
 from adaptive.layers.fingerprint import fingerprint
-from adaptive.layers.state import RECORD, STATE, LayerState, PatchRecord, Survey
+from adaptive.layers.state import ENCODER, RECORD, STATE, LayerState, PatchRecord, Survey
 from adaptive.patched import Patched
 from adaptive.policy import Exact, ModelShape, Plan, Policy
-from adaptive.policy.plan import DENSE, STOCK
+from adaptive.policy.plan import DENSE, GLOBAL_LOCAL, STOCK
 
 _WRAPPERS = {
     "DataParallel": "it copies the model on every call; patch model.module instead",
@@ -73,8 +73,8 @@ def patch(model: nn.Module, *policies: Policy | Plan, exact_linear: bool = True)
     leaves the model as it was. No other model is touched, and nothing is written to its config.
 
     Args:
-        model: A decoder of transformers of a known family, bare or inside PEFT or another module;
-            or a plain PyTorch module with attention layers that are known.
+        model: A decoder or encoder of transformers of a known family, bare or inside PEFT or
+            another module; or a plain PyTorch module with attention layers that are known.
         policies: What to do; none: `Exact`, the same mathematics through native kernels. Or one
             Plan, made earlier or loaded from a file.
         exact_linear: Whether large linear layers of a model of transformers on a CPU are computed
@@ -107,7 +107,7 @@ def patch(model: nn.Module, *policies: Policy | Plan, exact_linear: bool = True)
             record.states.append(state)
             record.log.set(root, site.name, STATE, state)
         _install(root, survey, record)
-        if exact_linear and _is_pretrained(root):
+        if exact_linear and _is_pretrained(root) and not _is_encoder(survey):
             hf_linear.install(root, record)
         record.reset(_native.calls())
     except BaseException:
@@ -199,12 +199,27 @@ def _modes(policy: Policy | Plan) -> set[str]:
 
 def _plan_problems(survey: Survey, modes: set[str]) -> list[str]:
     """Why the model cannot do what the plan says."""
+    if _is_encoder(survey):
+        others = ", ".join(sorted(modes - {GLOBAL_LOCAL}))
+        return [
+            f"modes that skip keys while decoding ({others}) do not fit: an encoder has no "
+            "decoding; GlobalLocalAttention is for encoders"
+        ] * bool(others)
+    if GLOBAL_LOCAL in modes:
+        return [
+            "GlobalLocalAttention does not fit: its tokens see both ways, and those of a decoder "
+            "must not; LocalAttention is for decoders"
+        ]
     if modes and any(site.kind != "hf" for site in survey.sites):
         return [
             f"modes that skip keys ({', '.join(sorted(modes))}) need a decoder of transformers and "
             "its cache; plain PyTorch modules can only be exact"
         ]
     return []
+
+
+def _is_encoder(survey: Survey) -> bool:
+    return any(site.kind == ENCODER for site in survey.sites)
 
 
 def _find_root(model: nn.Module) -> tuple[nn.Module, str | None]:
@@ -238,13 +253,14 @@ def _survey(root: nn.Module) -> Survey:
         from adaptive.layers import torch_attention
 
         return torch_attention.survey(root)
-    from adaptive.layers import hf_model
+    from adaptive.layers import hf_encoder, hf_model
 
     try:
         family = family_for(root)
     except UnknownFamily as error:
         return replace(_nothing(root, str(error).removeprefix("adaptive: ")), known=False)
-    return hf_model.survey(
+    survey = hf_encoder.survey if isinstance(family, EncoderFamily) else hf_model.survey
+    return survey(
         root,
         family.name,
         family.base_name(root),
@@ -261,9 +277,10 @@ def _nothing(root: nn.Module, problem: str) -> Survey:
 
 def _install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
     if _is_pretrained(root):
-        from adaptive.layers import hf_model
+        from adaptive.layers import hf_encoder, hf_model
 
-        hf_model.install(root, survey, record)
+        backend = hf_encoder if _is_encoder(survey) else hf_model
+        backend.install(root, survey, record)
     else:
         from adaptive.layers import torch_attention
 

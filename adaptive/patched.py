@@ -14,8 +14,8 @@ from adaptive import _native
 from adaptive.errors import PatchConflict
 from adaptive.layers.hf_linear import LinearForward
 from adaptive.layers.report import Report, report
-from adaptive.layers.state import RECORD, STATE, PatchRecord
-from adaptive.layers.verify import Verification, verify
+from adaptive.layers.state import ENCODER, RECORD, STATE, PatchRecord
+from adaptive.layers.verify import Verification, verify, verify_encoder
 from adaptive.policy import Plan
 
 
@@ -99,12 +99,16 @@ class Patched:
         Stock decodes greedily; then the patched model is fed the same tokens, step by step, so that
         one early difference cannot hide or cause the next. Counters are left as they were.
 
+        An encoder runs once each way, and outputs of tokens that are not padding are compared; if
+        it has logits, ``token_agreement`` is the share of tokens (rows, of a classifier) whose
+        largest logit is the same.
+
         Args:
             inputs: Token ids ``[batch, tokens]``, or the keyword arguments of the model's forward
                 with "input_ids" and, for padded batches (on the left), "attention_mask". Hidden
                 states are compared if it has no head. For a model without "input_ids": its keyword
                 arguments, and outputs are compared.
-            new_tokens: Tokens to decode, at least 1.
+            new_tokens: Tokens to decode, at least 1; an encoder decodes none.
 
         Raises:
             ValueError: ``new_tokens`` is below 1, token ids are not whole numbers in rows, or
@@ -119,6 +123,8 @@ class Patched:
         self.reset_stats()
         enabled, record.enabled = record.enabled, True  # inside disabled(), too
         try:
+            if any(state.site.kind == ENCODER for state in record.states):
+                return verify_encoder(self.model, self.disabled, inputs)
             return verify(self.model, self.disabled, inputs, new_tokens)
         finally:
             record.enabled = enabled

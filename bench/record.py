@@ -11,6 +11,7 @@ SCHEMA = 1
 ROW_FIELDS: dict[str, frozenset[str]] = {
     "ops": frozenset({"op", "sizes", "dtype", "threads", "moved_bytes", "variants"}),
     "modules": frozenset({"what", "memory", "dtype", "threads", "variants", "speedup"}),
+    "encoders": frozenset({"model", "layers", "tokens", "batch", "padded", "dtype", "threads"}),
     "models": frozenset({"model", "context", "dtype", "threads", "kv_bytes", "variants"}),
     "prefill": frozenset({"heads", "tokens", "dtype", "threads", "variants", "split_ms"}),
     "quality_prefill": frozenset({"policy", "choice", "context", "scores_share", "tasks"}),
@@ -24,6 +25,7 @@ VARIANT_FIELDS: dict[str, frozenset[str]] = {
     "prefill": frozenset({"us", "us_min", "clean", "dropped", "error"}),
     "ops": frozenset({"kind", "us", "us_min", "clean", "dropped", "gb_s", "error"}),
     "modules": frozenset({"us", "us_min", "clean", "dropped", "error"}),
+    "encoders": frozenset({"ms", "ms_min", "clean", "dropped", "error", "computed_share"}),
     "models": frozenset({"ms", "ms_min", "clean", "dropped", "error", "argmax_agreement"}),
     "prompts": frozenset({"ms", "ms_min", "clean", "dropped", "error", "speedup"}),
     "block_transformer": frozenset(

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from adaptive.adapters._encoder_family import EncoderFamily
 from adaptive.errors import UnknownFamily
 
-FAMILIES: dict[str, "Family"] = {}
+FAMILIES: dict[str, "Family | EncoderFamily"] = {}
 """The registered family of each ``config.model_type``."""
 
 _PATH = re.compile(r"\w+(\.\w+)*")
@@ -120,14 +121,14 @@ def _find(root: nn.Module, path: str) -> nn.Module | None:
     return None
 
 
-def register_family(family: Family) -> None:
+def register_family(family: Family | EncoderFamily) -> None:
     """Let patch() support the models of ``family``.
 
     Raises:
-        TypeError: ``family`` is not a Family.
+        TypeError: ``family`` is neither a Family nor an EncoderFamily.
         ValueError: One of its model types has another family already.
     """
-    if not isinstance(family, Family):
+    if not isinstance(family, Family | EncoderFamily):
         raise TypeError(f"adaptive: family must be a Family, got {type(family).__name__}")
     for model_type in family.model_types:
         known = FAMILIES.get(model_type)
@@ -138,7 +139,7 @@ def register_family(family: Family) -> None:
     FAMILIES.update(dict.fromkeys(family.model_types, family))
 
 
-def family_for(model: nn.Module) -> Family:
+def family_for(model: nn.Module) -> Family | EncoderFamily:
     """Return the family registered for the ``config.model_type`` of ``model``.
 
     Raises:

@@ -13,6 +13,7 @@ from rich.markup import escape
 from torch import nn
 
 import adaptive
+from adaptive.adapters import FAMILIES, EncoderFamily
 from adaptive.cli._console import UsageError
 
 
@@ -100,21 +101,21 @@ def _build(config: Any, dtype: torch.dtype) -> nn.Module:
     Built on the meta device; then every tensor becomes one number, seen through strides of zero.
     So a model of any size costs nothing.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    known = FAMILIES.get(config.model_type)
+    kind: Any = AutoModel if isinstance(known, EncoderFamily) else AutoModelForCausalLM
+    if kind is AutoModelForCausalLM and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UsageError(
             f"transformers has no causal language model of type {config.model_type!r}; encoders, "
             "encoder-decoders and models of images or sound do not decode this way"
         )
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = kind.from_config(config, dtype=dtype)
     except Exception as error:  # as above
-        raise UsageError(
-            f"transformers cannot build a causal language model of it: {_said(error)}"
-        ) from error
+        raise UsageError(f"transformers cannot build a model of it: {_said(error)}") from error
     built: nn.Module = model._apply(lambda t: torch.zeros((), dtype=t.dtype).expand(t.shape))
     return built.eval()
 

@@ -57,7 +57,8 @@ class MassLog:
         """Keep one measurement.
 
         Args:
-            mass: ``[batch, heads, query_tokens]``; NaN for heads that were not measured.
+            mass: ``[batch, heads, query_tokens]``; NaN for heads that were not measured, and for
+                all heads of a query that was not.
         """
         if torch.compiler.is_compiling():
             return
@@ -70,10 +71,11 @@ class MassLog:
         if self._new:
             rows = [mass.transpose(1, 2).flatten(0, 1).float().cpu() for mass in self._new]
             self._new = []
-            self._old = torch.cat(rows if self._old is None else [self._old, *rows])
+            found = torch.cat(rows if self._old is None else [self._old, *rows])
+            self._old = found[~found.isnan().all(1)]
             if len(self._old) > MOST_STEPS:
                 self._old = self._old[::2].clone()
-        return self._old
+        return None if self._old is None or not len(self._old) else self._old
 
     def percentiles(self, shares: Sequence[float]) -> list[float] | None:
         """Masses below which these shares of all measurements lie; None if there are none."""

@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adaptive.errors import AdaptiveError, PatchConflict
 from adaptive.layers import block_sparse, local_heads, windowed_attention
+from adaptive.layers import hf_encoder_attention as encoder
 from adaptive.layers.head_split import HeadSplit
 from adaptive.layers.hf_cache import AdaptiveCacheLayer
 from adaptive.layers.hf_call import Call, inputs_of, is_long, why_stock
@@ -34,7 +35,7 @@ from adaptive.layers.hf_prefill import (
 from adaptive.layers.how import How
 from adaptive.layers.pattern import Pattern
 from adaptive.layers.sparse_attention import attend_whole
-from adaptive.layers.state import STATE, LayerState
+from adaptive.layers.state import ENCODER, STATE, LayerState
 from adaptive.ops import decode_attention
 from adaptive.policy.plan import STOCK
 
@@ -155,6 +156,8 @@ def _attend(call: Call) -> Attended:
         )
     if not state.record.enabled:
         return _stock(call, None)
+    if state.site.kind == ENCODER:
+        return _attend_both_ways(call, state)
     layer = _layer_of(call)
     split = None if layer is None else layer.store
     reduced = isinstance(split, HeadSplit)
@@ -178,6 +181,27 @@ def _attend(call: Call) -> Attended:
         state.count_native(batch * query_tokens, 0, 0, seconds)
     else:
         state.count_stock(reason, batch * query_tokens, seconds)
+    return attended
+
+
+def _attend_both_ways(call: Call, state: LayerState) -> Attended:
+    """As `_attend`, for an encoder."""
+    pattern = encoder.pattern_of(call)
+    reason = "plan" if state.row[0] == STOCK else why_stock(call, state)
+    reason = reason or encoder.why_stock_encoder(call, state, pattern)
+    if reason is not None:
+        call = encoder.with_policy_mask(call, state, pattern)
+    if torch.compiler.is_compiling():
+        return _stock(call, None) if reason else encoder.attend_encoder(state, call, pattern)
+    start = perf_counter()
+    attended = _stock(call, None) if reason else encoder.attend_encoder(state, call, pattern)
+    state.record.timed = call.query.is_cpu
+    seconds = perf_counter() - start if state.record.timed else 0.0
+    tokens = call.query.shape[0] * call.query.shape[2]
+    if reason is None:
+        state.count_native(tokens, 0, 0, seconds)
+    else:
+        state.count_stock(reason, tokens, seconds)
     return attended
 
 

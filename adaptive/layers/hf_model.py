@@ -34,7 +34,12 @@ OLDEST, NEWEST = (4, 57), 5
 
 
 def survey(
-    root: nn.Module, family: str, base: str, attention: Sequence[str], problems: Sequence[str]
+    root: nn.Module,
+    family: str,
+    base: str,
+    attention: Sequence[str],
+    problems: Sequence[str],
+    config: Any = None,
 ) -> Survey:
     """Say what is there and why patch() would refuse. Changes nothing.
 
@@ -44,8 +49,10 @@ def survey(
         base: Dotted name of the module that holds the layers.
         attention: Dotted names of the attention modules, in execution order.
         problems: What the family says is wrong already.
+        config: Of the layers, where that of ``root`` is for more than them.
     """
-    config: Any = root.config
+    own: Any = root.config
+    config = own if config is None else config
     heads = getattr(config, "num_attention_heads", None) or 0
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     modules = {name: root.get_submodule(name) for name in attention}
@@ -61,7 +68,7 @@ def survey(
         for layer, (name, module) in enumerate(modules.items())
     )
     shape = ModelShape(
-        model_type=config.model_type,
+        model_type=own.model_type,
         heads=tuple(site.heads for site in sites),
         kv_heads=tuple(site.kv_heads for site in sites),
         head_dim=tuple(site.head_dim for site in sites),

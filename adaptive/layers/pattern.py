@@ -32,6 +32,22 @@ class Pattern:
         starts, ends = self.offsets[:, 0], self.offsets[:, -1]
         return int(torch.where(ends > starts, self.tokens - ends, 0).amax())
 
+    @cached_property
+    def padded_before(self) -> int:
+        """The most padding before the tokens of a row that has any."""
+        if self.offsets is None:
+            return 0
+        starts, ends = self.offsets[:, 0], self.offsets[:, -1]
+        return int(torch.where(ends > starts, starts, 0).amax())
+
+    @cached_property
+    def lengths(self) -> list[int] | None:
+        """Tokens of every sequence of all rows; None: each row is one, without padding."""
+        if self.offsets is None:
+            return None
+        lengths: list[int] = self.offsets.diff(dim=1).flatten().tolist()
+        return lengths
+
     def limits(self, batch: int, queries: int, device: torch.device) -> tuple[Tensor, ...]:
         """Positions of the queries, and where their sequences start and end.
 

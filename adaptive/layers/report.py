@@ -32,6 +32,9 @@ class LayerReport:
     over all measured queries and query heads: on every call of a layer that selects, on audited
     calls elsewhere. The output of a query with mass m is within ``2 (1 - m) max|v|`` of the dense.
     None: nothing was measured. ``mass_of_heads`` has the least and the mean of each query head.
+
+    ``scores`` counts the pairs of query and key, per head, that native calls on many query tokens
+    computed, ``dense_scores`` those of dense attention on the same tokens: causal in a decoder.
     """
 
     layer: int
@@ -49,9 +52,9 @@ class LayerReport:
     seconds: float
     paths: dict[str, int]
     dense_bytes: int
-    dropped_bytes: int
     scores: int
     dense_scores: int
+    dropped_bytes: int
     mass_measured: int
     mass_mean: float | None
     mass_of_heads: tuple[tuple[float, float] | None, ...]
@@ -110,10 +113,13 @@ class Report:
         title = f"{self.model} ({self.family}), {exact}: {', '.join(self.policies)}"
         table = Table(title=title, title_justify="left", caption=self._caption(), box=SIMPLE_HEAD)
         table.caption_justify = "left"
-        skips = any(layer.dense_bytes or layer.mass_measured for layer in self.layers)
+        skips = any(_skips(layer) for layer in self.layers)
         headings = ["layers", "native", "stock, why", "queries", "KV read", "KV held", "time"]
         if skips:
             headings += ["of dense", "mass min", "mean"]
+        local = any(layer.scores < layer.dense_scores for layer in self.layers)
+        if local:
+            headings += ["scores"]
         for heading in headings:
             left = heading in ("layers", "stock, why")
             table.add_column(heading, justify="left" if left else "right")
@@ -131,6 +137,7 @@ class Report:
                 _bytes(sum(layer.held_bytes for layer in group)),
                 self._share(sum(layer.seconds for layer in group)),
                 *(_skipped(group) if skips else ()),
+                *((_scores(group),) if local else ()),
             )
         return table
 
@@ -198,9 +205,9 @@ def _layer(state: LayerState) -> LayerReport:
         mass_of_heads=tuple(heads),
         paths=dict(state.paths),
         dense_bytes=state.dense_bytes,
-        dropped_bytes=state.dropped_bytes,
         scores=state.scores,
         dense_scores=state.dense_scores,
+        dropped_bytes=state.dropped_bytes,
         layer=state.site.layer,
         name=state.site.name,
         mode=", ".join(sorted({*state.row, *(state.prefill.modes if state.prefill else ())})),
@@ -240,20 +247,38 @@ def _alike(layer: LayerReport) -> dict[str, Any]:
         "mass_of_heads",
         *PERCENTILES,
     )
-    skips = bool(layer.dense_bytes or layer.mass_measured)
-    return {k: v for k, v in asdict(layer).items() if k not in (own if skips else own[:3])}
+    own = own if _skips(layer) else own[:3]
+    return {k: v for k, v in asdict(layer).items() if k not in own}
+
+
+def _skips(layer: LayerReport) -> bool:
+    """Whether a layer skipped keys by a policy: decoding, or on all tokens of an encoder."""
+    return bool(layer.dense_bytes or layer.mass_measured)
 
 
 def _skipped(group: Sequence[LayerReport]) -> tuple[str, str, str]:
-    """Share of the dense bytes that was read, and the least and the mean mass, of like layers."""
+    """Share of the dense work that was done, and the least and the mean mass, of like layers.
+
+    The work is the bytes that were read, or else the pairs of query and key that were computed.
+    """
     dense = sum(layer.dense_bytes for layer in group)
-    share = f"{sum(layer.kv_bytes for layer in group) / dense:.1%}" if dense else "-"
+    done = sum(layer.kv_bytes for layer in group)
+    if not dense:
+        dense = sum(layer.dense_scores for layer in group)
+        done = sum(layer.scores for layer in group)
+    share = f"{done / dense:.1%}" if dense else "-"
     measured = [layer for layer in group if layer.mass_min is not None]
     if not measured:
         return share, "-", "-"
     least = min(layer.mass_min or 0.0 for layer in measured)
     mean = sum(layer.mass_mean or 0.0 for layer in measured) / len(measured)
     return share, f"{least:.3f}", f"{mean:.3f}"
+
+
+def _scores(group: Sequence[LayerReport]) -> str:
+    """Share of the query-key pairs that causality allows which long calls computed."""
+    dense = sum(layer.dense_scores for layer in group)
+    return f"{sum(layer.scores for layer in group) / dense:.1%}" if dense else "-"
 
 
 def _bytes(count: float) -> str:

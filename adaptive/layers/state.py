@@ -45,6 +45,9 @@ RECORD = "_adaptive_record"
 STATE = "_adaptive"
 """Key of the LayerState in the ``__dict__`` of each attention module."""
 
+ENCODER = "encoder"
+"""The kind of an attention module of a transformers model whose tokens see both ways."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
@@ -52,7 +55,7 @@ class Site:
 
     Attributes:
         name: Dotted name below the patched model; may be empty for the model itself.
-        kind: "hf", "mha" or "sdpa": how its backend takes hold of it.
+        kind: "hf", ENCODER, "mha" or "sdpa": how its backend takes hold of it.
         layer: Row of the plan, counted from 0 in execution order.
         heads: Query heads.
         kv_heads: Key and value heads; divides ``heads``.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class Verification:
         token_agreement: Share of tokens, over rows and steps, that greedy decoding chose alike.
         tokens: How many tokens that is a share of; 0 for a model without tokens.
         first_disagreement: The first step with a different token, counted from 0; None: none.
+        kind: What was chosen: "greedy tokens", or "largest logits" of an encoder, per token or row.
     """
 
     max_logit_error: float
@@ -40,6 +41,7 @@ class Verification:
     token_agreement: float
     tokens: int
     first_disagreement: int | None
+    kind: str = "greedy tokens"
 
     def __str__(self) -> str:
         """Return the comparison in one line."""
@@ -48,7 +50,7 @@ class Verification:
             return logits
         first = self.first_disagreement
         where = "" if first is None else f", first at step {first}"
-        return f"{self.token_agreement:.1%} of {self.tokens} greedy tokens agree{where}; {logits}"
+        return f"{self.token_agreement:.1%} of {self.tokens} {self.kind} agree{where}; {logits}"
 
 
 def verify(
@@ -85,6 +87,41 @@ def verify(
         tokens=agree.numel(),
         first_disagreement=int(wrong[0]) if len(wrong) else None,
     )
+
+
+def verify_encoder(
+    model: nn.Module,
+    disabled: Callable[[], AbstractContextManager[Any]],
+    inputs: Mapping[str, Any] | Tensor,
+) -> Verification:
+    """Run an encoder once stock, inside ``disabled()``, and once patched; see `Patched.verify`."""
+    given = _arguments(model, inputs)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            with disabled():
+                stock = model(**given)
+            ours = model(**given)
+    finally:
+        model.train(training)
+    mask = given.get("attention_mask")
+    before, after = ([_without_padding(t, mask) for t in _tensors(o)] for o in (stock, ours))
+    found = _outputs_compared(before, after)
+    if "logits" not in stock:
+        return found
+    chosen = [_without_padding(out["logits"], mask).argmax(-1) for out in (stock, ours)]
+    agree = (chosen[0] == chosen[1]).float()
+    return replace(
+        found, token_agreement=float(agree.mean()), tokens=agree.numel(), kind="largest logits"
+    )
+
+
+def _without_padding(output: Tensor, mask: Any) -> Tensor:
+    """Outputs of the tokens that ``mask``, ``[batch, tokens]``, keeps, if it is one per token."""
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or output.shape[:2] != mask.shape:  # noqa: PLR2004
+        return output
+    return output[mask.bool()]
 
 
 def _arguments(model: nn.Module, inputs: Mapping[str, Any] | Tensor) -> dict[str, Any]:

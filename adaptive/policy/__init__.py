@@ -4,6 +4,7 @@ from adaptive.policy._policy import Policy
 from adaptive.policy.alibi import alibi_windows
 from adaptive.policy.block_sparse import BlockSparsePrefill
 from adaptive.policy.exact import Exact
+from adaptive.policy.global_local import GlobalLocalAttention
 from adaptive.policy.local import LocalAttention
 from adaptive.policy.plan import Plan
 from adaptive.policy.quest import Quest
@@ -15,6 +16,7 @@ from adaptive.policy.tidal import TidalDecode
 __all__ = [
     "BlockSparsePrefill",
     "Exact",
+    "GlobalLocalAttention",
     "LocalAttention",
     "ModelShape",
     "Plan",

@@ -21,6 +21,7 @@ REUSE = "reuse"
 PAGES = "pages"
 WINDOW = "window"
 RAZOR = "razor"
+GLOBAL_LOCAL = "global_local"
 LOCAL = "local"
 MODES = {
     DENSE: ("#", "reads every key, native kernel"),
@@ -30,6 +31,7 @@ MODES = {
     PAGES: ("p", "reads the pages of keys whose bounds promise most"),
     WINDOW: ("w", "keeps first and recent tokens, drops the others for good"),
     RAZOR: ("z", "keeps first and recent tokens, and one that stands for all others"),
+    GLOBAL_LOCAL: ("g", "sees near keys and the global tokens, which see all"),
     LOCAL: ("l", "sees first and recent tokens, in the prompt, too; drops the others for good"),
 }
 """Every mode a head can have: the sign that maps print for it, and what it means."""

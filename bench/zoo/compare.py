@@ -25,8 +25,18 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [row for _, row in sorted({row["step"]: row for row in rows}.items())]
 
 
-def summary(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What one run came to, and its curves."""
+def common(logs: list[list[dict[str, Any]]]) -> int:
+    """The largest number of tokens after which every run was evaluated."""
+    evaluated = [{row["tokens"] for row in rows if "bits_per_byte" in row} for rows in logs]
+    shared = set.intersection(*evaluated)
+    if not shared:
+        raise ValueError("bench: every run must be evaluated after the same tokens once, got none")
+    return max(shared)
+
+
+def summary(name: str, rows: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
+    """What one run came to after so many tokens, and its curves."""
+    rows = [row for row in rows if row["tokens"] <= tokens]
     evaluated = [row for row in rows if "bits_per_byte" in row]
     last = rows[-1]
     report = build(name).report()
@@ -37,7 +47,6 @@ def summary(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "kv_bytes_per_token": report.kv_bytes_per_token,
         "tokens": last["tokens"],
         "bits_per_byte": evaluated[-1]["bits_per_byte"],
-        "evaluated_at_tokens": evaluated[-1]["tokens"],
         "cpu_seconds": last["seconds"],
         "tokens_per_cpu_second": round(last["tokens"] / last["seconds"], 1),
         "heldout": [[row["tokens"], row["bits_per_byte"]] for row in evaluated],
@@ -98,7 +107,9 @@ def main() -> None:
     add("--chart", type=Path, default=HERE.parents[1] / "docs" / "img" / "block_transformer.png")
     options = parser.parse_args()
     logs = {name: options.work / f"{name}.jsonl" for name in TITLES}
-    found = [summary(name, read(path)) for name, path in logs.items() if path.exists()]
+    runs = {name: read(path) for name, path in logs.items() if path.exists()}
+    tokens = common(list(runs.values()))
+    found = [summary(name, rows, tokens) for name, rows in runs.items()]
     settings = {**SIZES, "context": CONTEXT, "batch": BATCH}
     options.json.write_text(json.dumps({"settings": settings, "models": found}) + "\n")
     draw(found, options.chart)

@@ -182,6 +182,7 @@ struct LocalShared {
   Reach reach;                // of the block
   Steps steps;
 };
+static_assert(sizeof(LocalShared) % 16 == 0);  // rows of 16 aligned bytes follow
 
 /// Reduces over the lanes of a warp.
 template <class Reduce>

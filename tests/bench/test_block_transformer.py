@@ -78,7 +78,13 @@ def test_the_comparison_takes_what_ran_last(tmp_path):
         {"step": 2, "loss": 5.0, "tokens": 4096, "seconds": 2.0, "bits_per_byte": 2.5},
     ]
     (tmp_path / "block.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    found = compare.summary("block", compare.read(tmp_path / "block.jsonl"))
+    rows = compare.read(tmp_path / "block.jsonl")
+    with pytest.raises(ValueError, match="evaluated after the same tokens"):
+        compare.common([rows, rows[:1]])
+    longer = [*rows, {"step": 3, "loss": 4.0, "tokens": 6144, "seconds": 3.0}]
+    longer[-1]["bits_per_byte"] = 2.0
+    assert compare.common([rows, longer]) == 4096
+    found = compare.summary("block", longer, 4096)
     assert found["training"] == [[2048, 6.0], [4096, 5.0]]
     assert found["bits_per_byte"] == 2.5
     assert found["tokens_per_cpu_second"] == 2048.0

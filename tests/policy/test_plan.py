@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from adaptive.errors import PlanMismatch
 from adaptive.policy import (
     Exact,
+    GlobalLocalAttention,
+    LocalAttention,
     ModelShape,
     Plan,
     Quest,
@@ -20,7 +22,14 @@ from adaptive.policy import (
 from adaptive.policy.plan import MODES
 
 SHAPE = ModelShape(model_type="llama", heads=(4, 4, 8), kv_heads=(2, 2, 4), head_dim=(64,) * 3)
-EVERY_MODE = (TidalDecode(), Quest(), StreamingLLM(), RazorAttention())
+EVERY_MODE = (
+    TidalDecode(),
+    Quest(),
+    StreamingLLM(),
+    RazorAttention(),
+    GlobalLocalAttention(window=8),
+    LocalAttention(window=8),
+)
 """Policies that have no meaning together, but each mode has one."""
 
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 from zoo_models import VOCAB, build, decoded, draw, forced, prompts
 
+from adaptive.zoo import run
+
 
 @pytest.fixture(scope="module", params=["block", "vanilla"])
 def model(request):
@@ -65,6 +67,22 @@ def test_a_padded_batch_is_its_rows_alone(model, lengths):
         assert torch.equal(tokens, alone)
         expected = decoded(model, [row], alone[None])[0]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_prompts_that_run_a_few_rows_at_a_time_are_the_same(model, monkeypatch):
+    rows = prompts([90, 12, 71, 90, 66])
+    expected = model.generate(rows, 5)
+    monkeypatch.setattr(run, "PREFILL_POSITIONS", 200)
+    found = model.generate(rows, 5)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("vocab_size", [2048, 2050, 128])
+def test_the_best_token_is_the_first_of_the_largest(vocab_size):
+    scores = torch.randint(0, 40, (50, vocab_size), generator=torch.Generator().manual_seed(0))
+    scores = scores.float()
+    assert torch.equal(run.best(scores), scores.argmax(-1))
+    assert torch.equal(run.best(-scores), (-scores).argmax(-1))
 
 
 def test_rows_that_finish_leave_and_change_no_other(model):

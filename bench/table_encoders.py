@@ -1,0 +1,63 @@
+"""Tables of encoders: what running them by windows saves, and what a policy costs embeddings."""
+
+from bench.markdown import Document, machine_line, render
+
+
+def encoders_table(document: Document) -> str:
+    """One pass of an encoder: stock, exact, and with GlobalLocalAttention."""
+    rows = []
+    for row in document["rows"]:
+        variants, ratios = row["variants"], row["speedup"]
+        padded = ", a full and a half-empty row" if row["padded"] else ""
+        rows.append(
+            [
+                f"{row['model']}, {row['tokens']} tokens{padded}",
+                f"{variants['stock']['ms']:.0f} ms",
+                f"{variants['exact']['ms']:.0f} ms (error {variants['exact']['error']:.0e})",
+                f"{ratios['exact']:.2f}x",
+                f"{variants['policy']['ms']:.0f} ms",
+                f"{variants['policy']['computed_share']:.1%}",
+                f"{ratios['policy']:.2f}x",
+            ]
+        )
+    first = document["rows"][0]
+    header = ["model", "stock", "**exact**", "ratio", "**policy**", "of all pairs", "ratio"]
+    counts = {row["model"]: row["layers"] for row in document["rows"]}
+    layers = ", ".join(f"{count} of {name}" for name, count in counts.items())
+    return (
+        render(header, rows)
+        + f"\n\nLayers of public shapes ({layers}), random weights, {first['dtype']}, "
+        + f"{first['threads']} thread, median CPU time of a pass; policy: "
+        + f"`GlobalLocalAttention(window={first['window']})`; error: largest difference from stock "
+        + "outputs of tokens that are not padding, over the largest. "
+        + machine_line(document)
+    )
+
+
+def encoders_quality_table(document: Document) -> str:
+    """Embeddings of a trained encoder under the policy, against stock and against cut texts."""
+    rows = []
+    for row in document["quality"]:
+        if row["kind"] == "policy":
+            name = f"window {row['window']}, {row['globals']} global"
+            mass = f"{row['mass_mean']:.2f}"
+        else:
+            name, mass = f"text cut to {row['kept']} tokens, stock attention", "-"
+        rows.append(
+            [
+                name,
+                f"{row['computed_share']:.1%}",
+                mass,
+                f"{row['cosine_mean']:.3f}",
+                f"{row['cosine_min']:.3f}",
+                f"{row['same_neighbour']:.0%}",
+            ]
+        )
+    first = document["quality"][0]
+    header = ["", "of all pairs", "mass kept", "mean cosine", "least cosine", "same nearest text"]
+    return (
+        render(header, rows)
+        + f"\n\n{first['model']}, {first['texts']} texts of {first['tokens']} tokens from the "
+        + "language reference of Python; cosine of each text's embedding with that of stock "
+        + "attention on all tokens, and how often the nearest of the other texts is the same."
+    )
