@@ -188,8 +188,7 @@ def _modes(policy: Policy | Plan) -> set[str]:
     """Modes that skip keys: those of a plan, or those that a policy is for."""
     if isinstance(policy, Plan):
         skips = {mode for row in policy.rows for mode in row} - {DENSE, STOCK}
-        prefill = [chosen for chosen in policy.policies if chosen.prefill_layers(policy)]
-        return skips.union(*(chosen.modes for chosen in prefill))
+        return skips.union(*(p.modes for p in policy.policies if p.prefill_layers(policy)))
     return set(policy.modes)
 
 

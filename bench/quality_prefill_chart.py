@@ -41,14 +41,17 @@ def draw(document: dict[str, Any], path: Path) -> None:
     """Write the chart of a ``bench.quality_prefill`` document to ``path``."""
     rows = document["rows"]
     dense = next(row for row in rows if row["policy"] == "dense")["tasks"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), dpi=160)
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4.2), dpi=130)
     panel(left, rows, "passkey", "accuracy")
     left.axhline(dense["passkey"]["accuracy"], color=INK, linewidth=0.8, linestyle="--")
     left.set_ylim(-0.03, 1.03)
     left.set_ylabel(f"pass key found, of {dense['passkey']['answers']}", color=INK)
-    panel(right, rows, "text", "bits_per_byte")
-    right.axhline(dense["text"]["bits_per_byte"], color=INK, linewidth=0.8, linestyle="--")
-    right.set_ylabel("bits per byte of held-out text", color=INK)
+    panel(middle, rows, "text", "bits_per_byte")
+    middle.axhline(dense["text"]["bits_per_byte"], color=INK, linewidth=0.8, linestyle="--")
+    middle.set_ylabel("bits per byte of held-out text", color=INK)
+    panel(right, rows, "text", "kl_from_dense")
+    right.set_ylim(bottom=0)
+    right.set_ylabel("KL divergence from dense, nats, same text", color=INK)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=9, loc="lower center", ncols=3)
     context = rows[0]["context"]
