@@ -71,11 +71,12 @@ def prompts_table(document: Document) -> str:
             ]
         )
     first = document["rows"][0]
+    layers = f"{first['layers']} layer{'s' * (first['layers'] > 1)}"
     header = ["prompt", "stock", "**patched**", "ratio", "with stock linear layers"]
     header += ["more memory at the peak: stock / patched"]
     return (
         render(header, rows)
-        + f"\n\n{first['layers']} layers of the width of Llama-3.2-1B, random weights, "
+        + f"\n\n{layers} of the width of Llama-3.2-1B, random weights, "
         + f"{first['dtype']}, {first['threads']} CPU threads, median; error: largest difference of "
         + f"the last 64 outputs from {first['error_against']}, over the largest. "
         + machine_line(document)
