@@ -271,9 +271,10 @@ class TestCompile:
         assert (compiled - eager).abs().max() <= 1e-5 * eager.abs().max()
 
     @NEEDS_5
-    def test_with_a_mask_it_refuses(self):
+    @pytest.mark.parametrize("whole", [True, False])
+    def test_with_a_mask_it_refuses(self, whole):
         model, given = make("bert"), inputs("bert", side="right")
         with adaptive.patch(model, GlobalLocalAttention(window=3)), torch.no_grad():
             torch._dynamo.reset()
             with pytest.raises(Exception, match="with an attention mask cannot run under"):
-                torch.compile(model, backend="aot_eager", fullgraph=True)(**given)
+                torch.compile(model, backend="aot_eager", fullgraph=whole)(**given)

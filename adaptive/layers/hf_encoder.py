@@ -76,7 +76,8 @@ def before_forward(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     config: Any = base.config
     wanted = kwargs.get("output_attentions")
     record.want_weights = bool(config.output_attentions if wanted is None else wanted)
-    if not torch.compiler.is_compiling():
+    record.in_graph = torch.compiler.is_compiling()
+    if not record.in_graph:
         record.forward_start = perf_counter()
 
 

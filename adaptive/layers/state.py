@@ -9,8 +9,7 @@ package that exports two functions::
 
     def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None
         # Makes the changes, each through record.log.set(root, name, key, value) or
-        # record.log.hook(root, name, table, function), so that each can be undone by name and a
-        # failure at any step leaves the model as it was.
+        # record.log.hook(root, name, table, function): undone by name, and if a later one fails.
 
 `adaptive.patch` asks `hf_model` for a model of transformers (its survey is also told what the
 family says) and `torch_attention` for any other module. It puts a LayerState into
@@ -126,6 +125,7 @@ class PatchRecord:
         selection: What the last select layer of the pass now running chose; None: nothing yet.
         correct_every: Sparsely decoded tokens after which they are corrected; None: never.
         sparse: False while a pass must read every key, as a correction does.
+        in_graph: Whether torch.compile is at work on the pass now running, if not on every call.
         eager_only: What of the plan needs more than a compiled graph can do; "" if nothing.
     """
 
@@ -143,6 +143,7 @@ class PatchRecord:
     timed: bool = True
     forward_start: float = 0.0
     want_weights: bool = False
+    in_graph: bool = False
     native_start: dict[str, int] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
     selection: Any = None
@@ -167,7 +168,7 @@ class PatchRecord:
 
     def refuse_compiling(self) -> None:
         """Raise if torch.compile is at work and the plan needs more than a graph can do."""
-        if self.eager_only and torch.compiler.is_compiling():
+        if self.eager_only and (self.in_graph or torch.compiler.is_compiling()):
             raise NotImplementedError(f"adaptive: {self.eager_only} cannot run under torch.compile")
 
     def reset(self, native_calls: dict[str, int]) -> None:

@@ -130,7 +130,7 @@ class BlockSparsePrefill(Policy):
             if why:
                 raise refused(self, "layers", f"leave out a layer: {why}", layer)
         if not self.prefill_layers(table):
-            rule = "have a layer that may skip keys, and the model has none"
+            rule = "find one that may skip keys; the model, Exact or LocalAttention leaves none"
             raise refused(self, "layers", rule, self.layers)
         return table
 

@@ -87,7 +87,7 @@ class LocalAttention(Policy):
             rule = f"name the layers that {type(others[0]).__name__} shall leave to it"
             raise refused(self, "layers", rule, None)
         field = "layers" if self.heads is None else "heads"
-        chosen = self._chosen(table)
+        chosen, before = self._chosen(table), table
         for layer in chosen:
             why = _why_not(table, layer)
             if why:
@@ -99,6 +99,7 @@ class LocalAttention(Policy):
             row = table.rows[layer]
             row = tuple(LOCAL if head in heads else old for head, old in enumerate(row))
             table = table.with_row(layer, row)
+        _refuse_to_replace(self, field, before, table)
         return table
 
     def _chosen(self, table: Plan) -> dict[int, set[int]]:
@@ -108,6 +109,16 @@ class LocalAttention(Policy):
             return {at: {head for layer, head in self.heads if layer == at} for at in layers}
         free = free_layers(table, ()) if self.layers is None else self.layers
         return {layer: set(range(table.shape.kv_heads[layer])) for layer in free}
+
+
+def _refuse_to_replace(policy: LocalAttention, field: str, before: Plan, after: Plan) -> None:
+    """Raise if an earlier policy for prompts loses a layer that it names, or its last one."""
+    for earlier in before.policies:
+        had, left = earlier.prefill_layers(before), earlier.prefill_layers(after)
+        lost = sorted(set(had) - set(left))
+        if lost and (not left or getattr(earlier, "layers", None) is not None):
+            rule = f"leave out a layer: {type(earlier).__name__} reads blocks of its prompts"
+            raise refused(policy, field, rule, lost[0])
 
 
 def _why_not(table: Plan, layer: int) -> str | None:

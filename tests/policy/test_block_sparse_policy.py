@@ -192,7 +192,7 @@ def test_layers_with_local_heads_are_left_to_those():
             (),
             "layers must leave out a layer: Exact leaves that layer",
         ),
-        ([BlockSparsePrefill()], (9,) * 6, "layers must have a layer that may skip keys"),
+        ([BlockSparsePrefill()], (9,) * 6, "layers must find one that may skip keys"),
         (
             [BlockSparsePrefill(), BlockSparsePrefill(budget=0.5)],
             (),

@@ -5,7 +5,15 @@ import json
 import pytest
 from test_compose import razor, shape, tidal
 
-from adaptive.policy import Exact, LocalAttention, Plan, Policy, Quest, StreamingLLM
+from adaptive.policy import (
+    BlockSparsePrefill,
+    Exact,
+    LocalAttention,
+    Plan,
+    Policy,
+    Quest,
+    StreamingLLM,
+)
 
 
 def signs(policies, of=None):
@@ -87,6 +95,15 @@ CLASHES = [
     ([local(layers=(2,)), tidal()], "leave out a layer: LocalAttention drops its keys, got 2"),
     ([local(layers=(2,)), StreamingLLM(layers=(2,))], "LocalAttention gives its heads another"),
     ([tidal(correct_every=8), local(layers=(5,))], "correct_every must be None together with"),
+    ([BlockSparsePrefill(), local()], "BlockSparsePrefill reads blocks of its prompts, got 0"),
+    (
+        [BlockSparsePrefill(layers=(1, 2)), local(heads=((2, 0),))],
+        "reads blocks of its pro.* got 2",
+    ),
+    (
+        [local(), BlockSparsePrefill()],
+        "layers must find one .* Exact or LocalAttention leaves none",
+    ),
     ([Exact(stock_layers=(1,)), local(layers=(1,))], "Exact leaves that layer to the model's own"),
 ]
 
