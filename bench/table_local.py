@@ -44,7 +44,7 @@ def local_ops_table(document: Document) -> str:
         "**adaptive**",
         "best PyTorch loop",
         "ratio",
-        "as fast as others",
+        "times the speed of",
     ]
     return (
         render(header, rows)
