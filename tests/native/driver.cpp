@@ -1,6 +1,5 @@
-// Runs local_attention (local_driver.cpp) and decode_attention on random inputs, the latter against
-// its own float64 attention. Buffers end exactly at the last element that an input may have, so
-// that a sanitizer sees any read beyond.
+// Runs decode_attention on random inputs against its own float64 attention. Buffers end exactly at
+// the last element that an input may have, so that a sanitizer sees any read beyond.
 
 #include <cmath>
 #include <cstdint>
@@ -126,8 +125,6 @@ int run(Random& random, uint64_t seed) {
 
 }  // namespace
 
-int run_local(uint64_t seed);
-
 // Arguments: the first seed, and the number of inputs for each level of this CPU.
 int main(int count, char** words) {
   if (count != 3) return 2;
@@ -140,7 +137,6 @@ int main(int count, char** words) {
     for (uint64_t seed = first; seed < first + inputs; ++seed) {
       Random random(seed);
       wrong += run(random, seed);
-      if (seed % 3 == 0) wrong += run_local(seed);
     }
   }
   std::printf("%llu inputs on %d levels, %d wrong rows\n", (unsigned long long)inputs, best + 1,

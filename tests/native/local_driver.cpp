@@ -178,10 +178,8 @@ bool right(const Call& call, int64_t b, int64_t h, int64_t t) {
   return good && (total > 0 ? std::fabs(made - expected) < 1e-4 : made == expected);
 }
 
-}  // namespace
-
-/// Runs the input of one seed; returns the number of wrong rows.
-int run_local(uint64_t seed) {
+// Runs the input of one seed; returns the number of wrong rows.
+int run(uint64_t seed) {
   Random random(seed);
   Call call;
   draw(random, call);
@@ -194,4 +192,22 @@ int run_local(uint64_t seed) {
   }
   if (wrong > 0) std::printf("local, seed %llu: %d wrong\n", (unsigned long long)seed, wrong);
   return wrong;
+}
+
+}  // namespace
+
+// Arguments: the first seed, and the number of inputs for each level of this CPU.
+int main(int count, char** words) {
+  if (count != 3) return 2;
+  const uint64_t first = std::strtoull(words[1], nullptr, 10);
+  const uint64_t inputs = std::strtoull(words[2], nullptr, 10);
+  int wrong = 0;
+  const int best = static_cast<int>(adaptive::cpu::best_level());
+  for (int level = 0; level <= best; ++level) {
+    adaptive::cpu::set_level(static_cast<adaptive::cpu::Level>(level));
+    for (uint64_t seed = first; seed < first + inputs; ++seed) wrong += run(seed);
+  }
+  std::printf("%llu inputs on %d levels, %d wrong rows\n", (unsigned long long)inputs, best + 1,
+              wrong);
+  return wrong == 0 ? 0 : 1;
 }

@@ -16,33 +16,41 @@ FLAGS = ["-std=c++20", "-O1", "-g1", "-fopenmp", f"-I{ROOT / 'csrc'}"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 
+INPUTS = {"driver": 1000, "local_driver": 300}
+"""Programs that feed the kernels, and on how many random inputs."""
+
+
 @pytest.fixture(scope="module")
-def driver(tmp_path_factory):
+def drivers(tmp_path_factory):
+    """The programs by name."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
     objects = tmp_path_factory.mktemp("sanitized")
-    # The driver's own arithmetic need not be watched: its buffers are, all the same.
-    outputs, running = [], []
-    for source in sorted((ROOT / "tests/native").glob("*.cpp")):
-        outputs.append(objects / f"{source.stem}.o")
-        running.append(subprocess.Popen(["g++", *FLAGS, "-c", source, "-o", outputs[-1]]))
+    kernels, running = [], []
+    # The drivers' own arithmetic need not be watched: their buffers are, all the same.
+    for name in INPUTS:
+        source, output = ROOT / f"tests/native/{name}.cpp", objects / f"{name}.o"
+        running.append(subprocess.Popen(["g++", *FLAGS, "-c", source, "-o", output]))
     for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
         isa = next((flags for end, flags in ISA.items() if source.stem.endswith(end)), [])
         if isa and platform.machine() != "x86_64":
             continue
-        outputs.append(objects / f"{source.stem}.o")
-        command = ["g++", *FLAGS, *SANITIZERS, *isa, "-c", source, "-o", outputs[-1]]
+        kernels.append(objects / f"{source.stem}.o")
+        command = ["g++", *FLAGS, *SANITIZERS, *isa, "-c", source, "-o", kernels[-1]]
         running.append(subprocess.Popen(command))
     assert [process.wait() for process in running] == [0] * len(running)
-    program = objects / "driver"
-    subprocess.run(["g++", "-fopenmp", *SANITIZERS, *outputs, "-o", program], check=True)
-    return program
+    programs = {name: objects / name for name in INPUTS}
+    for name, program in programs.items():
+        own = objects / f"{name}.o"
+        subprocess.run(["g++", "-fopenmp", *SANITIZERS, own, *kernels, "-o", program], check=True)
+    return programs
 
 
 @pytest.mark.slow
-def test_random_inputs_are_right_and_clean(driver):
+@pytest.mark.parametrize("name", INPUTS)
+def test_random_inputs_are_right_and_clean(drivers, name):
     done = subprocess.run(
-        [driver, "1", "1000"],
+        [drivers[name], "1", str(INPUTS[name])],
         env={"ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"},
         capture_output=True,
         text=True,

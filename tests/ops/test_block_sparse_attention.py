@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from local_cases import DTYPES, attend, blank_unseen, close, qkv
+from window_cases import DTYPES, attend, blank_unseen, close, qkv
 
 import adaptive
 from adaptive import _native

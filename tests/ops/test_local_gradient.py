@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from local_cases import DTYPES, attend, qkv
 from torch.autograd import Function, gradcheck
+from window_cases import DTYPES, attend, qkv
 
 from adaptive.ops import _local_gradient, block_sparse_attention, local_attention
 from adaptive.ops.local_attention import reference_mask
