@@ -1,6 +1,6 @@
 """Draws what bench.quality measured: quality over the share of keys and values read, as a PNG."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +21,37 @@ LINES = {
 }
 
 
-def panel(axes: Any, rows: Sequence[dict[str, Any]], task: str, value: str) -> None:
-    """One line per policy, one point per budget."""
-    for policy, (colour, marker) in LINES.items():
+def curves(
+    axes: Any,
+    rows: Sequence[dict[str, Any]],
+    lines: Mapping[str, tuple[str, str]],
+    share: str,
+    task: str,
+    value: str,
+) -> None:
+    """One line for each policy in ``lines``, over the field ``share`` of its rows."""
+    for policy, (colour, marker) in lines.items():
         points = sorted(
-            (row["kv_read_share"], row["tasks"][task][value])
+            (row[share], row["tasks"][task][value])
             for row in rows
             if row["policy"] == policy and task in row["tasks"]
         )
         if points:
             x, y = zip(*points, strict=True)
             axes.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.8, label=policy)
+    axes.grid(color=FAINT)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def panel(axes: Any, rows: Sequence[dict[str, Any]], task: str, value: str) -> None:
+    """One line per policy, one point per budget."""
+    curves(axes, rows, LINES, "kv_read_share", task, value)
     axes.set_xscale("log")
     axes.set_xticks([0.01, 0.03, 0.1, 0.3, 1.0], ["1 %", "3 %", "10 %", "30 %", "100 %"])
     axes.set_xlim(0.008, 1.1)
     axes.minorticks_off()
     axes.set_xlabel("keys and values read per token, of dense", color=INK)
-    axes.grid(color=FAINT)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
 
 
 def draw(document: dict[str, Any], path: Path) -> None:

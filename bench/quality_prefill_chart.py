@@ -9,7 +9,8 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-from bench.chart import FAINT, INK
+from bench.chart import INK
+from bench.quality_chart import curves
 
 LINES = {
     "selected": ("#1d4ed8", "o"),
@@ -20,21 +21,10 @@ LINES = {
 
 def panel(axes: Any, rows: Sequence[dict[str, Any]], task: str, value: str) -> None:
     """One line per pattern, one point per choice of how much."""
-    for pattern, (colour, marker) in LINES.items():
-        points = sorted(
-            (row["scores_share"], row["tasks"][task][value])
-            for row in rows
-            if row["policy"] == pattern and task in row["tasks"]
-        )
-        if points:
-            x, y = zip(*points, strict=True)
-            axes.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.8, label=pattern)
+    curves(axes, rows, LINES, "scores_share", task, value)
     axes.set_xlim(0, 1.02)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25 %", "50 %", "75 %", "100 %"])
     axes.set_xlabel("scores computed, of causal attention", color=INK)
-    axes.grid(color=FAINT)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
 
 
 def draw(document: dict[str, Any], path: Path) -> None:
