@@ -11,7 +11,7 @@ from torch.nn import functional
 from adaptive.adapters import family_for
 from adaptive.train import curriculum_mask, dropout_probabilities, early_exit, exit_weights
 from adaptive.train._batch import read_batch
-from adaptive.train._exits import held
+from adaptive.train._exits import _rows, held
 
 CASES = ["llama", "gpt2", "gpt_neox", "gemma2", "granite"]
 LAYERS = 4
@@ -150,13 +150,41 @@ def test_a_dropped_row_passes_the_layer_by_and_is_not_computed(case, kept):
         assert not torch.equal(full[2], full[1])
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_as_many_rows_as_tokens_are_not_mixed_up(case):
+    """Positions, masks and rotary angles then have an axis as long as the batch."""
+    model = tiny(case)
+    batch = padded(5, 5, side="left")
+    batch["attention_mask"][:, -2:] = 1
+    read = read_batch(batch, torch.device("cpu"))
+    with held(model, family_for(model)) as exits, torch.no_grad():
+        full = exits._run(read, [None] * LAYERS, range(LAYERS))
+        rows = [torch.tensor([0, 4])] + [None] * (LAYERS - 1)
+        some = exits._run(read, rows, range(LAYERS))
+    torch.testing.assert_close(some[0][[0, 4]], full[0][[0, 4]], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(some[3][[0, 4]], full[3][[0, 4]], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(some[0][1:4], full[0][1:4], rtol=1e-4, atol=1e-5)
+
+
+def test_only_what_has_an_axis_of_the_batch_is_cut():
+    """Positions in a cache are ``[tokens]``: of no row, even where there are as many."""
+    whole, row, shared = torch.arange(3), torch.randn(3, 2), torch.randn(1, 3)
+    kept = torch.tensor([0, 2])
+    cut = _rows({"a": (whole, row), "b": [shared, None], "c": "text"}, kept, 3)
+    assert cut["a"][0] is whole
+    assert torch.equal(cut["a"][1], row[[0, 2]])
+    assert cut["b"][0] is shared
+    assert cut["b"][1] is None
+    assert cut["c"] == "text"
+
+
 def test_gradients_with_dropped_rows_are_those_of_a_mask():
-    """Layer 3 is dropped for rows 0 and 2, layer 1 for all: the same as mixing with 0 and 1."""
+    """Layer 3 is dropped for rows 0 and 2, layer 2 for all: the same as mixing with 0 and 1."""
     model = tiny("llama")
     read = read_batch(token_ids(3, 10), torch.device("cpu"))
     weights = exit_weights([True] * LAYERS, 0.5)
     layers = layers_of(model)
-    keep = {1: torch.zeros(3, 1, 1), 3: torch.tensor([0.0, 1.0, 0.0]).view(3, 1, 1)}
+    keep = {2: torch.zeros(3, 1, 1), 3: torch.tensor([0.0, 1.0, 0.0]).view(3, 1, 1)}
 
     def mix(mask):
         return lambda _, args, out: args[0] + mask * (out - args[0])
@@ -171,10 +199,10 @@ def test_gradients_with_dropped_rows_are_those_of_a_mask():
     model.zero_grad()
     with held(model, family_for(model)) as exits:
         exits.losses(read)
-        rows = [None, torch.tensor([], dtype=torch.int64), None, torch.tensor([1])]
+        rows = [None, None, torch.tensor([], dtype=torch.int64), torch.tensor([1])]
         exits.gradients(read, weights, rows)
     ours = gradients(model)
-    assert not any(".layers.1." in name for name in ours)
+    assert not any(".layers.2." in name for name in ours)
     assert ours.keys() == plain.keys()
     for name in plain:
         torch.testing.assert_close(ours[name], plain[name], rtol=2e-4, atol=2e-6, msg=name)

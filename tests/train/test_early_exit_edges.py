@@ -1,4 +1,4 @@
-"""What early_exit() refuses, what errors leave behind, and that its models learn to exit."""
+"""What early_exit() refuses, and what it leaves behind after errors: nothing."""
 
 import copy
 import itertools
@@ -258,44 +258,12 @@ def test_only_adapters_learn_inside_peft():
 
 def test_autocast_sees_the_new_weights_of_every_step():
     """The casts that autocast keeps would be those of step 0 for ever."""
-    model = tiny()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = early_exit(model, [token_ids()] * 20, steps=20, learning_rate=3e-3)
-    assert result.exit_losses_after[-1] < result.exit_losses_before[-1] / 2
 
+    def losses(cache):
+        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=cache):
+            options = {"learning_rate": 3e-3, "layer_dropout": 0}
+            return early_exit(tiny(), [token_ids()] * 20, steps=20, **options).losses
 
-@pytest.fixture(scope="module")
-def learn():
-    """Train 60 steps to repeat three tokens; deep layers write louder, as in large models.
-
-    With layers of the same size, plain training teaches the exits, too.
-    """
-    known = {}
-
-    def run(exit_scale, curriculum):
-        if (exit_scale, curriculum) not in known:
-            rng = torch.Generator().manual_seed(0)
-            batches = [torch.randint(2, 18, (8, 3), generator=rng).repeat(1, 8) for _ in range(60)]
-            model = tiny(hidden_size=64, head_dim=16)
-            with torch.no_grad():
-                for index, layer in enumerate(model.model.layers):
-                    layer.self_attn.o_proj.weight.mul_(5**index)
-                    layer.mlp.down_proj.weight.mul_(5**index)
-            torch.manual_seed(0)
-            known[exit_scale, curriculum] = early_exit(
-                model, batches, steps=60, exit_scale=exit_scale, curriculum=curriculum,
-                rotation=2, learning_rate=1e-3,
-            )  # fmt: skip
-        return known[exit_scale, curriculum]
-
-    return run
-
-
-@pytest.mark.parametrize("curriculum", ["rotational", "gradual", None])
-def test_exits_learn_what_plain_training_does_not_teach_them(learn, curriculum):
-    """The exit in the middle falls twice as far, and the whole model is as good."""
-    plain, ours = learn(0.0, None), learn(1.0, curriculum)
-    fall = [run.exit_losses_before[1] - run.exit_losses_after[1] for run in (plain, ours)]
-    assert fall[1] > 2 * fall[0]
-    assert fall[1] > 1.5
-    assert ours.exit_losses_after[-1] < 1.1 * plain.exit_losses_after[-1] < 3
+    with_cache, without = losses(True), losses(False)
+    assert with_cache == pytest.approx(without, rel=0.05)
+    assert with_cache[-1] < with_cache[0] / 2
