@@ -4,6 +4,7 @@ Run it: python examples/train_early_exit.py
 """
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ with tempfile.TemporaryDirectory() as folder:
 learn, held_out = text[:-640], text[-640:].view(10, 64)
 
 
-def batches(rows=16, tokens=64):
+def batches(rows: int = 16, tokens: int = 64) -> Iterator[torch.Tensor]:
     """Pieces of the text from anywhere, for ever."""
     while True:
         starts = torch.randint(len(learn) - tokens, (rows, 1))
