@@ -6,7 +6,7 @@
 
 import torch  # noqa: F401  (first: its OpenMP runtime is the one that the kernels share)
 
-from adaptive import _native, zoo
+from adaptive import _native, train, zoo
 from adaptive.adapters import EncoderFamily, Family, register_family
 from adaptive.calibrate import calibrate
 from adaptive.cpu_level import cpu_level, set_cpu_level
@@ -67,5 +67,6 @@ __all__ = [
     "register_attention",
     "register_family",
     "set_cpu_level",
+    "train",
     "zoo",
 ]

@@ -1,26 +1,22 @@
-"""Runs a model on prompts for calibration: what it is fed, who watches, and the progress bar."""
+"""Runs a model on prompts for calibration: what it is fed, and who watches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from time import perf_counter
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from adaptive.calibrate_heads import HeadScores
 from adaptive.calibrate_layers import Similarity
 from adaptive.layers.state import Survey
+from adaptive.progress import ProgressBar
 
 COPIES = 4
 """How often the tokens of a random prompt are repeated."""
 
 LEAST_TOKENS = 32
-SHOW_AFTER_SECONDS = 2.0
 
 _AXES = 2
 
@@ -102,7 +98,10 @@ def run(root: nn.Module, survey: Survey, runs: Sequence[Run], progress: bool) ->
     from adaptive.layers.hf_watch import watching
 
     device = root.get_input_embeddings().weight.device  # type: ignore[operator]
-    with _Bar(len(runs) * len(survey.sites), progress) as bar, torch.no_grad():
+    with (
+        ProgressBar("calibrating", len(runs) * len(survey.sites), progress) as bar,
+        torch.no_grad(),
+    ):
         watcher = _Watcher(bar)
         with watching(root, survey, watcher) as base:
             for one in runs:
@@ -117,7 +116,7 @@ class _Watcher:
 
     run: Run
 
-    def __init__(self, bar: _Bar) -> None:
+    def __init__(self, bar: ProgressBar) -> None:
         self._bar = bar
 
     def attention(
@@ -131,39 +130,3 @@ class _Watcher:
         if self.run.similarity is not None:
             self.run.similarity.hidden(layer, before[0], after[0])
         self._bar.step()
-
-
-class _Bar:
-    """A progress bar on a terminal that appears when the work takes long."""
-
-    def __init__(self, total: int, wanted: bool) -> None:
-        self._console = Console(stderr=True)
-        self._wanted = wanted and self._console.is_terminal
-        self._total, self._done = total, 0
-        self._start = perf_counter()
-        self._progress: Progress | None = None
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-
-    def step(self) -> None:
-        """Count one layer, and show it if it is time."""
-        self._done += 1
-        if self._progress is None and self._wanted:
-            if perf_counter() - self._start < SHOW_AFTER_SECONDS:
-                return
-            columns = (TextColumn("calibrating"), BarColumn(), TimeRemainingColumn())
-            self._progress = Progress(*columns, console=self._console, transient=True)
-            self._progress.start()
-            self._progress.add_task("", total=self._total)
-        if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], completed=self._done)

@@ -270,8 +270,8 @@ def test_models_that_cannot_be_calibrated_are_refused(model):
 )
 def test_a_bar_shows_when_it_takes_long(model, monkeypatch, capsys, terminal, wanted, after, shown):
     console = functools.partial(Console, force_terminal=terminal)
-    monkeypatch.setattr("adaptive.calibrate_run.Console", console)
-    monkeypatch.setattr("adaptive.calibrate_run.SHOW_AFTER_SECONDS", after)
+    monkeypatch.setattr("adaptive.progress.Console", console)
+    monkeypatch.setattr("adaptive.progress.SHOW_AFTER_SECONDS", after)
     adaptive.calibrate(model, BOTH, tokens=65, progress=wanted)
     err = capsys.readouterr().err
     assert ("calibrating" in err) == shown

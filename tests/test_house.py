@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "calibrate_run": {"calibrate_heads", "calibrate_layers", "layers"},
     "calibrate_heads": {"ops", "policy"},
     "calibrate_layers": {"ops", "policy"},
+    "train": {"adapters", "layers", "policy"},
     "patched": {"adapters", "layers", "policy"},
     "zoo": {"layers", "ops"},  # models of our own: they need no patch, and so no policy or adapter
     "layers": {"policy", "ops"},
@@ -31,7 +32,7 @@ MAY_IMPORT = {
     "ops": set(),
 }
 """Which parts of the package a part may use. The command line and the root may use all of it."""
-SHARED = {"_native", "errors", "cpu_level"}
+SHARED = {"_native", "errors", "cpu_level", "progress"}
 """Leaves that every part may use: they import nothing of the package but each other."""
 OUTERMOST = {"cli", "demo", "__main__"}
 """Nothing but these may import these."""
