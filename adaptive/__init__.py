@@ -30,6 +30,7 @@ from adaptive.policy import (
     Policy,
     Quest,
     RazorAttention,
+    SelfSpeculative,
     StreamingLLM,
     TidalDecode,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "Policy",
     "Quest",
     "RazorAttention",
+    "SelfSpeculative",
     "StreamingLLM",
     "Support",
     "TidalDecode",

@@ -167,6 +167,7 @@ def examine(
     else:
         try:
             problems = _plan_problems(survey, {m for p in policies for m in _modes(p)})
+            problems += _generation_problems(root, survey, policies)
             plan = _plan(root, survey.shape, policies) if not problems else None
         except ValueError as misfit:  # a PlanMismatch, or a policy's own
             plan, error = misfit, type(misfit)
@@ -213,6 +214,25 @@ def _plan_problems(survey: Survey, modes: set[str]) -> list[str]:
     return []
 
 
+def _generation_problems(
+    root: nn.Module, survey: Survey, policies: Sequence[Policy | Plan]
+) -> list[str]:
+    """Why the model cannot generate as the policies say."""
+    found = []
+    every = [p for each in policies for p in (each.policies if isinstance(each, Plan) else (each,))]
+    for policy in every:
+        if not policy.generates:
+            continue
+        name = type(policy).__name__
+        if not survey.layers:
+            found.append(f"{name} does not fit: it needs a decoder of transformers")
+        elif not survey.base or not hasattr(root, "generate"):
+            found.append(f"{name} needs a model that generates (...ForCausalLM), not a bare one")
+        elif getattr(policy, "skip", None) and len(survey.mlps) != len(survey.layers):
+            found.append(f"{name}.skip does not fit: some layers have no MLP that is known")
+    return found
+
+
 def _is_encoder(survey: Survey) -> bool:
     return any(site.kind == ENCODER for site in survey.sites)
 
@@ -255,13 +275,17 @@ def _survey(root: nn.Module) -> Survey:
     except UnknownFamily as error:
         return replace(_nothing(root, str(error).removeprefix("adaptive: ")), known=False)
     survey = hf_encoder.survey if isinstance(family, EncoderFamily) else hf_model.survey
-    return survey(
+    found = survey(
         root,
         family.name,
         family.base_name(root),
         family.attention_names(root),
         family.problems(root),
     )
+    if isinstance(family, EncoderFamily) or found.problems:
+        return found
+    layers, mlps = family.layer_names(root), family.mlp_names(root)
+    return replace(found, layers=tuple(layers), mlps=tuple(mlps))
 
 
 def _nothing(root: nn.Module, problem: str) -> Survey:

@@ -37,6 +37,8 @@ class Family:
         attention: The attention module, from a layer.
         norm: The norm before the head, from the base.
         head: The output projection, from the model; "a|b" where versions of transformers differ.
+        mlp: The feed-forward module, from a layer; "a|b" as in ``head``. What it returns is added
+            to the hidden states.
         unsupported: Settings that patch() must refuse: (field of the config, value, reason).
     """
 
@@ -47,12 +49,14 @@ class Family:
     attention: str = "self_attn"
     norm: str = "norm"
     head: str = "lm_head"
+    mlp: str = "mlp"
     unsupported: tuple[tuple[str, object, str], ...] = ()
 
     def __post_init__(self) -> None:
-        for field in ("name", "base", "layers", "attention", "norm", "head"):
+        for field in ("name", "base", "layers", "attention", "norm", "head", "mlp"):
             path = getattr(self, field)
-            names = path.split("|") if field == "head" and isinstance(path, str) else [path]
+            several = field in ("head", "mlp") and isinstance(path, str)
+            names = path.split("|") if several else [path]
             if not all(isinstance(name, str) and _PATH.fullmatch(name) for name in names):
                 raise ValueError(f"Family: {field} must be a dotted path, got {path!r}")
         types = self.model_types
@@ -80,6 +84,20 @@ class Family:
             f"{root}.{index}.{self.attention}"
             for index, layer in enumerate(self._layers(model))
             if _find(layer, self.attention) is not None
+        ]
+
+    def layer_names(self, model: nn.Module) -> list[str]:
+        """Dotted names of the layers below ``model``, in execution order."""
+        root = self.layers_name(model)
+        return [f"{root}.{index}" for index in range(len(self._layers(model)))]
+
+    def mlp_names(self, model: nn.Module) -> list[str]:
+        """Dotted names of the layers' feed-forward modules; of those layers that have one."""
+        return [
+            f"{name}.{path}"
+            for name in self.layer_names(model)
+            for path in self.mlp.split("|")
+            if _find(model.get_submodule(name), path) is not None
         ]
 
     def problems(self, model: nn.Module) -> list[str]:

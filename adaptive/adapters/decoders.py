@@ -10,7 +10,6 @@ for _name in (
     "granite",
     "llama",
     "mistral",
-    "mixtral",
     "olmo",
     "olmo2",
     "phi3",
@@ -20,6 +19,8 @@ for _name in (
     "smollm3",
 ):
     register_family(Family(name=_name, model_types=(_name,)))
+
+register_family(Family(name="mixtral", model_types=("mixtral",), mlp="mlp|block_sparse_moe"))
 
 register_family(
     Family(

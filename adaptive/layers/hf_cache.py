@@ -166,6 +166,11 @@ class AdaptiveCacheLayer(CacheLayerMixin):
         else:
             self._graph = self._graph[0][..., :kept, :], self._graph[1][..., :kept, :]
 
+    def drop_last(self, tokens: int) -> None:
+        """Remove the last ``tokens`` tokens, whatever `crop` means in this version."""
+        if tokens:
+            self.crop(-tokens)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace row b of the batch by row ``beam_idx[b]``, as beam search does."""
         if self._graph is None:

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from adaptive.layers import hf_adopt, hf_attention
+from adaptive.layers import hf_adopt, hf_attention, hf_generate
 from adaptive.layers.correction import correct, note_pass
 from adaptive.layers.hf_config import ask_for
 from adaptive.layers.hf_windows import own_windows
@@ -120,6 +120,7 @@ def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
     record.log.set(root, survey.base, FORWARD, record)
     record.log.hook(root, survey.base, "_forward_pre_hooks", before_forward)
     record.log.hook(root, survey.base, "_forward_hooks", after_forward)
+    hf_generate.install(root, survey, record)
 
 
 def refuse_continuous_batching(*_: object, **__: object) -> NoReturn:

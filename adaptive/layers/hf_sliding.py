@@ -174,6 +174,16 @@ class AdaptiveSlidingLayer(AdaptiveCacheLayer):
         if self._graph is None:
             self._compact(self._past)
 
+    def drop_last(self, tokens: int) -> None:
+        """Remove the last ``tokens`` tokens, at most those seen since the past is recorded.
+
+        What has left the window by then is dropped, as after any update.
+        """
+        assert self.record_past or tokens == 0
+        self.store.crop(self.store.length - tokens)
+        self.cumulative_length -= tokens
+        self._compact(self._past)
+
     def reset(self) -> None:
         """Forget everything and free the storage."""
         super().reset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from adaptive.layers.speculation_log import SpeculationLog
 from adaptive.layers.state import LayerState, PatchRecord
 
 WIDTH = 100
@@ -82,6 +84,7 @@ class Report:
         native_calls: Calls of each native kernel in this process meanwhile, counted by the native
             module itself: the proof that they ran.
         notes: What else happened, and how often.
+        speculation: What self-speculation did; None without it.
     """
 
     model: str
@@ -94,10 +97,13 @@ class Report:
     forward_seconds: float | None
     native_calls: dict[str, int]
     notes: dict[str, int]
+    speculation: SpeculationLog | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
         values = asdict(self)
+        if self.speculation is not None:
+            values["speculation"] = self.speculation.to_dict()
         return {**values, "policies": list(self.policies), "layers": list(values["layers"])}
 
     def __str__(self) -> str:
@@ -163,6 +169,8 @@ class Report:
         if dense:
             computed = sum(layer.scores for layer in self.layers)
             lines.append(f"scores computed in long native calls: {computed / dense:.1%} of dense")
+        if self.speculation is not None:
+            lines.append(str(self.speculation))
         lines += [f"{count} x {note}" for note, count in self.notes.items()]
         return "\n".join(lines)
 
@@ -189,6 +197,7 @@ def report(model: str, record: PatchRecord, native_calls: dict[str, int]) -> Rep
             n: c - start.get(n, 0) for n, c in native_calls.items() if c > start.get(n, 0)
         },
         notes=dict(record.notes),
+        speculation=copy.deepcopy(record.speculation),
     )
 
 

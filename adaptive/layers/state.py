@@ -36,6 +36,7 @@ import torch
 
 from adaptive.layers.certificate import MassLog, ReadLog
 from adaptive.layers.changes import ChangeLog
+from adaptive.layers.speculation_log import SpeculationLog
 from adaptive.policy import ModelShape, Plan, Policy
 
 RECORD = "_adaptive_record"
@@ -83,6 +84,8 @@ class Survey:
         advice: What the user can do about the problems.
         base: Name of the module whose forward is the whole pass, for the time share.
         extra: What the backend wants to hand from survey to install.
+        layers: Names of the modules that hold a layer each, in execution order.
+        mlps: Names of the layers' feed-forward modules; fewer if some layers have none.
     """
 
     family: str
@@ -94,6 +97,8 @@ class Survey:
     advice: tuple[str, ...] = ()
     base: str = ""
     extra: Any = None
+    layers: tuple[str, ...] = ()
+    mlps: tuple[str, ...] = ()
 
 
 @dataclass
@@ -127,9 +132,17 @@ class PatchRecord:
         sparse: False while a pass must read every key, as a correction does.
         in_graph: Whether torch.compile is at work on the pass now running, if not on every call.
         eager_only: What of the plan needs more than a compiled graph can do; "" if nothing.
+        depth: Which layers the pass now running runs; None where no policy needs that.
+        speculation: What self-speculation did; None without it.
     """
 
-    COUNTERS: ClassVar[tuple[str, ...]] = ("forward_calls", "forward_seconds", "timed", "notes")
+    COUNTERS: ClassVar[tuple[str, ...]] = (
+        "forward_calls",
+        "forward_seconds",
+        "timed",
+        "notes",
+        "speculation",
+    )
 
     policies: tuple[Policy, ...]
     plan: Plan
@@ -150,6 +163,8 @@ class PatchRecord:
     correct_every: int | None = None
     sparse: bool = True
     eager_only: str = ""
+    depth: Any = None
+    speculation: SpeculationLog | None = None
 
     @property
     def enabled(self) -> bool:
@@ -183,6 +198,7 @@ class PatchRecord:
         self.forward_seconds = 0.0
         self.native_start = dict(native_calls)
         self.notes = {}
+        self.speculation = SpeculationLog() if self.speculation is not None else None
 
 
 @dataclass(slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from adaptive.policy.local import LocalAttention
 from adaptive.policy.plan import Plan
 from adaptive.policy.quest import Quest
 from adaptive.policy.razor import RazorAttention
+from adaptive.policy.self_speculative import SelfSpeculative
 from adaptive.policy.shape import ModelShape
 from adaptive.policy.streaming import StreamingLLM
 from adaptive.policy.tidal import TidalDecode
@@ -23,6 +24,7 @@ __all__ = [
     "Policy",
     "Quest",
     "RazorAttention",
+    "SelfSpeculative",
     "StreamingLLM",
     "TidalDecode",
     "alibi_windows",

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from adaptive.policy._policy import Policy
 from adaptive.policy.exact import Exact
-from adaptive.policy.plan import DENSE, LOCAL, SELECT, STOCK, WINDOW, WINDOWED, Plan
+from adaptive.policy.plan import DENSE, LOCAL, PREFILL, SELECT, STOCK, WINDOW, WINDOWED, Plan
 
 _WHY = {
     frozenset({"Quest", "TidalDecode"}): "both choose the keys of the same heads",
@@ -32,6 +32,13 @@ def begin(policy: Policy, table: Plan) -> Plan:
             raise ValueError(f"adaptive: {both} cannot be combined: {why}")
         refuse_correction(policy, earlier)
         refuse_correction(earlier, policy)
+        for one, other in ((policy, earlier), (earlier, policy)):
+            if one.generates and not other.exact and not set(other.modes) <= set(PREFILL):
+                raise ValueError(
+                    f"adaptive: {type(one).__name__} and {type(other).__name__} cannot be "
+                    "combined: several tokens are checked in one pass, and some taken "
+                    "back, while the other chooses or drops keys token by token"
+                )
     stock = stock_layers(table)
     rows = [
         (DENSE,) * len(row) if set(row) == {STOCK} and layer not in stock else row

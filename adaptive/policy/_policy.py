@@ -21,10 +21,12 @@ class Policy:
     Attributes:
         exact: Whether the model computes the same mathematics as without it.
         modes: Modes of a plan in which it tells layers what to do; empty if they need no numbers.
+        generates: Whether it answers `generate` by passes of its own.
     """
 
     exact: ClassVar[bool] = False
     modes: ClassVar[tuple[str, ...]] = ()
+    generates: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

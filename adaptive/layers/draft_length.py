@@ -1,0 +1,198 @@
+"""How many tokens to draft: until the next one would be slower than the average.
+
+Speculation is a renewal process: a step costs the time of its drafts and of one verification, and
+yields the drafted tokens that were right and one more. The rate of tokens is highest if drafting
+goes on exactly while the next draft's expected tokens per second are above that rate (the marginal
+value rule; SpecDec++ 2024, arXiv:2405.19715, has the threshold form of it for one cost ratio). Both
+sides are measured while decoding: how often a draft of a given confidence was right, and how long
+passes take.
+"""
+
+from dataclasses import dataclass, field
+
+BINS = 8
+PRIOR_TRIALS = 4.0
+DECAY = 0.995
+"""How much a trial of acceptance counts after one more."""
+
+SMOOTHING = 0.1
+OUTLIER = 5.0
+"""A time that many times the average is the machine's, not the model's."""
+
+OFF_STEPS, MOST_OFF_STEPS = 16, 256
+SETTLED = 2.0
+"""Values after which an average is trusted enough to call another value an outlier."""
+
+FIRST_DRAFTS = 2
+"""Drafts of the first step, which tells what passes cost."""
+
+GAIN = 1.02
+"""Speculation must promise to be that much faster than one token per pass."""
+
+
+@dataclass
+class Average:
+    """An exponential average that starts at the first value and is not moved by outliers."""
+
+    value: float | None = None
+    weight: float = 0.0
+
+    def add(self, value: float) -> None:
+        """Take in a value."""
+        if self.value is None:
+            self.value, self.weight = value, 1.0
+            return
+        if self.weight > SETTLED and value > OUTLIER * self.value:
+            return
+        self.weight += 1.0
+        share = max(SMOOTHING, 1.0 / self.weight)
+        self.value += share * (value - self.value)
+
+
+@dataclass
+class Line:
+    """Seconds of a pass over a number of rows: a straight line through what was measured."""
+
+    weight: float = 0.0
+    rows: float = 0.0
+    seconds: float = 0.0
+    rows_squared: float = 0.0
+    product: float = 0.0
+
+    def add(self, rows: int, seconds: float) -> None:
+        """Take in the time of one pass."""
+        if self.weight > SETTLED and seconds > OUTLIER * self.at(rows):
+            return
+        for name, value in (
+            ("weight", 1.0),
+            ("rows", rows),
+            ("seconds", seconds),
+            ("rows_squared", rows * rows),
+            ("product", rows * seconds),
+        ):
+            setattr(self, name, getattr(self, name) * (1 - SMOOTHING) + value)
+
+    @property
+    def slope(self) -> float:
+        """Seconds per further row; 0 while only one number of rows was seen, and never below."""
+        spread = self.weight * self.rows_squared - self.rows**2
+        if spread <= 1e-6 * self.weight * self.rows_squared:
+            return 0.0
+        return max((self.weight * self.product - self.rows * self.seconds) / spread, 0.0)
+
+    def at(self, rows: float) -> float:
+        """Expected seconds of a pass over ``rows`` rows."""
+        mean = self.seconds / self.weight
+        return max(mean + self.slope * (rows - self.rows / self.weight), 0.25 * mean)
+
+
+@dataclass
+class DraftLength:
+    """Decides, before each draft, whether to make it.
+
+    Attributes:
+        fixed: Drafts in every step; None: as many as pay.
+        most: The most drafts of a step.
+        draft: Seconds of one drafted token.
+        closing: Seconds of the pass that readies the last draft for verification.
+        verify: Seconds of a verification.
+        plain: Seconds of a step without drafts.
+        hits: Expected and seen right drafts, by confidence.
+        trials: Drafts that were checked, by confidence.
+        off: Steps still to be made without drafts, because those do not pay.
+        turned_off: How often that was decided.
+    """
+
+    fixed: int | None
+    most: int
+    draft: Average = field(default_factory=Average)
+    closing: Average = field(default_factory=Average)
+    verify: Line = field(default_factory=Line)
+    plain: Average = field(default_factory=Average)
+    hits: list[float] = field(
+        default_factory=lambda: [PRIOR_TRIALS * (b + 0.5) / BINS for b in range(BINS)]
+    )
+    trials: list[float] = field(default_factory=lambda: [PRIOR_TRIALS] * BINS)
+    off: int = 0
+    turned_off: int = 0
+    _pause: int = OFF_STEPS
+    _right: float = 2.0
+    _checked: float = 3.0
+
+    def accepts(self, confidence: float) -> float:
+        """Expected share of right drafts among those with this confidence."""
+        b = min(int(confidence * BINS), BINS - 1)
+        return self.hits[b] / self.trials[b]
+
+    @property
+    def acceptance(self) -> float:
+        """Share of right drafts among those that were checked of late."""
+        return self._right / self._checked
+
+    def learn(self, confidence: float, right: bool) -> None:
+        """Take in whether a checked draft was right."""
+        b = min(int(confidence * BINS), BINS - 1)
+        self.hits[b] = self.hits[b] * DECAY + right
+        self.trials[b] = self.trials[b] * DECAY + 1
+        self._right = self._right * DECAY + right
+        self._checked = self._checked * DECAY + 1
+
+    def wants(self, made: int, reach: float, most: int) -> bool:
+        """Whether to make one more draft.
+
+        Args:
+            made: Drafts made in this step.
+            reach: Expected share of rows in which all of them are right.
+            most: The most drafts that this step may have.
+        """
+        if made >= min(most, self.most):
+            return False
+        if self.fixed is not None:
+            return made < self.fixed
+        if made == 0:
+            return self._begins(most)
+        if self.draft.value is None or self.verify.weight == 0:
+            return made < FIRST_DRAFTS
+        gain = reach * self.acceptance
+        return gain > self._rate() * (self.draft.value + self.verify.slope)
+
+    def keeps(self, made: int, reach: float) -> bool:
+        """Whether to verify the last of ``made`` drafts, which needs a pass of its own."""
+        if self.fixed is not None or made == 1 or self.verify.weight == 0:
+            return True
+        closing = self.closing.value or 0.0
+        return reach > self._rate() * (closing + self.verify.slope)
+
+    def _begins(self, most: int) -> bool:
+        """Whether this step speculates at all."""
+        if self.plain.value is None:
+            return False  # measure one step without drafts first
+        if self.off:
+            self.off -= 1
+            return self.off == 0  # then look again whether it pays by now
+        if self.draft.value is None or self.verify.weight == 0:
+            return True
+        if self._best(most) * self.plain.value > GAIN:
+            self._pause = OFF_STEPS
+            return True
+        self.off = self._pause
+        self._pause = min(2 * self._pause, MOST_OFF_STEPS)
+        self.turned_off += 1
+        return False
+
+    def _rate(self) -> float:
+        """Tokens per second of the best that is known."""
+        plain = 1.0 / self.plain.value if self.plain.value else 0.0
+        return max(plain, self._best(self.most))
+
+    def _best(self, most: int) -> float:
+        """Expected tokens per second with the best constant number of drafts."""
+        if self.draft.value is None or self.verify.weight == 0:
+            return 0.0
+        share, tokens, best = 1.0, 1.0, 0.0
+        for drafts in range(1, min(most, self.most) + 1):
+            share *= self.acceptance
+            tokens += share
+            seconds = drafts * self.draft.value + (self.closing.value or 0.0)
+            best = max(best, tokens / (seconds + self.verify.at(drafts + 1)))
+        return best

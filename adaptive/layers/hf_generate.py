@@ -1,0 +1,108 @@
+"""Answers `generate` of a patched transformers model by the policy that has passes of its own."""
+
+import functools
+import weakref
+from typing import Any
+
+from torch import nn
+
+from adaptive.layers import depth
+from adaptive.layers.hf_speculate import speculate
+from adaptive.layers.speculation_log import SpeculationLog
+from adaptive.layers.state import PatchRecord, Survey
+from adaptive.policy import SelfSpeculative
+
+_MODES = "do_sample=True or False with num_beams=1"
+_OTHER_WAYS = {
+    "assistant_model": "an assistant model drafts already",
+    "prompt_lookup_num_tokens": "prompt lookup drafts already",
+    "assistant_early_exit": "assistant_early_exit drafts already",
+    "custom_generate": "custom_generate is another way of decoding",
+}
+
+
+class Generate:
+    """The `generate` of one patched model, set on the instance.
+
+    It calls the model's own, which prepares inputs, logits processors and stopping criteria, and
+    has it decode by `speculate`. It holds no strong reference, as `LinearForward`.
+    """
+
+    def __init__(self, model: nn.Module, policy: SelfSpeculative) -> None:
+        """Know the model and what to do."""
+        self._model = weakref.ref(model)
+        self.policy = policy
+
+    def __getstate__(self) -> tuple[nn.Module | None, SelfSpeculative]:
+        """Let copies and pickles arrive with the copy of the model."""
+        return self._model(), self.policy
+
+    def __setstate__(self, state: tuple[nn.Module, SelfSpeculative]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as `transformers.GenerationMixin.generate` does, and return what it returns.
+
+        Raises:
+            NotImplementedError: The call asks for what speculation cannot do, named.
+        """
+        model: Any = self._model()
+        assert model is not None  # it is what calls
+        own = type(model).generate
+        if not model.__dict__[_RECORD].enabled:
+            return own(model, *args, **kwargs)
+        for name, why in _OTHER_WAYS.items():
+            if kwargs.get(name) is not None:
+                raise _refused(f"{name} cannot be used with it: {why}")
+        _refuse_modes(model, kwargs)
+        decode = functools.partial(speculate, policy=self.policy)
+        return own(model, *args, custom_generate=decode, **kwargs)
+
+
+_RECORD = "_adaptive_generate"
+"""Key of the PatchRecord in the ``__dict__`` of a model whose generate is replaced."""
+
+
+def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
+    """Replace `generate`, undoably, if a policy has passes of its own."""
+    policy = next((p for p in record.policies if isinstance(p, SelfSpeculative)), None)
+    if policy is None:
+        return
+    attention = tuple(site.name for site in survey.sites)
+    sublayers = (attention, survey.mlps) if policy.skip is not None else ((), ())
+    record.depth = depth.install(root, record, survey.layers, sublayers)
+    record.speculation = SpeculationLog()
+    record.log.set(root, "", _RECORD, record)
+    record.log.set(root, "", "generate", Generate(root, policy))
+
+
+def _refuse_modes(model: Any, kwargs: dict[str, Any]) -> None:
+    """Raise if the call asks for another way of decoding than greedy search or sampling."""
+    config = kwargs.get("generation_config") or model.generation_config
+
+    def asked(name: str, default: Any) -> Any:
+        value = kwargs.get(name, getattr(config, name, None))
+        return default if value is None else value
+
+    for name, plain in (
+        ("num_beams", 1),
+        ("num_beam_groups", 1),
+        ("penalty_alpha", 0.0),
+        ("dola_layers", ""),
+        ("constraints", []),
+        ("force_words_ids", []),
+        ("guidance_scale", 1),
+        ("output_scores", False),
+        ("output_logits", False),
+        ("output_attentions", False),
+        ("output_hidden_states", False),
+    ):
+        value = asked(name, plain)
+        if value != plain:
+            raise _refused(f"{name}={value!r} is not supported: {_MODES} is")
+
+
+def _refused(what: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"adaptive: SelfSpeculative: {what}; use `with patched.disabled():` for that call"
+    )

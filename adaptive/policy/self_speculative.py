@@ -1,0 +1,97 @@
+"""Self-speculation: the model drafts with a part of its layers and checks with all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from adaptive.policy._compose import begin
+from adaptive.policy._fields import check_count, refused
+from adaptive.policy._policy import Policy
+from adaptive.policy.plan import Plan
+
+MAX_DRAFT = 15
+"""Drafts are verified together with the token before them, by kernels that take 16 rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfSpeculative(Policy):
+    """`generate` makes the same tokens in fewer passes of the whole model.
+
+    A few tokens are drafted by a part of the model's layers; one pass of the whole model then
+    checks them, and keeps those that it would have made itself. Greedy search gives the same
+    tokens, sampling the same distribution.
+
+    With ``exit_layer``, after LayerSkip (Elhoushi et al. 2024, arXiv:2404.16710): drafts leave the
+    model after that many layers, through its own norm and head; the check goes on from there, so
+    no layer runs twice for a token, and there is one KV cache. Best for models that were trained to
+    be left early, see `adaptive.train.early_exit`.
+
+    With ``skip``, after SWIFT (Xia et al. 2024, arXiv:2410.06916): drafts leave out the attention
+    of some layers and the MLP of some. For any model; the check runs all layers anew.
+
+    Attributes:
+        exit_layer: Layers that a draft runs, from 1 to the model's number of layers - 1.
+        skip: Layers whose attention drafts leave out, and layers whose MLP they do, ascending.
+        draft: Tokens drafted per step, 1 to 15; None: as many as pay, by the measured time of
+            passes and share of right drafts, and none while they do not pay.
+    """
+
+    exact: ClassVar[bool] = True
+    generates: ClassVar[bool] = True
+
+    exit_layer: int | None = None
+    skip: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    draft: int | None = None
+
+    def __post_init__(self) -> None:
+        check_count(self, "exit_layer", 1, optional=True)
+        check_count(self, "draft", 1, optional=True)
+        if self.draft is not None and self.draft > MAX_DRAFT:
+            raise refused(self, "draft", f"be at most {MAX_DRAFT}", self.draft)
+        if (self.exit_layer is None) == (self.skip is None):
+            raise refused(self, "exit_layer", "be given, or skip, and not both", self.exit_layer)
+        if self.skip is not None:
+            object.__setattr__(self, "skip", _two_lists(self, self.skip))
+
+    def plan(self, table: Plan) -> Plan:
+        """Return ``table``, whose undecided layers become dense.
+
+        Raises:
+            ValueError: A layer does not exist, or an earlier policy skips keys while decoding.
+        """
+        table = begin(self, table)
+        layers = len(table.rows)
+        if self.exit_layer is not None and self.exit_layer >= layers:
+            rule = f"be below the model's {layers} layers, or nothing is left to check with"
+            raise refused(self, "exit_layer", rule, self.exit_layer)
+        for chosen in self.skip or ():
+            if chosen and chosen[-1] >= layers:
+                raise refused(self, "skip", f"name layers below the model's {layers}", chosen[-1])
+        first = _first_of_each_kind(table)
+        taken = sorted(first & set(self.skip[0])) if self.skip else []
+        if taken:
+            rule = (
+                "leave the attention of the first layer in, and of the first with each window: "
+                "masks are made for it"
+            )
+            raise refused(self, "skip", rule, taken[0])
+        return table
+
+
+def _first_of_each_kind(table: Plan) -> set[int]:
+    windows = table.shape.windows
+    return {windows.index(window) for window in set(windows)}
+
+
+def _two_lists(policy: SelfSpeculative, skip: object) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    rule = "be two lists of ascending layer numbers from 0, the attention's and the MLPs'"
+    if not isinstance(skip, list | tuple) or len(skip) != len(("attention", "mlp")):
+        raise refused(policy, "skip", rule, skip)
+    for layers in skip:
+        whole = isinstance(layers, list | tuple) and all(type(i) is int for i in layers)
+        if not whole or list(layers) != sorted(set(layers)) or any(i < 0 for i in layers):
+            raise refused(policy, "skip", rule, layers)
+    if not any(skip):
+        raise refused(policy, "skip", "name a layer, or drafts cost what they save", skip)
+    return tuple(skip[0]), tuple(skip[1])

@@ -1,0 +1,25 @@
+"""Models whose later layers change little, so that drafts are right often, and not always."""
+
+import torch
+from models import CONFIGS, make
+
+LAYERS = 4
+_OUTPUTS = ("o_proj", "down_proj", "c_proj", "dense", "w2")
+
+
+def fields(case, layers=LAYERS):
+    """The configuration field that sets the number of layers."""
+    return {"n_layer" if CONFIGS[case][0] == "gpt2" else "num_hidden_layers": layers}
+
+
+def drafting(case, quiet_from=2, factor=0.2, **options):
+    """A model of four layers; those from ``quiet_from`` on add ``factor`` of what they would."""
+    implementation = "eager" if case == "gemma2" else "sdpa"
+    model = make(case, implementation=implementation, **fields(case), **options)
+    layers = model.transformer.h if case == "gpt2" else model.base_model.layers
+    with torch.no_grad():
+        for layer in list(layers)[quiet_from:]:
+            for name, parameter in layer.named_parameters():
+                if any(part in name for part in _OUTPUTS) or "post_" in name:
+                    parameter.mul_(factor)
+    return model
