@@ -16,6 +16,7 @@ ROW_FIELDS: dict[str, frozenset[str]] = {
     "prefill": frozenset({"heads", "tokens", "dtype", "threads", "variants", "split_ms"}),
     "quality_prefill": frozenset({"policy", "choice", "context", "scores_share", "tasks"}),
     "prompts": frozenset({"model", "tokens", "dtype", "threads", "layers", "variants"}),
+    "speculation": frozenset({"what", "text", "batch", "variants"}),
     "quality": frozenset({"policy", "budget", "context", "kv_read_share", "tasks"}),
     "block_transformer": frozenset(
         {"model", "batch", "prompt_tokens", "new_tokens", "threads", "variants", "speedup"}
@@ -27,6 +28,7 @@ VARIANT_FIELDS: dict[str, frozenset[str]] = {
     "modules": frozenset({"us", "us_min", "clean", "dropped", "error"}),
     "encoders": frozenset({"ms", "ms_min", "clean", "dropped", "error", "computed_share"}),
     "models": frozenset({"ms", "ms_min", "clean", "dropped", "error", "argmax_agreement"}),
+    "speculation": frozenset({"ms", "clean", "speedup", "same_tokens"}),
     "prompts": frozenset({"ms", "ms_min", "clean", "dropped", "error", "speedup"}),
     "block_transformer": frozenset(
         {"batch", "kv_bytes", "prefill_s", "decode_tokens_per_s", "tokens_per_s", "error"}

@@ -21,6 +21,7 @@ import adaptive
 
 TOKENS = 20
 MODELS = {}
+FORMS = [{"exit_layer": 2, "draft": 4}, {"skip": ((2, 3), (1, 3)), "draft": 4}, {"tree": True}]
 
 
 def model_of(case):
@@ -44,13 +45,17 @@ def speculated(model, inputs, tokens=TOKENS, *, policy, **options):
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-@pytest.mark.parametrize("policy", [{"exit_layer": 2}, {"skip": ((2, 3), (1, 3))}], ids=str)
+@pytest.mark.parametrize("policy", FORMS, ids=str)
 def test_every_family_makes_the_same_tokens(case, policy):
-    if "skip" in policy and len(set(_windows(case))) > 1:
-        policy = {"skip": ((), (1, 3))}
     model = model_of(case)
+    if "skip" in policy and len(set(_windows(case))) > 1:
+        policy = {"skip": ((), (1, 3)), "draft": 4}
+    if "tree" in policy and any(getattr(model.config, f, None) for f in ("sliding_window",)):
+        with pytest.raises(ValueError, match="SelfSpeculative.tree must be False"):
+            adaptive.patch(model, adaptive.SelfSpeculative(**policy))
+        return
     for inputs in (token_ids(batch=1), padded(batch=3)):
-        made, log = speculated(model, inputs, policy={**policy, "draft": 4})
+        made, log = speculated(model, inputs, policy=policy)
         assert torch.equal(made, plain(model, inputs))
         assert log.tokens == TOKENS * len(made)
         assert log.drafted > 0
@@ -83,6 +88,30 @@ def test_any_exit_length_and_batch_makes_the_same_tokens(exit_layer, draft, batc
 
 @settings(max_examples=25)
 @given(
+    batch=st.integers(1, 4),
+    tokens=st.integers(1, 40),
+    case=st.sampled_from(["llama", "gpt2", "gpt_neox"]),
+    repeats=st.booleans(),
+)
+def test_trees_make_the_same_tokens(batch, tokens, case, repeats):
+    inputs = padded(batch=batch)
+    if repeats:  # so that the table knows something
+        inputs = {name: value.repeat(1, 2) for name, value in inputs.items()}
+    made, _ = speculated(model_of(case), inputs, tokens, policy={"tree": True})
+    assert torch.equal(made, plain(model_of(case), inputs, tokens))
+
+
+def test_a_tree_saves_passes_where_text_repeats():
+    """Greedy decoding of a random model runs into a loop, which the table knows after one turn."""
+    model = model_of("llama")
+    made, log = speculated(model, token_ids(1), 100, policy={"tree": True})
+    assert torch.equal(made, plain(model, token_ids(1), 100))
+    assert log.accepted > log.steps > 0
+    assert log.tokens == 100
+
+
+@settings(max_examples=25)
+@given(
     attention=st.sets(st.integers(1, LAYERS - 1)).map(sorted),
     mlp=st.sets(st.integers(0, LAYERS - 1), min_size=1).map(sorted),
     draft=st.none() | st.integers(1, 15),
@@ -102,12 +131,19 @@ def test_all_drafts_are_right_if_the_other_layers_do_nothing(case):
     assert log.acceptance == 1.0
 
 
-@pytest.mark.parametrize("policy", [{"exit_layer": 2}, {"skip": ((2,), (2, 3))}], ids=str)
-@pytest.mark.parametrize("case", ["llama", "mistral_window"])
+@pytest.mark.parametrize(
+    ("case", "policy"),
+    [
+        *(("llama", policy) for policy in FORMS),
+        ("mistral_window", {"exit_layer": 2, "draft": 5}),
+        ("mistral_window", {"skip": ((2,), (2, 3)), "draft": 5}),
+    ],
+    ids=str,
+)
 def test_the_cache_is_that_of_plain_decoding(case, policy):
     model = model_of(case)
     caches = []
-    for chosen in ([], [adaptive.SelfSpeculative(**policy, draft=5)]):
+    for chosen in ([], [adaptive.SelfSpeculative(**policy)]):
         cache = DynamicCache(config=model.config)
         with adaptive.patch(model, *chosen):
             greedy(model, token_ids(1), TOKENS, past_key_values=cache)
@@ -151,8 +187,10 @@ class OneDraft(LogitsProcessor):
 )
 def test_logits_processors_see_every_draft(batch, options):
     model, inputs = model_of("llama"), padded(batch=batch)
-    made, _ = speculated(model, inputs, policy={"exit_layer": 2, "draft": 4}, **options)
-    assert torch.equal(made, plain(model, inputs, **options))
+    want = plain(model, inputs, **options)
+    for policy in FORMS:
+        made, _ = speculated(model, inputs, policy=policy, **options)
+        assert torch.equal(made, want)
 
 
 @pytest.mark.parametrize("draft", [1, 4, 15])
@@ -218,11 +256,11 @@ class Interrupt(LogitsProcessor):
 
 
 @pytest.mark.parametrize("at", range(2, 12))
-@pytest.mark.parametrize("policy", [{"exit_layer": 2}, {"skip": ((2,), (2, 3))}], ids=str)
+@pytest.mark.parametrize("policy", FORMS, ids=str)
 def test_an_interrupt_leaves_cache_and_model_whole(at, policy):
     model, cache = model_of("llama"), DynamicCache()
     want = plain(model, token_ids(1))
-    with adaptive.patch(model, adaptive.SelfSpeculative(**policy, draft=3)) as patched:
+    with adaptive.patch(model, adaptive.SelfSpeculative(**policy)) as patched:
         with pytest.raises(KeyboardInterrupt):
             greedy(model, token_ids(1), past_key_values=cache, logits_processor=[Interrupt(at)])
         lengths = {layer.get_seq_length() for layer in cache.layers}
@@ -261,13 +299,13 @@ def test_a_copy_speculates_with_its_own_weights():
     adaptive.patched(copied).unpatch()
 
 
-@pytest.mark.parametrize("policy", [{"exit_layer": 2}, {"skip": ((2,), (1, 3))}], ids=str)
+@pytest.mark.parametrize("policy", FORMS, ids=str)
 def test_sampling_follows_the_models_distribution(policy):
     """Chi-square of the second and third token over many rows of one prompt."""
     model, rows = drafting("llama", vocab_size=16), 6000
     prompt = torch.randint(3, 16, (1, 6), generator=torch.Generator().manual_seed(2))
     counts = []
-    for chosen in ([], [adaptive.SelfSpeculative(**policy, draft=3)]):
+    for chosen in ([], [adaptive.SelfSpeculative(**policy)]):
         torch.manual_seed(11)
         with adaptive.patch(model, *chosen) as patched:
             made = model.generate(

@@ -171,6 +171,11 @@ class AdaptiveCacheLayer(CacheLayerMixin):
         if tokens:
             self.crop(-tokens)
 
+    def keep(self, index: Tensor, tokens: int) -> None:
+        """Of the last ``tokens`` tokens keep those at ``index``, as `KVStore.keep`."""
+        assert isinstance(self.store, KVStore)  # no policy that reduces caches drafts trees
+        self.store.keep(index, tokens)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace row b of the batch by row ``beam_idx[b]``, as beam search does."""
         if self._graph is None:

@@ -10,6 +10,7 @@ from adaptive.layers import depth
 from adaptive.layers.hf_speculate import speculate
 from adaptive.layers.speculation_log import SpeculationLog
 from adaptive.layers.state import PatchRecord, Survey
+from adaptive.layers.token_tree import Successors
 from adaptive.policy import SelfSpeculative
 
 _MODES = "do_sample=True or False with num_beams=1"
@@ -70,6 +71,8 @@ def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
         return
     attention = tuple(site.name for site in survey.sites)
     sublayers = (attention, survey.mlps) if policy.skip is not None else ((), ())
+    if policy.tree:
+        record.successors = Successors()
     record.depth = depth.install(root, record, survey.layers, sublayers)
     record.speculation = SpeculationLog()
     record.log.set(root, "", _RECORD, record)

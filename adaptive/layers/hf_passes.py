@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from adaptive.layers.depth import Depth
 from adaptive.layers.hf_cache import AdaptiveCacheLayer
@@ -136,6 +136,40 @@ class Passes:
         steps = torch.arange(tokens, device=ids.device)
         return self._call(ids, self.positions + steps, self.slots + tokens, last=tokens)
 
+    def tree(self, ids: Tensor, depths: Tensor, ancestors: Tensor) -> Tensor:
+        """Run the whole model on a token per row and a tree of candidates after it.
+
+        Args:
+            ids: The token and the tree's nodes, ``[batch, 1 + nodes]``.
+            depths: How far each is from the first, ``[batch, 1 + nodes]``.
+            ancestors: Which of them each sees, ``[batch, 1 + nodes, 1 + nodes]``, bool.
+
+        Returns:
+            Logits, ``[batch, 1 + nodes, vocabulary]``.
+        """
+        batch, nodes = ids.shape
+        if self.mask is None:
+            context = ancestors.new_ones(1, 1, 1, 1).expand(batch, 1, nodes, self.slots)
+        else:
+            held = self.mask[:, None, None, : self.slots].bool()
+            context = held.expand(batch, 1, nodes, self.slots)
+        mask = torch.cat([context, ancestors[:, None]], 3)
+        implementation = getattr(self.model.config, "_attn_implementation", "")
+        if "eager" in str(implementation):
+            seen = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+            mask = seen.masked_fill_(~mask, torch.finfo(torch.float32).min)
+        given = self._inputs(ids, self.positions + depths, 0, self.cache)
+        given["attention_mask"] = mask
+        model: Any = self.model
+        logits: Tensor = model(**given, logits_to_keep=nodes, return_dict=True).logits
+        return logits
+
+    def keep(self, index: Tensor) -> None:
+        """Of the slots that `tree` wrote keep those at ``index``, ``[batch, kept]``, in order."""
+        layers: Sequence[Any] = self.cache.layers
+        for layer in layers:
+            layer.keep(index, int(layer.get_seq_length()) - self.slots)
+
     def accept(self, accepted: Tensor, most: int) -> None:
         """Keep ``most`` of the slots that the last check wrote, and forget the others.
 
@@ -158,7 +192,7 @@ class Passes:
         """Take back what any layer holds beyond ``slots``."""
         layers: Sequence[Any] = self.cache.layers
         for layer in layers:
-            drop_last(layer, int(layer.get_seq_length()) - slots)
+            layer.drop_last(max(int(layer.get_seq_length()) - slots, 0))
         self._shallow = min(self._shallow, slots)
 
     def abandon(self) -> None:
@@ -224,14 +258,6 @@ class Passes:
         return view
 
 
-def drop_last(layer: Any, tokens: int) -> None:
-    """Remove the last ``tokens`` tokens of a cache layer; none if it is 0 or less."""
-    if isinstance(layer, AdaptiveCacheLayer):
-        layer.drop_last(max(tokens, 0))
-    elif tokens > 0:
-        layer.crop(-tokens)
-
-
 def why_no_cache(cache: object) -> str | None:
     """Say why tokens cannot be taken back from a cache; None if they can."""
     if not isinstance(cache, Cache):
@@ -240,9 +266,13 @@ def why_no_cache(cache: object) -> str | None:
         return "an offloaded cache cannot be taken back from"
     layers: Sequence[Any] = cache.layers
     for layer in layers:
-        if isinstance(layer, AdaptiveCacheLayer) or type(layer) is DynamicLayer:
+        if isinstance(layer, AdaptiveCacheLayer):
             continue
-        if type(layer).__name__ == "DynamicSlidingWindowLayer" and layer.get_seq_length() == 0:
+        if type(layer) is DynamicLayer and layer.get_seq_length() == 0:
             continue  # it is taken over when the prompt runs
+        if type(layer) is DynamicSlidingWindowLayer and layer.get_seq_length() == 0:
+            continue
+        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+            return "the cache holds tokens of a pass without this patch; start with a new one"
         return f"tokens cannot be taken back from a {type(layer).__name__}; use a DynamicCache"
     return None

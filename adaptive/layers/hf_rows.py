@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from adaptive.layers.speculative_sampling import accept_greedy, accept_sampled
+from adaptive.layers.token_tree import Tree
 
 _PER_BATCH = ("PrefixConstrainedLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor")
 
@@ -128,6 +129,45 @@ class Rows:
             target = scores.softmax(-1)
             return accept_sampled(drafted, torch.stack(chances, 1), target)
         return accept_greedy(drafted, scores.argmax(-1))
+
+    def walk(
+        self, logits: Tensor, trees: list[Tree], most: int
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Follow each row's tree as far as it has what the model makes.
+
+        The next token is searched or drawn from the model's own distribution at each node, without
+        regard to the tree; so what comes out is what plain decoding makes, drawn or searched.
+
+        Args:
+            logits: Of the token before the tree and of its nodes, ``[batch, 1 + nodes, vocab]``.
+            trees: Of each row.
+            most: The most nodes to follow.
+
+        Returns:
+            The nodes of each row's path, and the tokens that it gets: those, and one more.
+        """
+        paths: list[list[int]] = [[] for _ in trees]
+        chosen: list[list[int]] = [[] for _ in trees]
+        for row, tree in enumerate(trees):
+            node: int | None = -1
+            while node is not None:
+                token = self._choose_row(row, logits[row : row + 1, node + 1], chosen[row])
+                chosen[row].append(token)
+                node = tree.child(node, token) if len(paths[row]) < most else None
+                if node is not None:
+                    paths[row].append(node)
+        return paths, chosen
+
+    def _choose_row(self, row: int, logits: Tensor, made: list[int]) -> int:
+        """The token of one row after ``made``; logits ``[1, vocabulary]``."""
+        scores = logits.to(torch.float32, copy=True)
+        if len(self._processors):
+            ids = self._ids[row : row + 1, : self._lengths[row]]
+            ids = torch.cat([ids, ids.new_tensor([made])], 1) if made else ids
+            scores = self._processors(ids, scores)
+        if self._sample:
+            return int(torch.multinomial(scores.softmax(-1), 1))
+        return int(scores.argmax(-1))
 
     def keep(self, chosen: list[list[int]]) -> int:
         """Append tokens to the rows alive, until each ends; return how many were kept."""

@@ -150,6 +150,37 @@ class KVStore:
                 each.crop(*live, length)
         self._length = length
 
+    def keep(self, index: Tensor, tokens: int) -> None:
+        """Of the last ``tokens`` tokens keep those at ``index``, moved together, in its order.
+
+        Args:
+            index: ``[batch, kept]``, int64, in ``[0, tokens)``: each row keeps its own.
+            tokens: At most `length`.
+
+        Raises:
+            ValueError: There are not so many tokens, or the index has another shape.
+            IndexError: An entry is out of range (checked on CPU).
+        """
+        start = self._length - tokens
+        if not 0 <= tokens <= self._length:
+            raise ValueError(f"{OP}: tokens must be in [0, {self._length}], got {tokens}")
+        if index.dim() != len(("batch", "kept")) or index.shape[0] != self.batch:
+            shape = list(index.shape)
+            raise ValueError(f"{OP}: index must have shape [{self.batch}, kept], got {shape}")
+        if index.device.type == "cpu" and index.numel():
+            least, most = int(index.min()), int(index.max())
+            if least < 0 or most >= tokens:
+                wrong = least if least < 0 else most
+                raise IndexError(f"{OP}: index must be in [0, {tokens}), got {wrong}")
+        kept = index.shape[1]
+        index = index[:, None, :, None]
+        for tensor in self._tensors() if self._keys is not None else ():
+            tail = tensor.narrow(2, start, tokens)
+            whole = index.expand(-1, tensor.shape[1], -1, tensor.shape[3])
+            tail.narrow(2, 0, kept).copy_(tail.gather(2, whole.to(tensor.device)))
+        self.crop(start)  # what derives from the content forgets the old order
+        self._length = start + kept
+
     def restore(self, length: int) -> None:
         """Undo a crop: the tokens up to ``length`` are held again, those not written since as old.
 

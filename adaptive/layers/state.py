@@ -134,6 +134,7 @@ class PatchRecord:
         eager_only: What of the plan needs more than a compiled graph can do; "" if nothing.
         depth: Which layers the pass now running runs; None where no policy needs that.
         speculation: What self-speculation did; None without it.
+        successors: The table that trees are drafted from; None without them.
     """
 
     COUNTERS: ClassVar[tuple[str, ...]] = (
@@ -165,6 +166,7 @@ class PatchRecord:
     eager_only: str = ""
     depth: Any = None
     speculation: SpeculationLog | None = None
+    successors: Any = None
 
     @property
     def enabled(self) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from adaptive.policy._compose import begin
-from adaptive.policy._fields import check_count, refused
+from adaptive.policy._fields import check_count, check_flag, refused
 from adaptive.policy._policy import Policy
 from adaptive.policy.plan import Plan
 
@@ -30,11 +30,16 @@ class SelfSpeculative(Policy):
     With ``skip``, after SWIFT (Xia et al. 2024, arXiv:2410.06916): drafts leave out the attention
     of some layers and the MLP of some. For any model; the check runs all layers anew.
 
+    With ``tree``, after Token Recycling (Luo et al. 2024, arXiv:2408.08696): no layer drafts. A
+    table of the tokens that lately followed each token gives a tree of guesses, and one pass of
+    the whole model checks them all. For text that repeats itself: code, copying, editing.
+
     Attributes:
         exit_layer: Layers that a draft runs, from 1 to the model's number of layers - 1.
         skip: Layers whose attention drafts leave out, and layers whose MLP they do, ascending.
         draft: Tokens drafted per step, 1 to 15; None: as many as pay, by the measured time of
             passes and share of right drafts, and none while they do not pay.
+        tree: Draft a tree of up to 15 tokens from what was seen; its size follows what pays.
     """
 
     exact: ClassVar[bool] = True
@@ -43,14 +48,21 @@ class SelfSpeculative(Policy):
     exit_layer: int | None = None
     skip: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     draft: int | None = None
+    tree: bool = False
 
     def __post_init__(self) -> None:
         check_count(self, "exit_layer", 1, optional=True)
         check_count(self, "draft", 1, optional=True)
         if self.draft is not None and self.draft > MAX_DRAFT:
             raise refused(self, "draft", f"be at most {MAX_DRAFT}", self.draft)
-        if (self.exit_layer is None) == (self.skip is None):
-            raise refused(self, "exit_layer", "be given, or skip, and not both", self.exit_layer)
+        check_flag(self, "tree")
+        ways = [self.exit_layer is not None, self.skip is not None, self.tree]
+        if sum(ways) != 1:
+            given = (self.exit_layer, self.skip, self.tree)
+            rule = "be given, or skip, or tree=True, and one of them alone"
+            raise refused(self, "exit_layer", rule, given)
+        if self.tree and self.draft is not None:
+            raise refused(self, "draft", "be None with tree=True, whose size follows", self.draft)
         if self.skip is not None:
             object.__setattr__(self, "skip", _two_lists(self, self.skip))
 
@@ -68,6 +80,9 @@ class SelfSpeculative(Policy):
         for chosen in self.skip or ():
             if chosen and chosen[-1] >= layers:
                 raise refused(self, "skip", f"name layers below the model's {layers}", chosen[-1])
+        if self.tree and any(window is not None for window in table.shape.windows):
+            rule = "be False for a model with windows: those count slots, and branches share none"
+            raise refused(self, "tree", rule, self.tree)
         first = _first_of_each_kind(table)
         taken = sorted(first & set(self.skip[0])) if self.skip else []
         if taken:

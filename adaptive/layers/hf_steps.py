@@ -1,0 +1,166 @@
+"""The steps of self-speculative decoding: a plain one, or drafts and their check."""
+
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from adaptive.layers.depth import Skips
+from adaptive.layers.draft_length import Average, DraftLength
+from adaptive.layers.hf_passes import Passes
+from adaptive.layers.hf_rows import Rows
+from adaptive.layers.speculation_log import SpeculationLog
+from adaptive.policy import SelfSpeculative
+from adaptive.policy.self_speculative import MAX_DRAFT
+
+
+class Steps:
+    """One call of `generate`: the prompt, then steps until every row is finished."""
+
+    def __init__(self, passes: Passes, rows: Rows, log: SpeculationLog) -> None:
+        """Know the model's passes, the rows, and where to count."""
+        self.passes = passes
+        self.rows = rows
+        self.log = log
+
+    def run(self, chunk: int | None) -> None:
+        """Read the prompt, ``chunk`` tokens at a time, and decode."""
+        rows, passes = self.rows, self.passes
+        self.log.calls += 1
+        self.keep(rows.choose(passes.prompt(rows.prompt, chunk), []))
+        try:
+            while not rows.all_finished():
+                self.step()
+        except BaseException:
+            passes.abandon()  # Ctrl-C in the middle of a draft leaves no trace of it
+            raise
+        finally:
+            self.log.turned_off += self.turned_off()
+        passes.finish(rows.longest() - 1 if rows.batch == 1 else passes.slots)
+        rows.end()
+
+    def step(self) -> None:
+        """Make at least one token per row."""
+        raise NotImplementedError
+
+    def turned_off(self) -> int:
+        """How often drafting was given up."""
+        raise NotImplementedError
+
+    def plain(self, seconds: Average) -> Tensor:
+        """Make one token per row by a pass of the whole model; its logits."""
+        start = perf_counter()
+        last = self.rows.last()
+        logits = self.passes.plain(last)
+        chosen = self.rows.choose(logits, [])
+        self.passes.accept(torch.ones(len(last), dtype=torch.long, device=last.device), 1)
+        self.keep(chosen)
+        spent = perf_counter() - start
+        seconds.add(spent)
+        self.log.plain_steps += 1
+        self.log.plain_seconds += spent
+        return logits
+
+    def keep(self, chosen: list[list[int]]) -> None:
+        """Append tokens to the rows, and count them."""
+        self.log.tokens += self.rows.keep(chosen)
+
+
+class DraftSteps(Steps):
+    """Drafts by a part of the layers."""
+
+    def __init__(
+        self, policy: SelfSpeculative, passes: Passes, rows: Rows, log: SpeculationLog
+    ) -> None:
+        """Know the policy, too."""
+        super().__init__(passes, rows, log)
+        self.policy = policy
+        self.length = DraftLength(fixed=policy.draft, most=MAX_DRAFT)
+        skip = policy.skip or ((), ())
+        self.skips: Skips = (frozenset(skip[0]), frozenset(skip[1]))
+        self.confidences: list[Tensor] = []
+
+    def turned_off(self) -> int:
+        """How often drafting was given up."""
+        return self.length.turned_off
+
+    def step(self) -> None:
+        """Draft, check and keep; or a plain step where drafts do not pay."""
+        most = self.rows.room() - 1
+        if not self.length.wants(0, 1.0, most):
+            self.plain(self.length.plain)
+            return
+        ids, chances = self._draft(self.rows.last(), most)
+        self._check(ids, chances)
+
+    def _draft(self, last: Tensor, most: int) -> tuple[Tensor, list[Tensor]]:
+        """Draft tokens; return ``[batch, 1 + drafts]`` and the distributions they came from.
+
+        All but the last of those tokens have passed the layers of a draft.
+        """
+        rows, length = self.rows, self.length
+        ids, drawn = [last], []
+        reach = torch.ones(rows.batch)
+        while True:
+            start = perf_counter()
+            logits = self._draft_pass(ids[-1])
+            token, confidence, chances = rows.draft(logits, ids[1:])
+            expected = [length.accepts(c) for c in confidence.tolist()]
+            seconds = perf_counter() - start
+            length.draft.add(seconds)
+            self.log.draft_seconds += seconds
+            ids.append(token)
+            drawn.append((confidence, chances))
+            reach = reach * torch.tensor(expected)
+            average = float(reach[rows.alive].mean())
+            if not length.wants(len(drawn), average, most):
+                break
+        if not length.keeps(len(drawn), average):
+            self.log.dropped += 1
+            ids.pop()
+            drawn.pop()
+        self.confidences = [confidence for confidence, _ in drawn]
+        return torch.cat(ids, 1), [chances for _, chances in drawn]
+
+    def _draft_pass(self, ids: Tensor) -> Tensor:
+        if self.policy.exit_layer is not None:
+            return self.passes.shallow(ids, self.policy.exit_layer)
+        with self.passes.depth.skipping(self.skips):
+            return self.passes.skipping(ids)
+
+    def _check(self, ids: Tensor, chances: list[Tensor]) -> None:
+        """Check the drafts and keep what was right."""
+        rows, passes, length = self.rows, self.passes, self.length
+        drafts = ids.shape[1] - 1
+        start = begun = perf_counter()
+        if self.policy.exit_layer is None:
+            logits = passes.whole(ids)
+        else:
+            if passes.behind(ids.shape[1]):
+                passes.close(ids[:, -1:], self.policy.exit_layer)
+                begun = perf_counter()
+                length.closing.add(begun - start)
+            logits = passes.deep(ids, self.policy.exit_layer)
+        accepted, chosen = rows.verify(logits, ids[:, 1:], chances)
+        length.verify.add(drafts + 1, perf_counter() - begun)
+        self.log.verify_seconds += perf_counter() - start
+        if self.passes.windowed and rows.batch > 1:
+            # Windows count slots, so that rows must not have gaps: all go as far as the slowest.
+            accepted = accepted.clamp(max=int(accepted[rows.alive_on(accepted.device)].min()))
+            chosen = [row[:n] for row, n in zip(chosen, (accepted + 1).tolist(), strict=True)]
+        kept = torch.where(rows.alive_on(accepted.device), accepted + 1, 1)
+        passes.accept(kept, int(kept.max()))
+        self._learn(accepted, drafts)
+        self.keep(chosen)
+
+    def _learn(self, accepted: Tensor, drafts: int) -> None:
+        log, alive = self.log, self.rows.alive.tolist()
+        log.steps += 1
+        log.lengths[drafts] = log.lengths.get(drafts, 0) + 1
+        for row, right in enumerate(accepted.tolist()):
+            if not alive[row]:
+                continue
+            log.drafted += drafts
+            log.accepted += right
+            for i in range(min(right + 1, drafts)):
+                self.length.learn(float(self.confidences[i][row]), i < right)

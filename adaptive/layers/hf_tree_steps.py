@@ -1,0 +1,123 @@
+"""Steps that check a tree of guesses, drafted from what followed each token lately."""
+
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from adaptive.layers.hf_passes import Passes
+from adaptive.layers.hf_rows import Rows
+from adaptive.layers.hf_steps import Steps
+from adaptive.layers.speculation_log import SpeculationLog
+from adaptive.layers.token_tree import WIDTH, Successors, Tree, TreeSize
+from adaptive.policy.self_speculative import MAX_DRAFT
+
+
+class TreeSteps(Steps):
+    """Drafts by a table of successors; see `token_tree`."""
+
+    def __init__(self, passes: Passes, rows: Rows, table: Successors, log: SpeculationLog) -> None:
+        """Learn the prompt's successors."""
+        super().__init__(passes, rows, log)
+        self.table = table
+        self.size = TreeSize(most=MAX_DRAFT)
+        held = [None] * rows.batch if passes.mask is None else passes.mask.tolist()
+        for ids, mask in zip(rows.prompt.tolist(), held, strict=True):
+            seen = ids if mask is None else [t for t, on in zip(ids, mask, strict=True) if on]
+            table.read(seen)
+
+    def turned_off(self) -> int:
+        """How often trees were given up."""
+        return self.size.turned_off
+
+    def step(self) -> None:
+        """Check a tree and keep the right path; or a plain step where trees do not pay."""
+        room = self.rows.room() - 1
+        last = self.rows.last()
+        if room < 1 or not self.size.wants():
+            logits = self.plain(self.size.plain)
+            self._learn(last, logits)
+            return
+        start = perf_counter()
+        grown = [self.table.grow(token, MAX_DRAFT) for token in last[:, 0].tolist()]
+        nodes = max(self.size.nodes(chances) for _, chances in grown)
+        trees = [_first(tree, nodes) for tree, _ in grown]
+        nodes = max(len(tree.tokens) for tree in trees)
+        if nodes == 0:
+            logits = self.plain(self.size.plain)
+            self._learn(last, logits)
+            return
+        ids, depths, ancestors = _tensors(trees, last, nodes)
+        begun = perf_counter()
+        logits = self.passes.tree(ids, depths, ancestors)
+        paths, chosen = self.rows.walk(logits, trees, room)
+        self._learn(ids, logits, [len(tree.tokens) for tree in trees])
+        alive = self.rows.alive.tolist()
+        kept = [len(path) + 1 if on else 1 for path, on in zip(paths, alive, strict=True)]
+        most = max(kept)
+        index = torch.zeros(len(kept), most, dtype=torch.long)
+        for row, path in enumerate(paths):
+            for place, node in enumerate(path[: most - 1]):
+                index[row, place + 1] = node + 1
+        self.passes.keep(index.to(ids.device))
+        self.passes.accept(torch.tensor(kept, device=ids.device), most)
+        self._count(trees, paths, alive, last[:, 0].tolist(), chosen)
+        self.keep(chosen)
+        self.size.verify.add(nodes + 1, perf_counter() - begun)
+        self.log.draft_seconds += begun - start
+        self.log.verify_seconds += perf_counter() - begun
+
+    def _count(
+        self,
+        trees: list[Tree],
+        paths: list[list[int]],
+        alive: list[bool],
+        last: list[int],
+        chosen: list[list[int]],
+    ) -> None:
+        log, made, rows = self.log, 0, 0
+        log.steps += 1
+        size = max(len(tree.tokens) for tree in trees)
+        log.lengths[size] = log.lengths.get(size, 0) + 1
+        for row, path in enumerate(paths):
+            if not alive[row]:
+                continue
+            log.drafted += len(trees[row].tokens)
+            log.accepted += len(path)
+            made, rows = made + len(path) + 1, rows + 1
+            for token, follower in zip([last[row], *chosen[row]], chosen[row], strict=False):
+                self.table.count(token, follower)
+        self.size.gained.add(made / max(rows, 1))
+
+    def _learn(self, ids: Tensor, logits: Tensor, nodes: list[int] | None = None) -> None:
+        """Refresh the table by what the model found likely after each checked token."""
+        likely = logits.topk(min(WIDTH, logits.shape[-1]), -1).indices.tolist()
+        for row, tokens in enumerate(ids.tolist()):
+            end = len(tokens) if nodes is None else nodes[row] + 1
+            for place in reversed(range(end)):  # the token before the tree last: it is certain
+                self.table.learn(tokens[place], likely[row][place])
+
+
+def _first(tree: Tree, nodes: int) -> Tree:
+    """The first ``nodes`` nodes; a parent comes before its children."""
+    return Tree(tree.tokens[:nodes], tree.parents[:nodes])
+
+
+def _tensors(trees: list[Tree], last: Tensor, nodes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, depths and ancestors of the last tokens and the trees, filled up to ``nodes``.
+
+    What fills a smaller tree up hangs below the last token and is never walked to.
+    """
+    batch = len(trees)
+    ids = last.repeat(1, nodes + 1)
+    depths = torch.ones(batch, nodes + 1, dtype=torch.long)
+    depths[:, 0] = 0
+    ancestors = torch.eye(nodes + 1, dtype=torch.bool).repeat(batch, 1, 1)
+    ancestors[:, :, 0] = True
+    for row, tree in enumerate(trees):
+        count = len(tree.tokens)
+        if count:
+            ids[row, 1 : count + 1] = torch.tensor(tree.tokens, device=ids.device)
+            depths[row, 1 : count + 1] = torch.tensor(tree.depths())
+            ancestors[row, 1 : count + 1, 1 : count + 1] = torch.tensor(tree.ancestors())
+    return ids, depths.to(last.device), ancestors.to(last.device)
