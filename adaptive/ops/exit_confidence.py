@@ -12,7 +12,7 @@ from adaptive.ops.skinny_linear import make_inputs as linear_inputs
 TOP = 2  # the largest logit, and the second for the margin
 
 
-def make_inputs(
+def make_inputs(  # noqa: PLR0913
     rows: int,
     width: int,
     vocab: int,
@@ -56,7 +56,7 @@ def outputs(
         {"rows": 1, "width": 2048, "vocab": 129, "softcap": 2.0},
         {"rows": 2, "width": 40, "vocab": 128, "bias": True},
         {"rows": 3, "width": 1000, "vocab": 333, "scale": 20.0},
-        {"rows": 7, "width": 72, "vocab": 517, "bias": True, "scale": 30.0, "softcap": 15.0},
+        {"rows": 7, "width": 72, "vocab": 517, "bias": True, "scale": 3.0, "softcap": 15.0},
         {"rows": 16, "width": 576, "vocab": 1026, "softcap": 30.0},
     ],
     models=[
@@ -85,7 +85,7 @@ def exit_confidence(
         weight: ``[vocab, width]``, dtype of ``hidden``, any stride between rows; vocab at least 1.
         bias: ``[vocab]``, dtype of ``hidden``, contiguous. None: none is added.
         scale: Factor on the logits.
-        softcap: Logits become ``softcap * tanh(logits / softcap)``, after ``scale``; 0: they do not.
+        softcap: Logits become ``softcap * tanh(logits / softcap)`` after ``scale``; 0: not.
 
     Returns:
         ``(tokens, top, lse, entropy)``, of logits in float32 that are not rounded to the dtype of
