@@ -28,9 +28,16 @@ void finish_logits(const ExitConfidenceArgs& args, int count, float* logits) {
 template <class S>
 ExitSlice summarise(const float* logits, int64_t first, int count) {
   ExitSlice made{kNoLogits, 0, 0};
-  for (int i = 0; i < count; ++i) {
-    // Hardly ever true, and true for NaN, which offer() knows how to rank.
-    if (i < 2 || !(logits[i] <= made.best.top[1])) offer(made.best, logits[i], first + i);
+  const int head = count < S::kWidth ? count : S::kWidth;
+  for (int i = 0; i < head; ++i) offer(made.best, logits[i], first + i);
+  float values[S::kWidth];
+  int32_t positions[S::kWidth];
+  for (int i = S::kWidth; i < count; i += S::kWidth) {
+    const auto limit = S::set1(made.best.top[1]);
+    const int found = S::append_not_less(S::load(logits + i), limit, i, values, positions);
+    for (int j = 0; j < found; ++j) {
+      if (positions[j] < count) offer(made.best, values[j], first + positions[j]);
+    }
   }
   const auto shift = S::set1(made.best.top[0]);
   const auto lowest = S::set1(-100.0f);  // exp of less is 0, and 0 * -inf would be NaN
