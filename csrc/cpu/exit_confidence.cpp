@@ -1,4 +1,4 @@
-// exit_confidence on the CPU: every thread summarises slices of the vocabulary, then some rows.
+// exit_confidence on the CPU: every thread summarises a stretch of the vocabulary, slice by slice.
 
 #include "exit_confidence.h"
 
@@ -62,16 +62,13 @@ void exit_confidence(const ExitConfidenceArgs& args) {
   const int64_t count = (args.linear.out_features + kSliceTokens - 1) / kSliceTokens;
   const int threads = linear_threads(args.linear, count);
   std::vector<ExitSlice> slices(count * rows);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < threads; ++i) {
-      const int64_t begin = i * count / threads, end = (i + 1) * count / threads;
-      kernel(args, input.floats.get(), input.width, begin, end, slices.data());
-    }
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; ++row) merge(args, slices, row);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t i = 0; i < threads; ++i) {
+    const int64_t begin = i * count / threads, end = (i + 1) * count / threads;
+    kernel(args, input.floats.get(), input.width, begin, end, slices.data());
   }
+  // A thread's share of this would cost less than another barrier.
+  for (int64_t row = 0; row < rows; ++row) merge(args, slices, row);
 }
 
 }  // namespace adaptive::cpu

@@ -83,8 +83,9 @@ class LinearFeatures {
     }
   }
 
+  // Not inlined: its loop needs every register, whatever the caller holds.
   template <int R, bool kFetch>
-  void multiply(const Features& f, int64_t row) const {
+  __attribute__((noinline)) void multiply(const Features& f, int64_t row) const {
     Vec sum[R * N];
 #pragma GCC unroll 32
     for (int j = 0; j < R * N; ++j) sum[j] = S::zero();
