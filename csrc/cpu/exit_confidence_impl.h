@@ -35,9 +35,8 @@ ExitSlice summarise(const float* logits, int64_t first, int count) {
   for (int i = S::kWidth; i < count; i += S::kWidth) {
     const auto limit = S::set1(made.best.top[1]);
     const int found = S::append_not_less(S::load(logits + i), limit, i, values, positions);
-    for (int j = 0; j < found; ++j) {
-      if (positions[j] < count) offer(made.best, values[j], first + positions[j]);
-    }
+    // Those behind the last token are -inf, which beats nothing that is held by now.
+    for (int j = 0; j < found; ++j) offer(made.best, values[j], first + positions[j]);
   }
   const auto shift = S::set1(made.best.top[0]);
   const auto lowest = S::set1(-100.0f);  // exp of less is 0, and 0 * -inf would be NaN
