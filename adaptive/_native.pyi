@@ -36,6 +36,18 @@ def decode_attention(
     softcap: float = 0.0,
     causal: bool = True,
 ) -> int: ...
+def exit_confidence(
+    tokens: Tensor,
+    top: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    workspace: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+) -> int: ...
 def gather_attention(
     out: Tensor,
     lse: Tensor,

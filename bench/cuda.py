@@ -10,7 +10,6 @@ from rich.console import Console
 from torch import Tensor
 
 from bench.record import Recorder
-from bench.stock import first
 from bench.timing import TOLERANCE, Timing, WrongResultError, prove, speedup
 
 if TYPE_CHECKING:
@@ -126,7 +125,9 @@ def _kind(cell: "Cell", name: str) -> str:
 def measure(cell: "Cell", ceiling: float) -> dict[str, Any]:
     """Prove and time one cell."""
     arguments = cell.op.make_inputs(**cell.sizes, dtype=getattr(torch, cell.dtype), device="cuda")
-    variants: dict[str, Callable[[], Tensor]] = {"adaptive": lambda: first(cell.op(*arguments))}
+    variants: dict[str, Callable[[], Tensor]] = {
+        "adaptive": lambda: cell.suite.pick(cell.op(*arguments))
+    }
     for name, form in cell.suite.forms.items():
         variants[name] = lambda form=form: form(*arguments)
     stock = set(cell.suite.forms)

@@ -113,7 +113,10 @@ class Bench:
     ) -> dict[str, Callable[[], Tensor]]:
         best = _native.best_cpu_level()
         levels = LEVELS[LEVELS.index(best) :] if threads == 1 else (best,)
-        variants = {f"adaptive {level}": _at_level(cell.op, arguments, level) for level in levels}
+        pick = cell.suite.pick
+        variants = {
+            f"adaptive {level}": _at_level(cell.op, arguments, level, pick) for level in levels
+        }
         for name, form in cell.suite.forms.items():
             if threads == 1 or name not in cell.suite.single_thread_only:
                 variants[name] = lambda form=form: form(*arguments)
@@ -121,11 +124,14 @@ class Bench:
 
 
 def _at_level(
-    op: Callable[..., Any], arguments: tuple[Any, ...], level: str
+    op: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    level: str,
+    pick: Callable[[Any], Tensor] = first,
 ) -> Callable[[], Tensor]:
     def run() -> Tensor:
         _native.set_cpu_level(level)
-        return first(op(*arguments))
+        return pick(op(*arguments))
 
     return run
 

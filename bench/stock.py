@@ -18,13 +18,18 @@ Sizes = dict[str, int]
 Form = Callable[..., Tensor]
 
 
+def first(result: Tensor | Sequence[Tensor]) -> Tensor:
+    """The first output of an op that may return several."""
+    return result if isinstance(result, Tensor) else result[0]
+
+
 @dataclass(frozen=True)
 class Suite:
     """How one op is benchmarked.
 
     Attributes:
-        forms: Stock PyTorch forms by name; each takes the op's arguments and returns its first
-            output. The ratio is quoted against the fastest of them.
+        forms: Stock PyTorch forms by name; each takes the op's arguments and returns what ``pick``
+            takes of its outputs. The ratio is quoted against the fastest of them.
         single_thread_only: Forms too slow to repeat at every thread count.
         truth: The same in float64.
         sweep: Sizes to measure, the most wanted first; empty: the op's ``models``.
@@ -33,6 +38,7 @@ class Suite:
             what users would run instead.
         moved_bytes: Bytes that the op has to move for these arguments; None: all of them.
         place: Puts the arguments where users have them; None: anywhere.
+        pick: What of the op's outputs is compared with the truth.
     """
 
     forms: Mapping[str, Form]
@@ -43,6 +49,7 @@ class Suite:
     beside: Mapping[str, Form] = field(default_factory=dict)
     moved_bytes: Callable[..., int] | None = None
     place: Callable[..., tuple[Any, ...]] | None = None
+    pick: Callable[[Any], Tensor] = first
 
     def moved(self, arguments: Sequence[object], result: Tensor) -> int:
         """Bytes read and written by one call."""
@@ -131,18 +138,14 @@ def _as_double(reference: Callable[..., Any]) -> Form:
     return truth
 
 
-def first(result: Tensor | Sequence[Tensor]) -> Tensor:
-    """The first output of an op that may return several."""
-    return result if isinstance(result, Tensor) else result[0]
-
-
 def suite_for(op: Op[..., Any]) -> Suite:
     """The op's suite, or one that compares it with its own reference."""
-    from bench.stock_linear import SUITES as LINEAR  # which use this module
+    from bench.stock_exit import SUITES as EXIT  # which use this module
+    from bench.stock_linear import SUITES as LINEAR
     from bench.stock_local import SUITES as LOCAL
     from bench.stock_sparse import SUITES as SPARSE
 
-    if op.name in (suites := {**SUITES, **SPARSE, **LINEAR, **LOCAL}):
+    if op.name in (suites := {**SUITES, **SPARSE, **LINEAR, **LOCAL, **EXIT}):
         return suites[op.name]
     return Suite(
         forms={"reference": lambda *a: first(op.reference(*a))}, truth=_as_double(op.reference)

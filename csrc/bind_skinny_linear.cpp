@@ -3,7 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bind_attention.h"
-#include "skinny_linear.h"
+#include "bind_linear.h"
 
 namespace adaptive {
 namespace {
@@ -12,26 +12,28 @@ namespace py = pybind11;
 
 constexpr int64_t kMaxRows = 16, kMinFeatures = 32, kFeatureStep = 8;
 
-SkinnyLinearArgs skinny_linear_args(const Check& check, const TensorView& input,
-                                    const TensorView& weight, const TensorView& bias) {
-  check.tensor(input, "input", 2);
+}  // namespace
+
+SkinnyLinearArgs linear_args(const Check& check, const TensorView& input, const char* name,
+                             const TensorView& weight, const TensorView& bias) {
+  check.tensor(input, name, 2);
   check.tensor(weight, "weight", 2);
   SkinnyLinearArgs args{};
-  args.dtype = check.dtype(input, "input", {DType::kFloat32, DType::kFloat16, DType::kBfloat16});
+  args.dtype = check.dtype(input, name, {DType::kFloat32, DType::kFloat16, DType::kBfloat16});
   args.rows = input.size(0);
   args.in_features = input.size(1);
   args.out_features = weight.size(0);
   if (args.rows > kMaxRows) {
-    check.fail(PyExc_ValueError, "input", "have at most 16 rows", check.shape(input));
+    check.fail(PyExc_ValueError, name, "have at most 16 rows", check.shape(input));
   }
   if (args.in_features < kMinFeatures || args.in_features % kFeatureStep != 0) {
-    check.fail(PyExc_ValueError, "input", "have a multiple of 8 features, 32 or more",
+    check.fail(PyExc_ValueError, name, "have a multiple of 8 features, 32 or more",
                check.shape(input));
   }
   check.size(weight, "weight", 1, args.in_features);
   check.dtype(weight, "weight", {args.dtype});
   check.same_device(weight, "weight", input);
-  check.last_contiguous(input, "input");
+  check.last_contiguous(input, name);
   check.last_contiguous(weight, "weight");
   args.input = input.data<void>();
   args.weight = weight.data<void>();
@@ -48,10 +50,12 @@ SkinnyLinearArgs skinny_linear_args(const Check& check, const TensorView& input,
   return args;
 }
 
+namespace {
+
 int64_t skinny_linear(const TensorView& out, const TensorView& workspace, const TensorView& input,
                       const TensorView& weight, const TensorView& bias) {
   const Check check("skinny_linear");
-  SkinnyLinearArgs args = skinny_linear_args(check, input, weight, bias);
+  SkinnyLinearArgs args = linear_args(check, input, "input", weight, bias);
   check.tensor(out, "out", 2);
   check.size(out, "out", 0, args.rows);
   check.size(out, "out", 1, args.out_features);

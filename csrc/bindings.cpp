@@ -70,6 +70,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("set_cpu_level", &set_cpu_level, py::arg("level"));
   bind_block_sparse_attention(m);
   bind_decode_attention(m);
+  bind_exit_confidence(m);
   bind_gather_attention(m);
   bind_local_attention(m);
   bind_pool_blocks(m);

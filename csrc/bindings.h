@@ -11,6 +11,7 @@ void count_call(const char* kernel);
 
 void bind_block_sparse_attention(pybind11::module_& m);
 void bind_decode_attention(pybind11::module_& m);
+void bind_exit_confidence(pybind11::module_& m);
 void bind_gather_attention(pybind11::module_& m);
 void bind_local_attention(pybind11::module_& m);
 void bind_pool_blocks(pybind11::module_& m);

@@ -4,8 +4,10 @@ from adaptive.ops._op import OPS, Op, recorded
 from adaptive.ops.block_sparse_attention import block_sparse_attention
 from adaptive.ops.choose_blocks import choose_blocks
 from adaptive.ops.decode_attention import decode_attention
+from adaptive.ops.exit_confidence import exit_confidence
 from adaptive.ops.gather_attention import gather_attention
 from adaptive.ops.head_scores import head_scores
+from adaptive.ops.hidden_cosine import hidden_cosine
 from adaptive.ops.local_attention import local_attention
 from adaptive.ops.pool_blocks import pool_blocks
 from adaptive.ops.score_blocks import block_ranges, score_blocks, score_lines
@@ -22,8 +24,10 @@ __all__ = [
     "block_sparse_attention",
     "choose_blocks",
     "decode_attention",
+    "exit_confidence",
     "gather_attention",
     "head_scores",
+    "hidden_cosine",
     "local_attention",
     "pool_blocks",
     "recorded",

@@ -18,6 +18,20 @@ def supports(in_features: int, dtype: torch.dtype) -> bool:
     return in_range and dtype in DTYPES
 
 
+def check_matrices(op: str, **arguments: Any) -> None:
+    """Raise unless each argument is a tensor of two dimensions, whose sizes an output needs."""
+    for name, tensor in arguments.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"adaptive::{op}: {name} must be a strided torch.Tensor with data on cpu "
+                f"or cuda, got {type(tensor).__name__}"
+            )
+        if tensor.dim() != 2:  # noqa: PLR2004
+            raise ValueError(
+                f"adaptive::{op}: {name} must have 2 dimensions, got shape {list(tensor.shape)}"
+            )
+
+
 def make_inputs(
     rows: int,
     in_features: int,
@@ -41,17 +55,7 @@ def make_inputs(
 
 def outputs(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Uninitialised result for these arguments."""
-    for name, tensor in (("input", input), ("weight", weight)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(
-                f"adaptive::skinny_linear: {name} must be a strided torch.Tensor with data on cpu "
-                f"or cuda, got {type(tensor).__name__}"
-            )
-        if tensor.dim() != 2:  # noqa: PLR2004
-            raise ValueError(
-                f"adaptive::skinny_linear: {name} must have 2 dimensions, "
-                f"got shape {list(tensor.shape)}"
-            )
+    check_matrices("skinny_linear", input=input, weight=weight)
     return torch.empty((input.shape[0], weight.shape[0]), dtype=input.dtype, device=input.device)
 
 

@@ -4,8 +4,8 @@
 
 #include <algorithm>
 
-#include "cpu/decode_schedule.h"
 #include "cpu/level.h"
+#include "cpu/linear_input.h"
 #include "cpu/skinny_linear_kernel.h"
 
 namespace adaptive::cpu {
@@ -24,22 +24,32 @@ const LinearKernel& kernel_for(Level level) {
 
 }  // namespace
 
-void skinny_linear(const SkinnyLinearArgs& args) {
-  if (args.rows == 0 || args.out_features == 0) return;
-  const LinearKernel& kernel = kernel_for(level());
-  const int64_t element_bytes = args.dtype == DType::kFloat32 ? 4 : 2;
-  const int64_t steps = (args.out_features + kStep - 1) / kStep;
-  const int64_t threads =
-      useful_threads(steps, args.out_features * args.in_features * element_bytes);
+LinearInput linear_input(const SkinnyLinearArgs& args, Level level) {
+  const LinearKernel& kernel = kernel_for(level);
   const int64_t width = round_up(args.in_features, kLinearWidth);
   const int64_t rows = args.rows + (args.rows % kLinearRows == kLinearRows - 1);
-  const AlignedFloats input = aligned_floats(rows * width);
+  LinearInput made{aligned_floats(rows * width), width};
   // A thread's share of this would cost less than the barrier behind it.
-  for (int64_t row = 0; row < rows; ++row) kernel.widen(args, row, input.get() + row * width);
+  for (int64_t row = 0; row < rows; ++row) kernel.widen(args, row, made.floats.get() + row * width);
+  return made;
+}
+
+int linear_threads(const SkinnyLinearArgs& args, int64_t pieces) {
+  const int64_t element_bytes = args.dtype == DType::kFloat32 ? 4 : 2;
+  return useful_threads(pieces, args.out_features * args.in_features * element_bytes);
+}
+
+void skinny_linear(const SkinnyLinearArgs& args) {
+  if (args.rows == 0 || args.out_features == 0) return;
+  const Level level = cpu::level();
+  const LinearKernel& kernel = kernel_for(level);
+  const int64_t steps = (args.out_features + kStep - 1) / kStep;
+  const int64_t threads = linear_threads(args, steps);
+  const LinearInput input = linear_input(args, level);
 #pragma omp parallel for schedule(static) num_threads(static_cast<int>(threads)) if (threads > 1)
   for (int64_t i = 0; i < threads; ++i) {
     const int64_t begin = i * steps / threads * kStep, end = (i + 1) * steps / threads * kStep;
-    kernel.multiply(args, input.get(), width, begin, std::min(end, args.out_features));
+    kernel.multiply(args, input.floats.get(), input.width, begin, std::min(end, args.out_features));
   }
 }
 

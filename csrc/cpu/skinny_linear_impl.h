@@ -1,150 +1,14 @@
-// The kernel of skinny_linear, one template on a SIMD trait and an element type. Weight rows come
-// four at a time, and a tile of up to 4 input rows shares each load of them; all tiles follow while
-// the weight rows are in cache, so that memory is read once whatever the number of rows. Each sum
-// is taken in the same order in any tile.
+// The kernel of skinny_linear on a SIMD trait: rounds what linear_features.h sums.
 
 #pragma once
 
+#include "cpu/linear_features.h"
 #include "cpu/narrow.h"
 #include "cpu/simd.h"
 #include "cpu/skinny_linear_kernel.h"
 
 namespace adaptive::cpu {
 namespace {
-
-constexpr int kLinearFeatures = 4;  // weight rows at a time
-constexpr int kAheadBytes = 1024;   // of each weight row, fetched before their use
-
-ADAPTIVE_INLINE float widen_one(Float32 x) { return x.value; }
-
-ADAPTIVE_INLINE float widen_one(Bfloat16 x) {
-  return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16);
-}
-
-ADAPTIVE_INLINE float widen_one(Float16 x) {
-  const uint32_t magnitude = x.bits & 0x7fffu;
-  uint32_t bits = (magnitude << 13) + (112u << 23);
-  if (magnitude >= 0x7c00u) bits += 112u << 23;  // inf and NaN keep an exponent of all ones
-  if (magnitude < 0x400u) {
-    bits = __builtin_bit_cast(uint32_t, static_cast<float>(magnitude) * 0x1p-24f);
-  }
-  return __builtin_bit_cast(float, bits | (x.bits & 0x8000u) << 16);
-}
-
-template <class S, class E>
-class LinearFeatures {
- public:
-  LinearFeatures(const SkinnyLinearArgs& args, const float* input, int64_t width)
-      : args_(args),
-        input_(input),
-        width_(width),
-        units_(args.in_features / kUnit),
-        tail_(static_cast<int>(args.in_features % kUnit)) {}
-
-  void run(int64_t begin, int64_t end) const {
-    const E* weight = static_cast<const E*>(args_.weight);
-    const int64_t last = args_.out_features - 1;
-    for (int64_t first = begin; first < end; first += N) {
-      Features f{first, static_cast<int>(end - first < N ? end - first : N), {}, {}};
-      for (int n = 0; n < N; ++n) {  // beyond the last: the last again, not stored
-        const int64_t own = first + n < end ? first + n : end - 1;
-        const int64_t next = first + N + n < last ? first + N + n : last;
-        f.row[n] = weight + own * args_.weight_stride;
-        f.next[n] = weight + next * args_.weight_stride;
-      }
-      int64_t row = 0;
-      for (; args_.rows - row >= 3; row += 4) tile<4>(f, row);
-      if (args_.rows - row == 2) tile<2>(f, row);
-      if (args_.rows - row == 1) tile<1>(f, row);
-    }
-  }
-
- private:
-  using Vec = typename S::Vec;
-  static constexpr int kUnit = 2 * S::kWidth;  // elements of one load_pair
-  static constexpr int N = kLinearFeatures;
-  static constexpr int64_t kAheadUnits = kAheadBytes / (kUnit * sizeof(E));
-
-  struct Features {
-    int64_t first;
-    int count;
-    const E* row[N];
-    const E* next[N];  // those that follow
-  };
-
-  template <int R>
-  void tile(const Features& f, int64_t row) const {
-    if (row == 0) {
-      multiply<R, true>(f, row);
-    } else {
-      multiply<R, false>(f, row);
-    }
-  }
-
-  template <int R, bool kFetch>
-  void multiply(const Features& f, int64_t row) const {
-    Vec sum[R * N];
-#pragma GCC unroll 32
-    for (int j = 0; j < R * N; ++j) sum[j] = S::zero();
-    const float* input = input_ + row * width_;
-    const int64_t ahead = kAheadUnits < units_ ? kAheadUnits : units_;
-    const int64_t turn = kFetch ? units_ - ahead : 0;
-    for (int64_t unit = 0; unit < turn; ++unit) {
-      add_products<R, kFetch, false>(f.row, f.row, ahead, input, unit, sum);
-    }
-    for (int64_t unit = turn; unit < units_; ++unit) {
-      add_products<R, kFetch, false>(f.row, f.next, -turn, input, unit, sum);
-    }
-    if (tail_ != 0) add_products<R, kFetch, true>(f.row, f.next, -turn, input, units_, sum);
-    float out[R * N];
-#pragma GCC unroll 8
-    for (int j = 0; j < R * N; j += 4) {
-      S::reduce4(sum[j], sum[j + 1], sum[j + 2], sum[j + 3], out + j);
-    }
-    const int64_t left = args_.rows - row;
-    for (int r = 0; r < (left < R ? left : R); ++r) store(f, row + r, out + r * N);
-  }
-
-  // sum[r * N + n] += input row r * weight row n, over one unit of elements.
-  template <int R, bool kFetch, bool kTail>
-  ADAPTIVE_INLINE void add_products(const E* const* weight, const E* const* fetch, int64_t ahead,
-                                    const float* input, int64_t unit, Vec (&sum)[R * N]) const {
-    Vec low[N], high[N];
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) {
-      if constexpr (kFetch) prefetch<kUnit, 3>(fetch[n] + (unit + ahead) * kUnit);
-      if constexpr (kTail) {
-        S::load_pair_tail(weight[n] + unit * kUnit, tail_, low[n], high[n]);
-      } else {
-        S::load_pair(weight[n] + unit * kUnit, low[n], high[n]);
-      }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const Vec input_low = S::load(input + r * width_ + unit * kUnit);
-      const Vec input_high = S::load(input + r * width_ + unit * kUnit + S::kWidth);
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) {
-        sum[r * N + n] = S::fma(input_low, low[n], sum[r * N + n]);
-        sum[r * N + n] = S::fma(input_high, high[n], sum[r * N + n]);
-      }
-    }
-  }
-
-  void store(const Features& f, int64_t row, const float* sums) const {
-    const E* bias = static_cast<const E*>(args_.bias);
-    E* out = static_cast<E*>(args_.out) + row * args_.out_features + f.first;
-    for (int n = 0; n < f.count; ++n) {
-      narrow(bias == nullptr ? sums[n] : sums[n] + widen_one(bias[f.first + n]), out + n);
-    }
-  }
-
-  const SkinnyLinearArgs& args_;
-  const float* const input_;
-  const int64_t width_;
-  const int64_t units_;
-  const int tail_;
-};
 
 template <class S, class E>
 void widen_row(const SkinnyLinearArgs& args, int64_t row, float* to) {
@@ -173,13 +37,23 @@ void widen_linear(const SkinnyLinearArgs& args, int64_t row, float* to) {
   }
 }
 
+template <class S, class E>
+void multiply_features(const SkinnyLinearArgs& args, const float* input, int64_t width,
+                       int64_t begin, int64_t end) {
+  const auto store = [&args](int64_t row, int64_t first, int count, const float* sums) {
+    E* out = static_cast<E*>(args.out) + row * args.out_features + first;
+    for (int n = 0; n < count; ++n) narrow(sums[n], out + n);
+  };
+  LinearFeatures<S, E, decltype(store)>(args, input, width, store).run(begin, end);
+}
+
 template <class S>
 void multiply_linear(const SkinnyLinearArgs& args, const float* input, int64_t width, int64_t begin,
                      int64_t end) {
   switch (args.dtype) {
-    case DType::kFloat32: return LinearFeatures<S, Float32>(args, input, width).run(begin, end);
-    case DType::kFloat16: return LinearFeatures<S, Float16>(args, input, width).run(begin, end);
-    default: return LinearFeatures<S, Bfloat16>(args, input, width).run(begin, end);
+    case DType::kFloat32: return multiply_features<S, Float32>(args, input, width, begin, end);
+    case DType::kFloat16: return multiply_features<S, Float16>(args, input, width, begin, end);
+    default: return multiply_features<S, Bfloat16>(args, input, width, begin, end);
   }
 }
 

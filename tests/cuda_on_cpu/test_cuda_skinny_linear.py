@@ -106,25 +106,27 @@ def test_refusals_name_the_argument(linear):
         linear(*draw(torch.float32, 2, 60, 3))
 
 
+ROW = "cuda/linear_row.cuh"
+SECOND = """i < {}; ++i) {{
+      const int column = first + i * kLinearLanes * V::kElements;
+      if (column >= width)"""
 MUTANTS = {
-    "features beyond the last": ("feature >= a.out_features", "feature > a.out_features"),
-    "columns beyond the last": ("if (column >= width) continue;", ""),
-    "one lane left out": ("distance = kLanes / 2;", "distance = kLanes / 4;"),
-    "rows beyond the last": ("r < rows && lane == r", "lane == r"),
-    "bias taken away": ("sum[r] + bias", "sum[r] - bias"),
-    "bias of the block": ("(a.bias)[feature]", "(a.bias)[feature % kWarps]"),
-    "weight rows assumed dense": ("feature * a.weight_stride", "feature * a.in_features"),
-    "input rows assumed dense": ("r * a.input_stride", "r * a.in_features"),
-    "second load skipped": ("i < kInFlight; ++i) {\n      const int column = first + i * kLanes * "
-                            "V::kElements;\n      if (column >= width)",
-                            "i < 1; ++i) {\n      const int column = first + i * kLanes * "
-                            "V::kElements;\n      if (column >= width)"),
+    "features beyond the last": (
+        SOURCE, "feature >= a.out_features", "feature > a.out_features"),
+    "columns beyond the last": (ROW, "if (column >= width) continue;", ""),
+    "one lane left out": (ROW, "distance = kLinearLanes / 2;", "distance = kLinearLanes / 4;"),
+    "rows beyond the last": (SOURCE, "r < a.rows && lane == r", "lane == r"),
+    "bias taken away": (SOURCE, "whole + bias", "whole - bias"),
+    "bias of the block": (ROW, "(a.bias)[feature]", "(a.bias)[feature % 8]"),
+    "weight rows assumed dense": (ROW, "feature * a.weight_stride", "feature * a.in_features"),
+    "input rows assumed dense": (ROW, "r * a.input_stride", "r * a.in_features"),
+    "second load skipped": (ROW, SECOND.format("kInFlight"), SECOND.format(1)),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_caught(builder, tmp_path, name):
-    mutant = planted(tmp_path / "csrc", SOURCE, SOURCE, *MUTANTS[name])
+    mutant = planted(tmp_path / "csrc", SOURCE, *MUTANTS[name])
     linear = Linear(builder.library(*builder.objects(mutant, SHIM)))
     with pytest.raises((AssertionError, RuntimeError)):
         check_everything(linear, torch.bfloat16)

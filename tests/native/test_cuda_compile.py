@@ -17,6 +17,7 @@ KERNELS = {
     "decode_attention.cu": ["attend_fma"] * 3,
     "decode_attention_mma.cu": ["attend_mma"] * 6,
     "device.cu": [],
+    "exit_confidence.cu": [*["summarise_slice"] * 9, "merge_slices"],
     "gather_attention.cu": ["attend_fma"] * 3,
     "gather_attention_mma.cu": ["attend_mma"] * 6,
     "local_attention.cu": ["attend_local"] * 3,
