@@ -12,10 +12,11 @@ from adaptive.adapters import EncoderFamily, family_for
 from adaptive.errors import PatchConflict, UnknownFamily, UnsupportedModel
 from adaptive.layers import hf_linear
 from adaptive.layers.fingerprint import fingerprint
-from adaptive.layers.state import ENCODER, RECORD, STATE, LayerState, PatchRecord, Survey
+from adaptive.layers.state import RECORD, STATE, LayerState, PatchRecord
+from adaptive.layers.survey import Survey
+from adaptive.patch_checks import generation_problems, is_encoder, modes_of, plan_problems
 from adaptive.patched import Patched
 from adaptive.policy import Exact, ModelShape, Plan, Policy
-from adaptive.policy.plan import DENSE, GLOBAL_LOCAL, STOCK
 
 _WRAPPERS = {
     "DataParallel": "it copies the model on every call; patch model.module instead",
@@ -166,8 +167,8 @@ def examine(
         error = UnsupportedModel
     else:
         try:
-            problems = _plan_problems(survey, {m for p in policies for m in _modes(p)})
-            problems += _generation_problems(root, survey, policies)
+            problems = plan_problems(survey, {m for p in policies for m in modes_of(p)})
+            problems += generation_problems(root, survey, policies)
             plan = _plan(root, survey.shape, policies) if not problems else None
         except ValueError as misfit:  # a PlanMismatch, or a policy's own
             plan, error = misfit, type(misfit)
@@ -183,58 +184,6 @@ def examine(
         error=error,
     )
     return root, survey, support, plan
-
-
-def _modes(policy: Policy | Plan) -> set[str]:
-    """Modes that skip keys: those of a plan, or those that a policy is for."""
-    if isinstance(policy, Plan):
-        skips = {mode for row in policy.rows for mode in row} - {DENSE, STOCK}
-        return skips.union(*(p.modes for p in policy.policies if p.prefill_layers(policy)))
-    return set(policy.modes)
-
-
-def _plan_problems(survey: Survey, modes: set[str]) -> list[str]:
-    """Why the model cannot do what the plan says."""
-    if _is_encoder(survey):
-        others = ", ".join(sorted(modes - {GLOBAL_LOCAL}))
-        return [
-            f"modes that skip keys while decoding ({others}) do not fit: an encoder has no "
-            "decoding; GlobalLocalAttention is for encoders"
-        ] * bool(others)
-    if GLOBAL_LOCAL in modes:
-        return [
-            "GlobalLocalAttention does not fit: its tokens see both ways, and those of a decoder "
-            "must not; LocalAttention is for decoders"
-        ]
-    if modes and any(site.kind != "hf" for site in survey.sites):
-        return [
-            f"modes that skip keys ({', '.join(sorted(modes))}) need a decoder of transformers and "
-            "its cache; plain PyTorch modules can only be exact"
-        ]
-    return []
-
-
-def _generation_problems(
-    root: nn.Module, survey: Survey, policies: Sequence[Policy | Plan]
-) -> list[str]:
-    """Why the model cannot generate as the policies say."""
-    found = []
-    every = [p for each in policies for p in (each.policies if isinstance(each, Plan) else (each,))]
-    for policy in every:
-        if not policy.generates:
-            continue
-        name = type(policy).__name__
-        if not survey.layers:
-            found.append(f"{name} does not fit: it needs a decoder of transformers")
-        elif not survey.base or not hasattr(root, "generate"):
-            found.append(f"{name} needs a model that generates (...ForCausalLM), not a bare one")
-        elif getattr(policy, "skip", None) and len(survey.mlps) != len(survey.layers):
-            found.append(f"{name}.skip does not fit: some layers have no MLP that is known")
-    return found
-
-
-def _is_encoder(survey: Survey) -> bool:
-    return any(site.kind == ENCODER for site in survey.sites)
 
 
 def _find_root(model: nn.Module) -> tuple[nn.Module, str | None]:
@@ -298,7 +247,7 @@ def _install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
     if _is_pretrained(root):
         from adaptive.layers import hf_encoder, hf_model
 
-        backend = hf_encoder if _is_encoder(survey) else hf_model
+        backend = hf_encoder if is_encoder(survey) else hf_model
         backend.install(root, survey, record)
     else:
         from adaptive.layers import torch_attention

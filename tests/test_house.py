@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 MAY_IMPORT = {
-    "patch": {"adapters", "layers", "policy", "patched"},
+    "patch": {"adapters", "layers", "patch_checks", "patched", "policy"},
+    "patch_checks": {"layers", "policy"},
     "calibrate": {
         "calibrate_heads",
         "calibrate_layers",

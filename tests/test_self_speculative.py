@@ -51,7 +51,7 @@ def test_every_family_makes_the_same_tokens(case, policy):
     if "skip" in policy and len(set(_windows(case))) > 1:
         policy = {"skip": ((), (1, 3)), "draft": 4}
     if "tree" in policy and any(getattr(model.config, f, None) for f in ("sliding_window",)):
-        with pytest.raises(ValueError, match="SelfSpeculative.tree must be False"):
+        with pytest.raises(ValueError, match=r"SelfSpeculative\.tree must be False"):
             adaptive.patch(model, adaptive.SelfSpeculative(**policy))
         return
     for inputs in (token_ids(batch=1), padded(batch=3)):

@@ -9,7 +9,8 @@ from torch import nn
 from adaptive.layers import depth
 from adaptive.layers.hf_speculate import speculate
 from adaptive.layers.speculation_log import SpeculationLog
-from adaptive.layers.state import PatchRecord, Survey
+from adaptive.layers.state import PatchRecord
+from adaptive.layers.survey import Survey
 from adaptive.layers.token_tree import Successors
 from adaptive.policy import SelfSpeculative
 

@@ -89,14 +89,15 @@ class Passes:
         self._shallow += 1
         return logits
 
-    def close(self, ids: Tensor, end: int) -> None:
-        """As `shallow`, for the last draft, whose successor nobody asks for: without the head."""
+    def hidden(self, ids: Tensor, end: int) -> Tensor:
+        """As `shallow`, but without the head: what the model's norm gave, ``[batch, 1, width]``."""
         made = self._shallow - self.slots
         given = self._inputs(ids, self.positions + made, self._shallow + 1, self.cache)
         with self.depth.run(0, end):
-            self.base(**given)
+            normed: Tensor = self.base(**given, return_dict=True).last_hidden_state
         self._states.append(self.depth.take())
         self._shallow += 1
+        return normed
 
     def skipping(self, ids: Tensor) -> Tensor:
         """Run all layers on one token per row, without the modules that `Depth.skips` names."""

@@ -89,6 +89,11 @@ class Rows:
         chosen: list[list[int]] = tokens.tolist()
         return chosen
 
+    @property
+    def searches(self) -> bool:
+        """Whether the next token is the one with the largest logit, and nothing more is asked."""
+        return not self._sample and not len(self._processors)
+
     def draft(self, logits: Tensor, drafted: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Draft a token per row.
 

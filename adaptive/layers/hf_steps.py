@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from adaptive.layers.depth import Skips
+from adaptive.layers.draft_head import draft_head
 from adaptive.layers.draft_length import Average, DraftLength
 from adaptive.layers.hf_passes import Passes
 from adaptive.layers.hf_rows import Rows
@@ -79,6 +80,7 @@ class DraftSteps(Steps):
         skip = policy.skip or ((), ())
         self.skips: Skips = (frozenset(skip[0]), frozenset(skip[1]))
         self.confidences: list[Tensor] = []
+        self.head = draft_head(passes.model, policy.draft_vocabulary)
 
     def turned_off(self) -> int:
         """How often drafting was given up."""
@@ -103,8 +105,7 @@ class DraftSteps(Steps):
         reach = torch.ones(rows.batch)
         while True:
             start = perf_counter()
-            logits = self._draft_pass(ids[-1])
-            token, confidence, chances = rows.draft(logits, ids[1:])
+            token, confidence, chances = self._draft_pass(ids[-1], ids[1:])
             expected = [length.accepts(c) for c in confidence.tolist()]
             seconds = perf_counter() - start
             length.draft.add(seconds)
@@ -122,11 +123,21 @@ class DraftSteps(Steps):
         self.confidences = [confidence for confidence, _ in drawn]
         return torch.cat(ids, 1), [chances for _, chances in drawn]
 
-    def _draft_pass(self, ids: Tensor) -> Tensor:
-        if self.policy.exit_layer is not None:
-            return self.passes.shallow(ids, self.policy.exit_layer)
-        with self.passes.depth.skipping(self.skips):
-            return self.passes.skipping(ids)
+    def _draft_pass(self, ids: Tensor, before: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The draft after ``ids``, ``[batch, 1]``, as `Rows.draft`."""
+        passes, rows, exit_layer = self.passes, self.rows, self.policy.exit_layer
+        if exit_layer is None:
+            with passes.depth.skipping(self.skips):
+                return rows.draft(passes.skipping(ids), before)
+        if self.head is None:
+            return rows.draft(passes.shallow(ids, exit_layer), before)
+        if not rows.searches and self.head.tokens is None:
+            return rows.draft(passes.shallow(ids, exit_layer), before)
+        hidden = passes.hidden(ids, exit_layer)[:, -1]
+        if not rows.searches:
+            return rows.draft(self.head.logits(hidden), before)
+        token, confidence = self.head.best(hidden)
+        return token, confidence, confidence[:, None]
 
     def _check(self, ids: Tensor, chances: list[Tensor]) -> None:
         """Check the drafts and keep what was right."""
@@ -137,7 +148,7 @@ class DraftSteps(Steps):
             logits = passes.whole(ids)
         else:
             if passes.behind(ids.shape[1]):
-                passes.close(ids[:, -1:], self.policy.exit_layer)
+                passes.hidden(ids[:, -1:], self.policy.exit_layer)  # what follows is not asked
                 begun = perf_counter()
                 length.closing.add(begun - start)
             logits = passes.deep(ids, self.policy.exit_layer)

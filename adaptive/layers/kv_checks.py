@@ -41,3 +41,14 @@ def check_index(index: Tensor, rows: int) -> None:
         if len(wrong):
             at = int(wrong[0])
             raise IndexError(f"{OP}: index[{at}] must be in [0, {rows}), got {int(index[at])}")
+
+
+def check_kept(index: Tensor, batch: int, tokens: int) -> None:
+    """Raise unless ``index`` picks some of ``tokens`` tokens for each of ``batch`` rows."""
+    if index.dim() != len(("batch", "kept")) or index.shape[0] != batch:
+        raise ValueError(f"{OP}: index must have shape [{batch}, kept], got {list(index.shape)}")
+    if index.device.type == "cpu" and index.numel():
+        least, most = int(index.min()), int(index.max())
+        if least < 0 or most >= tokens:
+            wrong = least if least < 0 else most
+            raise IndexError(f"{OP}: index must be in [0, {tokens}), got {wrong}")

@@ -104,3 +104,14 @@ def _advise_huge_pages(storage: Tensor, tokens: int) -> None:
 
     for stripe in storage.view(batch * heads, capacity, head_dim):
         _native.advise_huge_pages(stripe.narrow(0, 0, tokens))
+
+
+def move_kept(tail: Tensor, index: Tensor) -> None:
+    """Move the tokens at ``index``, ``[batch, kept]``, of ``tail`` to its front, in place.
+
+    Args:
+        tail: ``[batch, heads, tokens, width]``.
+        index: int64, on the same device.
+    """
+    whole = index[:, None, :, None].expand(-1, tail.shape[1], -1, tail.shape[3])
+    tail.narrow(2, 0, index.shape[1]).copy_(tail.gather(2, whole))

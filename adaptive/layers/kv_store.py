@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from adaptive.layers.derived import Derived
-from adaptive.layers.kv_checks import OP, check_append, check_index
-from adaptive.layers.kv_memory import allocate, is_lazy
+from adaptive.layers.kv_checks import OP, check_append, check_index, check_kept
+from adaptive.layers.kv_memory import allocate, is_lazy, move_kept
 
 
 class KVStore:
@@ -34,14 +34,9 @@ class KVStore:
 
     Not for training: see `append`. Not thread-safe, like the model that owns it.
 
-    Args:
-        max_tokens: The most tokens it may hold; None for no limit.
-
     Attributes:
+        max_tokens: The most tokens it may hold, from 1 on; None for no limit.
         derived: What is computed from the content and kept up to date with it, by name.
-
-    Raises:
-        ValueError: ``max_tokens`` is below 1.
     """
 
     def __init__(self, max_tokens: int | None = None) -> None:
@@ -151,35 +146,17 @@ class KVStore:
         self._length = length
 
     def keep(self, index: Tensor, tokens: int) -> None:
-        """Of the last ``tokens`` tokens keep those at ``index``, moved together, in its order.
-
-        Args:
-            index: ``[batch, kept]``, int64, in ``[0, tokens)``: each row keeps its own.
-            tokens: At most `length`.
+        """Of the last ``tokens`` tokens keep those at ``index``, ``[batch, kept]`` from 0 on.
 
         Raises:
-            ValueError: There are not so many tokens, or the index has another shape.
-            IndexError: An entry is out of range (checked on CPU).
+            ValueError, IndexError: Another shape, or out of range (checked on CPU).
         """
         start = self._length - tokens
-        if not 0 <= tokens <= self._length:
-            raise ValueError(f"{OP}: tokens must be in [0, {self._length}], got {tokens}")
-        if index.dim() != len(("batch", "kept")) or index.shape[0] != self.batch:
-            shape = list(index.shape)
-            raise ValueError(f"{OP}: index must have shape [{self.batch}, kept], got {shape}")
-        if index.device.type == "cpu" and index.numel():
-            least, most = int(index.min()), int(index.max())
-            if least < 0 or most >= tokens:
-                wrong = least if least < 0 else most
-                raise IndexError(f"{OP}: index must be in [0, {tokens}), got {wrong}")
-        kept = index.shape[1]
-        index = index[:, None, :, None]
-        for tensor in self._tensors() if self._keys is not None else ():
-            tail = tensor.narrow(2, start, tokens)
-            whole = index.expand(-1, tensor.shape[1], -1, tensor.shape[3])
-            tail.narrow(2, 0, kept).copy_(tail.gather(2, whole.to(tensor.device)))
+        check_kept(index, self.batch, tokens)
         self.crop(start)  # what derives from the content forgets the old order
-        self._length = start + kept
+        for tensor in self._tensors():
+            move_kept(tensor.narrow(2, start, tokens), index.to(tensor.device))
+        self._length = start + index.shape[1]
 
     def restore(self, length: int) -> None:
         """Undo a crop: the tokens up to ``length`` are held again, those not written since as old.
@@ -236,8 +213,7 @@ class KVStore:
             self._select_derived(index)
             return
         rows = torch.arange(len(index), device=index.device)
-        if index.device.type == "cpu":
-            rows = (index != rows).nonzero().flatten()
+        rows = (index != rows).nonzero().flatten() if index.device.type == "cpu" else rows
         moved = [t.index_select(0, index[rows]) for t in live]  # both, before either is overwritten
         for old, new in zip(live, moved, strict=True):
             old.index_copy_(0, rows, new)
@@ -291,9 +267,8 @@ class KVStore:
                 f"held and {needed - self._length} new"
             )
         if self._keys is None:
-            batch = key.shape[0]
-            keys = allocate(key, batch, needed, self.max_tokens)
-            self._adopt(keys, allocate(value, batch, needed, self.max_tokens))
+            keys = allocate(key, len(key), needed, self.max_tokens)
+            self._adopt(keys, allocate(value, len(key), needed, self.max_tokens))
             return
         # Each assignment frees the old tensor before the next is allocated. After a failure between
         # the two, keys are just roomier than values.

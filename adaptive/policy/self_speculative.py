@@ -39,6 +39,10 @@ class SelfSpeculative(Policy):
         skip: Layers whose attention drafts leave out, and layers whose MLP they do, ascending.
         draft: Tokens drafted per step, 1 to 15; None: as many as pay, by the measured time of
             passes and share of right drafts, and none while they do not pay.
+        draft_vocabulary: With ``exit_layer``: draft among so many first tokens of the vocabulary;
+            None: all. Tokenizers number frequent tokens first, and the LM head is most of what a
+            draft of a small model with a large vocabulary reads. What is never drafted can still
+            be generated.
         tree: Draft a tree of up to 15 tokens from what was seen; its size follows what pays.
     """
 
@@ -48,6 +52,7 @@ class SelfSpeculative(Policy):
     exit_layer: int | None = None
     skip: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     draft: int | None = None
+    draft_vocabulary: int | None = None
     tree: bool = False
 
     def __post_init__(self) -> None:
@@ -55,6 +60,10 @@ class SelfSpeculative(Policy):
         check_count(self, "draft", 1, optional=True)
         if self.draft is not None and self.draft > MAX_DRAFT:
             raise refused(self, "draft", f"be at most {MAX_DRAFT}", self.draft)
+        check_count(self, "draft_vocabulary", 1, optional=True)
+        if self.draft_vocabulary is not None and self.exit_layer is None:
+            rule = "be None without exit_layer, whose drafts alone have a head of their own"
+            raise refused(self, "draft_vocabulary", rule, self.draft_vocabulary)
         check_flag(self, "tree")
         ways = [self.exit_layer is not None, self.skip is not None, self.tree]
         if sum(ways) != 1:
