@@ -130,3 +130,13 @@ def sum_tokens(
     indices: Tensor,
     counts: Tensor,
 ) -> int: ...
+def verify_draft(
+    accepted: Tensor,
+    path: Tensor,
+    tokens: Tensor,
+    workspace: Tensor | None,
+    drafted: Tensor,
+    choices: Tensor,
+    parents: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> int: ...

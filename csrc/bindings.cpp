@@ -76,4 +76,5 @@ PYBIND11_MODULE(_native, m) {
   bind_score_tokens(m);
   bind_select_tokens(m);
   bind_skinny_linear(m);
+  bind_verify_draft(m);
 }
