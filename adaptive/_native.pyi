@@ -130,6 +130,19 @@ def sum_tokens(
     indices: Tensor,
     counts: Tensor,
 ) -> int: ...
+def tree_attention(
+    out: Tensor,
+    lse: Tensor,
+    workspace: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    parents: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float = 0.0,
+) -> int: ...
 def verify_draft(
     accepted: Tensor,
     path: Tensor,

@@ -2,9 +2,12 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from adaptive.ops import verify_draft
-from bench.stock import Suite
+from adaptive.ops import decode_attention, tree_attention, verify_draft
+from adaptive.ops.tree_attention import ancestors
+from bench.stock import Suite, fold
+from bench.stock_sparse import in_store
 
 
 def walk_levels(
@@ -42,7 +45,65 @@ def leading(drafted: Tensor, choices: Tensor, *trees: Tensor | None) -> Tensor:
     return accepted
 
 
+def tree_mask(key: Tensor, parents: Tensor, mask: Tensor | None) -> Tensor:
+    """The mask of nodes by tokens, ``[batch, 1, nodes, tokens]``, bool."""
+    batch, nodes = parents.shape
+    seen = torch.ones(batch, 1, nodes, key.shape[2], dtype=torch.bool, device=key.device)
+    seen[..., key.shape[2] - nodes :] = ancestors(parents)[:, None]
+    return seen if mask is None else seen & mask[:, None, None]
+
+
+def tree_sdpa(
+    query: Tensor, key: Tensor, value: Tensor, parents: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """Make the mask, then scaled_dot_product_attention(enable_gqa=True)."""
+    seen = tree_mask(key, parents, mask)
+    return functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=seen, enable_gqa=True
+    )
+
+
+def tree_folded(
+    query: Tensor, key: Tensor, value: Tensor, parents: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """Make the mask, fold the query group, two matmuls and a softmax."""
+    group = query.shape[1] // key.shape[1]
+    unseen = ~tree_mask(key, parents, mask).repeat(1, 1, group, 1)
+    scores = torch.matmul(fold(query, key) * query.shape[-1] ** -0.5, key.transpose(-1, -2))
+    weights = torch.softmax(scores.masked_fill_(unseen, -torch.inf), -1)
+    return torch.matmul(weights, value).view(query.shape)
+
+
+def tree_truth(
+    query: Tensor, key: Tensor, value: Tensor, parents: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """Attention under the mask in float64."""
+    return tree_folded(query.double(), key.double(), value.double(), parents, mask)
+
+
+def as_chain(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
+    """As many query tokens one after the other: what a drafted list costs."""
+    return decode_attention(query, key, value)[0]
+
+
 SUITES = {
+    tree_attention.name: Suite(
+        forms={"mask + SDPA": tree_sdpa, "mask + folded matmuls": tree_folded},
+        truth=tree_truth,
+        cuda_sweep=[
+            {
+                "batch": batch,
+                "heads": 32,
+                "kv_heads": 8,
+                "capacity": tokens,
+                "head_dim": 128,
+                "nodes": 16,
+            }
+            for batch, tokens in ((1, 32768), (8, 32768), (1, 4096))
+        ],
+        beside={"decode_attention of a list": as_chain},
+        place=in_store,
+    ),
     verify_draft.name: Suite(
         forms={"level by level": walk_levels, "cumprod of equals": leading},
         truth=lambda *a: verify_draft.reference(*a)[0].double(),
