@@ -153,3 +153,13 @@ def verify_draft(
     parents: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> int: ...
+def verify_samples(
+    accepted: Tensor,
+    tokens: Tensor,
+    workspace: Tensor | None,
+    drafted: Tensor,
+    draft_probs: Tensor,
+    target_probs: Tensor,
+    uniforms: Tensor,
+    lengths: Tensor | None = None,
+) -> int: ...

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adaptive.ops import decode_attention, tree_attention, verify_draft
+from adaptive.ops import decode_attention, tree_attention, verify_draft, verify_samples
 from adaptive.ops.tree_attention import ancestors
 from bench.stock import Suite, fold
 from bench.stock_sparse import in_store
@@ -86,6 +86,34 @@ def as_chain(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
     return decode_attention(query, key, value)[0]
 
 
+def sample_gathered(
+    drafted: Tensor, draft: Tensor, target: Tensor, uniforms: Tensor, lengths: Tensor | None = None
+) -> Tensor:
+    """Gather and compare, then the residual of one row, its cumulative sum and a search."""
+    nodes = drafted.shape[1]
+    listed = drafted[..., None]
+    chance, wanted = (t.gather(2, listed)[..., 0] for t in (draft, target[:, :nodes]))
+    kept = uniforms[:, :nodes] * chance < wanted
+    if lengths is not None:
+        kept &= torch.arange(nodes, device=drafted.device) < lengths[:, None]
+    accepted = kept.cumprod(1).sum(1)
+    row = torch.arange(len(drafted), device=drafted.device)
+    left = target[row, accepted]
+    rejected = accepted < (nodes if lengths is None else lengths)
+    beside = draft[row, accepted.clamp(max=nodes - 1)] * rejected[:, None]
+    sums = (left - beside).clamp_(min=0).cumsum(1, dtype=torch.float64)
+    drawn = torch.searchsorted(sums, uniforms[:, -1:] * sums[:, -1:], right=True)
+    place = torch.arange(nodes + 1, device=drafted.device)
+    tokens = torch.cat([drafted, drawn], 1)
+    torch.where(place < accepted[:, None], tokens, -1).scatter_(1, accepted[:, None], drawn)
+    return accepted
+
+
+def sample_bytes(drafted: Tensor, draft: Tensor, target: Tensor, *_: object) -> int:
+    """Bytes of the two rows of probabilities that the last token is drawn from."""
+    return len(drafted) * 2 * target.shape[2] * target.element_size()
+
+
 SUITES = {
     tree_attention.name: Suite(
         forms={"mask + SDPA": tree_sdpa, "mask + folded matmuls": tree_folded},
@@ -112,6 +140,11 @@ SUITES = {
             for batch in (1, 32)
             for nodes, tree in ((8, False), (64, True))
         ],
+    ),
+    verify_samples.name: Suite(
+        forms={"gather + cumsum + searchsorted": sample_gathered},
+        truth=lambda *a: verify_samples.reference(*a)[0].double(),
+        moved_bytes=sample_bytes,
     ),
 }
 """By name of the op."""

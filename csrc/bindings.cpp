@@ -78,4 +78,5 @@ PYBIND11_MODULE(_native, m) {
   bind_skinny_linear(m);
   bind_tree_attention(m);
   bind_verify_draft(m);
+  bind_verify_samples(m);
 }

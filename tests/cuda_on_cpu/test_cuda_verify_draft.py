@@ -9,7 +9,7 @@ from simulated import ROOT, planted, pointer
 from adaptive.ops import verify_draft
 
 SOURCE = "cuda/verify_draft.cu"
-SHIM = ROOT / "tests/cuda_on_cpu/verify_shim.cpp"
+OTHERS = [ROOT / "csrc/cuda/verify_samples.cu", ROOT / "tests/cuda_on_cpu/verify_shim.cpp"]
 GUARD = 64  # elements around each output that a wrong kernel may write and a right one must not
 UNWRITTEN = 7777777
 
@@ -56,7 +56,7 @@ class Draft:
 
 @pytest.fixture
 def draft(builder):
-    return Draft(builder.library(*builder.objects(ROOT / "csrc" / SOURCE, SHIM)))
+    return Draft(builder.library(*builder.objects(ROOT / "csrc" / SOURCE, *OTHERS)))
 
 
 def check(draft, *arguments):
@@ -136,6 +136,6 @@ MUTANTS = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_caught(builder, tmp_path, name):
     mutant = planted(tmp_path / "csrc", SOURCE, SOURCE, *MUTANTS[name])
-    draft = Draft(builder.library(*builder.objects(mutant, SHIM)))
+    draft = Draft(builder.library(*builder.objects(mutant, *OTHERS)))
     with pytest.raises((AssertionError, RuntimeError)):
         check_everything(draft)

@@ -6,6 +6,7 @@
 
 #include "simt/simt.h"
 #include "verify_draft.h"
+#include "verify_samples.h"
 
 namespace {
 
@@ -31,6 +32,12 @@ void set_seed(unsigned seed) { simt::host::seed() = seed; }
 
 int verify_draft(const adaptive::VerifyDraftArgs* args, char* error) {
   return guarded(error, [&] { adaptive::cuda::verify_draft(*args, nullptr); });
+}
+
+int64_t samples_args_bytes() { return sizeof(adaptive::VerifySamplesArgs); }
+
+int verify_samples(const adaptive::VerifySamplesArgs* args, char* error) {
+  return guarded(error, [&] { adaptive::cuda::verify_samples(*args, nullptr); });
 }
 
 }  // extern "C"

@@ -31,6 +31,7 @@ KERNELS = {
     "tree_attention.cu": ["attend_fma"] * 3,
     "tree_attention_mma.cu": ["attend_mma"] * 6,
     "verify_draft.cu": ["walk_draft"],
+    "verify_samples.cu": ["sample_draft"],
 }
 """The kernels of each file, without their template arguments; ptxas reports on each per target."""
 ENTRY = re.compile(
