@@ -142,3 +142,36 @@ def sum_tokens(
     indices: Tensor,
     counts: Tensor,
 ) -> int: ...
+def tree_attention(
+    out: Tensor,
+    lse: Tensor,
+    workspace: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    parents: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float = 0.0,
+) -> int: ...
+def verify_draft(
+    accepted: Tensor,
+    path: Tensor,
+    tokens: Tensor,
+    workspace: Tensor | None,
+    drafted: Tensor,
+    choices: Tensor,
+    parents: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> int: ...
+def verify_samples(
+    accepted: Tensor,
+    tokens: Tensor,
+    workspace: Tensor | None,
+    drafted: Tensor,
+    draft_probs: Tensor,
+    target_probs: Tensor,
+    uniforms: Tensor,
+    lengths: Tensor | None = None,
+) -> int: ...

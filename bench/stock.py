@@ -140,12 +140,13 @@ def _as_double(reference: Callable[..., Any]) -> Form:
 
 def suite_for(op: Op[..., Any]) -> Suite:
     """The op's suite, or one that compares it with its own reference."""
-    from bench.stock_exit import SUITES as EXIT  # which use this module
+    from bench.stock_draft import SUITES as DRAFT  # which use this module
+    from bench.stock_exit import SUITES as EXIT
     from bench.stock_linear import SUITES as LINEAR
     from bench.stock_local import SUITES as LOCAL
     from bench.stock_sparse import SUITES as SPARSE
 
-    if op.name in (suites := {**SUITES, **SPARSE, **LINEAR, **LOCAL, **EXIT}):
+    if op.name in (suites := {**SUITES, **SPARSE, **LINEAR, **LOCAL, **EXIT, **DRAFT}):
         return suites[op.name]
     return Suite(
         forms={"reference": lambda *a: first(op.reference(*a))}, truth=_as_double(op.reference)

@@ -6,6 +6,7 @@
 //
 // with softcap(x) = c * tanh(x / c) for c > 0 and x otherwise. Key s takes part if s < length[b],
 // if causality admits it (s <= length[b] - query_tokens + t) and if the mask does not exclude it.
+// In a token tree (parents is given; tree_attention.h) ancestry takes the place of causality.
 // A query without any key gives zeros and lse = -inf. Keys that no query of a row may see are never
 // read, so whatever lies in unused slots (NaN too) has no effect.
 
@@ -25,6 +26,7 @@ struct DecodeAttentionArgs {
   const void* value;       // [batch, kv_heads, capacity, head_dim], dtype
   const int32_t* lengths;  // [batch], each in 0..capacity; null: all rows are `capacity` long
   const void* mask;        // [batch, heads, query_tokens, capacity], stride 0 broadcasts; or null
+  const int64_t* parents;  // [batch, query_tokens], contiguous, each in -1..i-1; null: no tree
   float* out;              // [batch, heads, query_tokens, head_dim]
   float* lse;              // [batch, heads, query_tokens], contiguous
   void* workspace;         // CUDA: partial results of the splits; CPU: null

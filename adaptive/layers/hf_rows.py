@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptive.layers.speculative_sampling import accept_greedy, accept_sampled
-from adaptive.layers.token_tree import Tree
+from adaptive.layers.speculative_sampling import accept_greedy, accept_sampled, accept_tree
+from adaptive.layers.token_tree import Tree, tree_tensors
 
 _PER_BATCH = ("PrefixConstrainedLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor")
 
@@ -151,6 +151,9 @@ class Rows:
         Returns:
             The nodes of each row's path, and the tokens that it gets: those, and one more.
         """
+        if self.searches and most >= logits.shape[1] - 1:
+            drafted, parents, lengths = tree_tensors(trees, logits.shape[1] - 1)
+            return accept_tree(drafted, logits.argmax(-1).cpu(), parents, lengths)
         paths: list[list[int]] = [[] for _ in trees]
         chosen: list[list[int]] = [[] for _ in trees]
         for row, tree in enumerate(trees):

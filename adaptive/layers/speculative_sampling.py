@@ -1,10 +1,9 @@
-"""Which drafts are kept: those that greedy search makes, or a draw from the model's distribution.
-
-Leviathan et al. 2023 (arXiv:2211.17192), Chen et al. 2023 (arXiv:2302.01318).
-"""
+"""Which drafts are kept, as lists of tokens, by `verify_draft` and `verify_samples`."""
 
 import torch
 from torch import Tensor
+
+from adaptive.ops import verify_draft, verify_samples
 
 
 def accept_greedy(drafted: Tensor, choices: Tensor) -> tuple[Tensor, list[list[int]]]:
@@ -17,38 +16,48 @@ def accept_greedy(drafted: Tensor, choices: Tensor) -> tuple[Tensor, list[list[i
     Returns:
         Drafts accepted, ``[batch]``, and the tokens of each row: those and one more.
     """
-    right = (drafted == choices[:, :-1]).long().cumprod(1).sum(1)
-    rows, counts = choices.tolist(), right.tolist()
-    return right, [row[: count + 1] for row, count in zip(rows, counts, strict=True)]
+    accepted, _, tokens = verify_draft(drafted, choices)
+    return accepted, _rows(tokens, accepted)
 
 
 def accept_sampled(
     drafted: Tensor, drafts: Tensor, target: Tensor
 ) -> tuple[Tensor, list[list[int]]]:
-    """Accept a draft x with probability min(1, p(x) / q(x)); draw the next from what is left.
+    """Accept drafts so that all tokens are distributed as if drawn from the target one by one.
 
     Args:
-        drafted: Tokens drawn from q, ``[batch, drafts]``.
-        drafts: q, ``[batch, drafts, vocabulary]``.
-        target: p, the model's own, ``[batch, drafts + 1, vocabulary]``.
+        drafted: Tokens drawn from ``drafts``, ``[batch, drafts]``.
+        drafts: Their distributions, ``[batch, drafts, vocabulary]``, float32.
+        target: The model's own, ``[batch, drafts + 1, vocabulary]``, float32.
 
     Returns:
-        As `accept_greedy`. The tokens are distributed as if drawn from p one by one.
+        As `accept_greedy`.
     """
-    p = target[:, :-1].gather(2, drafted[..., None])[..., 0]
-    q = drafts.gather(2, drafted[..., None])[..., 0]
-    passed = torch.rand_like(p) * q < p
-    accepted = passed.long().cumprod(1).sum(1)
-    batch = torch.arange(len(drafted), device=drafted.device)
-    left = target[batch, accepted]
-    if drafted.shape[1]:
-        inside = accepted < drafted.shape[1]
-        at = accepted.clamp(max=drafted.shape[1] - 1)
-        rest = (left - drafts[batch, at]).clamp_(min=0)
-        # p and q may be equal up to rounding; then p itself is as good
-        usable = inside & (rest.sum(-1) > 0)
-        left = torch.where(usable[:, None], rest, left)
-    drawn = torch.multinomial(left, 1)[:, 0].tolist()
-    tokens = drafted.tolist()
-    made = [[*row[:n], x] for row, n, x in zip(tokens, accepted.tolist(), drawn, strict=True)]
-    return accepted, made
+    uniforms = torch.rand(target.shape[:2], device=target.device)
+    accepted, tokens = verify_samples(drafted, drafts, target, uniforms)
+    return accepted, _rows(tokens, accepted)
+
+
+def accept_tree(
+    drafted: Tensor, choices: Tensor, parents: Tensor, lengths: Tensor
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Follow each row's tree as far as the model chooses its tokens itself.
+
+    Args:
+        drafted: Tokens of the nodes, ``[batch, nodes]``.
+        choices: The model's after the context and after each node, ``[batch, nodes + 1]``.
+        parents: What each node follows, ``[batch, nodes]``.
+        lengths: Nodes of each row, ``[batch]``.
+
+    Returns:
+        The nodes of each row's path, and its tokens: theirs and one more.
+    """
+    accepted, path, tokens = verify_draft(drafted, choices, parents, lengths)
+    counts = accepted.tolist()
+    paths = [row[:n] for row, n in zip(path.tolist(), counts, strict=True)]
+    return paths, _rows(tokens, accepted)
+
+
+def _rows(tokens: Tensor, accepted: Tensor) -> list[list[int]]:
+    counts = accepted.tolist()
+    return [row[: n + 1] for row, n in zip(tokens.tolist(), counts, strict=True)]

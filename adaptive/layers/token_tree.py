@@ -10,6 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+import torch
+from torch import Tensor
+
 from adaptive.layers.draft_length import GAIN, MOST_OFF_STEPS, OFF_STEPS, Average, Line
 
 WIDTH = 8
@@ -56,6 +59,16 @@ class Tree:
             if parent == node and own == token:
                 return index
         return None
+
+
+def tree_tensors(trees: Sequence[Tree], nodes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens and parents, ``[batch, nodes]``, and the number of nodes of each tree."""
+    drafted = torch.zeros(len(trees), nodes, dtype=torch.int64)
+    parents = torch.full((len(trees), nodes), -1, dtype=torch.int64)
+    for row, tree in enumerate(trees):
+        drafted[row, : len(tree.tokens)] = torch.tensor(tree.tokens, dtype=torch.int64)
+        parents[row, : len(tree.parents)] = torch.tensor(tree.parents, dtype=torch.int64)
+    return drafted, parents, torch.tensor([len(tree.tokens) for tree in trees])
 
 
 class Successors:

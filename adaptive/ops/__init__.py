@@ -16,6 +16,9 @@ from adaptive.ops.scored_attention import scored_attention
 from adaptive.ops.select_tokens import select_tokens
 from adaptive.ops.skinny_linear import skinny_linear
 from adaptive.ops.sum_tokens import sum_tokens
+from adaptive.ops.tree_attention import tree_attention
+from adaptive.ops.verify_draft import verify_draft
+from adaptive.ops.verify_samples import verify_samples
 
 __all__ = [
     "OPS",
@@ -38,4 +41,7 @@ __all__ = [
     "select_tokens",
     "skinny_linear",
     "sum_tokens",
+    "tree_attention",
+    "verify_draft",
+    "verify_samples",
 ]

@@ -13,6 +13,7 @@
 namespace adaptive::cpu {
 
 constexpr int kBlockKeys = 64;  // scored, weighed and accumulated at a time; a mask is 64 bits
+constexpr int kMostNodes = 16;  // of a token tree
 constexpr int kTileRows = 4;    // query rows that share each load of a key or value
 constexpr int kWidthStep = 32;  // two of the widest vectors: no kernel's rows are padded further
 

@@ -4,6 +4,7 @@
 
 #include "cpu/decode_attention_kernel.h"
 #include "cpu/simd.h"
+#include "cpu/tree_keys.h"
 
 namespace adaptive::cpu {
 namespace {
@@ -30,7 +31,8 @@ class KeyFinder {
         seen_(seen),
         length_(args.lengths ? args.lengths[item.batch] : args.capacity),
         listed_(item.list ? listed_keys(*item.list, item.batch, item.kv_head) : length_),
-        mask_per_head_(args.mask != nullptr && args.mask_stride[1] != 0) {}
+        mask_per_head_(args.mask != nullptr && args.mask_stride[1] != 0),
+        tree_(args, item.batch, length_) {}
 
   /// The first block at or after key `first`. Looks one block beyond the item's end: it is likely
   /// this thread's next, and worth a prefetch.
@@ -101,10 +103,11 @@ class KeyFinder {
     int count = candidates;
     while (count > 0 && position_[count - 1] >= limit) --count;
     if (count == 0) return 0;
-    const uint64_t within = ~uint64_t{0} >> (kBlockKeys - count);
+    uint64_t within = ~uint64_t{0} >> (kBlockKeys - count);
+    if (args_.parents != nullptr) within &= tree_.seen(row % args_.query_tokens, position_[0]);
     if (args_.mask == nullptr) return within;
-    return args_.mask_add ? finite_keys(mask<float>(row), count)
-                          : true_keys(mask<uint8_t>(row), count);
+    return within & (args_.mask_add ? finite_keys(mask<float>(row), count)
+                                    : true_keys(mask<uint8_t>(row), count));
   }
 
   template <class M>
@@ -188,6 +191,7 @@ class KeyFinder {
   const int64_t length_;
   const int64_t listed_;  // keys that the item's numbers go through
   const bool mask_per_head_;
+  const TreeKeys tree_;
   int64_t position_[kBlockKeys];  // in the cache, of the keys of the block that was found last
 };
 

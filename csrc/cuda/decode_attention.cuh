@@ -142,6 +142,11 @@ struct Sight {
   __device__ __forceinline__ float operator()(const DecodeAttentionArgs& a, float score,
                                               int key) const {
     if (key >= limit) return -kInfinity;
+    return masked(a, score, key);
+  }
+  /// The score with the mask added.
+  __device__ __forceinline__ float masked(const DecodeAttentionArgs& a, float score,
+                                          int key) const {
     if (!a.mask) return score;
     const char* at = mask + key * a.mask_stride[3] * (a.mask_add ? 4 : 1);
     if (a.mask_add) return add_bias(score, *reinterpret_cast<const float*>(at));

@@ -68,7 +68,7 @@ template <int D, class P>
 __device__ __forceinline__ void score_tile(const P& p, const Share& share,
                                            const typename P::Keys& keys, FmaTile<D>& tile,
                                            const float* key_rows, int first,
-                                           const Sight (&sight)[FmaShape<D>::kPasses],
+                                           const SightOf<P> (&sight)[FmaShape<D>::kPasses],
                                            float (&max)[FmaShape<D>::kPasses],
                                            float (&sum)[FmaShape<D>::kPasses]) {
   using S = FmaShape<D>;
@@ -159,12 +159,13 @@ __global__ void __launch_bounds__(kThreads, 2) attend_fma(const __grid_constant_
     }
   }
 
-  Sight sight[S::kPasses];
+  SightOf<P> sight[S::kPasses];
   float max[S::kPasses], sum[S::kPasses] = {}, out[S::kRows][S::kColumns] = {};
 #pragma unroll
   for (int pass = 0; pass < S::kPasses; ++pass) {
     max[pass] = -kInfinity;
-    sight[pass] = Sight(a, share, Row(a, share, pass * S::kRowsAtOnce + threadIdx.x / S::kKeys));
+    sight[pass] =
+        keys.sight(p, share, Row(a, share, pass * S::kRowsAtOnce + threadIdx.x / S::kKeys));
   }
 
   int stage = 0, spare = plan.stages - 1;

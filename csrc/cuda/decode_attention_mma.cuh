@@ -36,7 +36,7 @@ __device__ __forceinline__ int tile_offset() {
 template <class P>
 __device__ __forceinline__ void exclude(const P& p, const Share& share,
                                         const typename P::Keys& keys, float (&scores)[2][4],
-                                        const Sight (&sight)[2], int first, int k) {
+                                        const SightOf<P> (&sight)[2], int first, int k) {
   const int pair = threadIdx.x % 4 * 2;
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
@@ -223,8 +223,8 @@ __global__ void __launch_bounds__(kThreads, D <= 128 ? 2 : 1)
   const Query<T, D> query(staged + row_tile * kTileRows * kStride + offset);
 
   const int row = row_tile * kTileRows + lane / 4;
-  const Sight sight[2] = {Sight(a, share, Row(a, share, row)),
-                          Sight(a, share, Row(a, share, row + 8))};
+  const SightOf<P> sight[2] = {keys.sight(p, share, Row(a, share, row)),
+                               keys.sight(p, share, Row(a, share, row + 8))};
   const int common = keys.common(p, share);
 
   WarpRows<D> rows;

@@ -43,6 +43,7 @@ class ListedKeys {
   static constexpr unsigned kSlots = 512;  // published; 5 tiles of at most 64 are in use at a time
 
  public:
+  using Sight = cuda::Sight;
   static constexpr int kSharedBytes = (kSlots + kMostExtra + 4) * sizeof(int);
 
   __device__ static int slots(const GatherProblem& p, Share& share) {
@@ -119,6 +120,9 @@ class ListedKeys {
     return positions_[static_cast<unsigned>(first) % kSlots + r];
   }
 
+  __device__ Sight sight(const GatherProblem& p, const Share& share, const Row& row) const {
+    return Sight(p.args, share, row);
+  }
   /// No tile is seen by all rows as it is: some entries may lie beyond the length.
   __device__ int common(const GatherProblem&, const Share&) const { return 0; }
   /// Whether a key of this tile may have weight 0 in every row, but an infinite or NaN value.

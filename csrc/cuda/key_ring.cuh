@@ -29,6 +29,8 @@ __device__ __forceinline__ Source<T> cache_rows(const DecodeAttentionArgs& a, co
 /// P::Keys of a problem that attends to every key: slot s is key s.
 class AllKeys {
  public:
+  using Sight = cuda::Sight;  // what is known of a row's keys
+
   __device__ static int slots(const Problem&, const Share& share) { return share.length; }
 
   __device__ AllKeys(const Problem&, const Share&, void*) {}
@@ -47,6 +49,9 @@ class AllKeys {
     return first + r < share.end ? first + r : kNone;
   }
 
+  __device__ Sight sight(const Problem& p, const Share& share, const Row& row) const {
+    return Sight(p.args, share, row);
+  }
   /// Below this slot every row sees every key, without anything added to its score.
   __device__ int common(const Problem& p, const Share& share) const {
     if (p.args.mask) return 0;
@@ -60,6 +65,10 @@ class AllKeys {
     return sight(p.args, score, first + k);
   }
 };
+
+/// What the keys of a problem know of one row.
+template <class P>
+using SightOf = typename P::Keys::Sight;
 
 /// Stages of key and value tiles in shared memory, filled ahead of their use by cp.async.
 /// Rows are D elements and 16 bytes long: the 16 bytes spread the rows over the banks, so that

@@ -53,6 +53,7 @@ T max(T a, T b) {
 }
 
 inline float __expf(float x) { return std::exp(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
 
 namespace simt {
 

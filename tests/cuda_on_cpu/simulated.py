@@ -25,7 +25,7 @@ FLAGS = [
     "-Wall", "-Wno-unknown-pragmas", "-Werror", f"-I{ROOT / 'csrc'}",
 ]  # fmt: skip
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-POINTERS = ["query", "key", "value", "lengths", "mask", "out", "lse", "workspace"]
+POINTERS = ["query", "key", "value", "lengths", "mask", "parents", "out", "lse", "workspace"]
 SIZES = ["batch", "heads", "kv_heads", "query_tokens", "capacity", "head_dim"]
 
 
@@ -56,7 +56,7 @@ def pointer(tensor):
 
 def decode_args(  # noqa: PLR0913
     query, key, value, out, lse,
-    *, lengths=None, mask=None, causal=True, scale=None, softcap=0.0,
+    *, lengths=None, mask=None, parents=None, causal=True, scale=None, softcap=0.0,
 ):  # fmt: skip
     """The Args of these tensors, without a workspace; value and out may be None."""
     batch, heads, query_tokens, head_dim = query.shape
@@ -67,7 +67,7 @@ def decode_args(  # noqa: PLR0913
         strides = mask.stride()
     return Args(
         pointer(query), pointer(key), pointer(value), pointer(lengths), pointer(mask),
-        pointer(out), pointer(lse), None, 0, DTYPES[query.dtype],
+        pointer(parents), pointer(out), pointer(lse), None, 0, DTYPES[query.dtype],
         mask is not None and mask.dtype == torch.float32, causal,
         batch, heads, key.shape[1], query_tokens, capacity, head_dim,
         query.stride()[:3], key.stride()[:3], none if value is None else value.stride()[:3],
@@ -128,9 +128,11 @@ class Builder:
 class Simulated:
     """The CUDA decode_attention on the CPU; `splits` records what the last call was cut into."""
 
+    entry, wants = "decode_attention", "workspace_bytes"  # functions of the library
+
     def __init__(self, library: ctypes.CDLL):
         self.library = library
-        library.args_bytes.restype = library.workspace_bytes.restype = ctypes.c_int64
+        library.args_bytes.restype = getattr(library, self.wants).restype = ctypes.c_int64
         assert library.args_bytes() == ctypes.sizeof(Args)
         self.set_device()
         self.set_seed(0)
@@ -146,14 +148,15 @@ class Simulated:
         out = torch.full(query.shape, torch.nan) if out is None else out
         lse = torch.full(query.shape[:3], torch.nan)
         args = decode_args(query, key, value, out, lse, **options)
-        wanted = self.library.workspace_bytes(ctypes.byref(args))
+        wanted = getattr(self.library, self.wants)(ctypes.byref(args))
         rows, head_dim = lse.numel(), query.shape[3]
         self.splits = wanted // (rows * (head_dim + 2) * 4) if wanted else 1
         workspace = torch.full((max(wanted // 4, 1),), torch.nan)
         args.workspace = workspace.data_ptr()
         args.workspace_bytes = wanted - short_workspace
         message = ctypes.create_string_buffer(1000)
-        if self.library.decode_attention(ctypes.byref(args), message, ctypes.c_int64(1000)):
+        run = getattr(self.library, self.entry)
+        if run(ctypes.byref(args), message, ctypes.c_int64(1000)):
             raise RuntimeError(message.value.decode())
         return out, lse
 

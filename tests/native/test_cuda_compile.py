@@ -29,6 +29,10 @@ KERNELS = {
     "select_tokens.cu": ["prepare", "measure", "count", "write", *["descend"] * 6],
     "skinny_linear.cu": ["multiply_rows"] * 9,
     "sum_tokens.cu": ["sum_rows"] * 3,
+    "tree_attention.cu": ["attend_fma"] * 3,
+    "tree_attention_mma.cu": ["attend_mma"] * 6,
+    "verify_draft.cu": ["walk_draft"],
+    "verify_samples.cu": ["sample_draft"],
 }
 """The kernels of each file, without their template arguments; ptxas reports on each per target."""
 ENTRY = re.compile(
