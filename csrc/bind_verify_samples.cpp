@@ -13,7 +13,9 @@ namespace {
 namespace py = pybind11;
 
 std::string place(int64_t row, int64_t node) {
-  return "[" + std::to_string(row) + ", " + std::to_string(node) + "]";
+  std::string text = "[";
+  text.append(std::to_string(row)).append(", ").append(std::to_string(node)).append("]");
+  return text;
 }
 
 // Tokens and uniforms of real nodes, on the CPU.

@@ -303,7 +303,7 @@ def test_a_copy_speculates_with_its_own_weights():
 def test_sampling_follows_the_models_distribution(policy):
     """Chi-square of the second and third token over many rows of one prompt."""
     model, rows = drafting("llama", vocab_size=16), 6000
-    prompt = torch.randint(3, 16, (1, 6), generator=torch.Generator().manual_seed(2))
+    prompt = torch.randint(3, 16, (1, 60), generator=torch.Generator().manual_seed(2))
     counts = []
     for chosen in ([], [adaptive.SelfSpeculative(**policy)]):
         torch.manual_seed(11)
@@ -319,7 +319,7 @@ def test_sampling_follows_the_models_distribution(policy):
             )
             if chosen:
                 assert 0.05 < patched.report().speculation.acceptance < 0.999
-        pairs = made[:, 7] * 16 + made[:, 8]
+        pairs = made[:, 61] * 16 + made[:, 62]
         counts.append(torch.bincount(pairs, minlength=256).double())
     ours, theirs = counts
     often = ours + theirs >= 10

@@ -8,7 +8,17 @@ from torch import Tensor
 from adaptive.layers.speculative_sampling import accept_greedy, accept_sampled, accept_tree
 from adaptive.layers.token_tree import Tree, tree_tensors
 
-_PER_BATCH = ("PrefixConstrainedLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor")
+
+_SCORES_ALONE = {
+    "EpsilonLogitsWarper",
+    "EtaLogitsWarper",
+    "MinPLogitsWarper",
+    "TemperatureLogitsWarper",
+    "TopKLogitsWarper",
+    "TopPLogitsWarper",
+    "TypicalLogitsWarper",
+}
+"""Processors that look at nothing but a row's scores."""
 
 
 class Rows:
@@ -23,11 +33,7 @@ class Rows:
     def __init__(
         self, prompt: Tensor, processors: Any, criteria: Any, config: Any, streamer: Any
     ) -> None:
-        """Start with the prompt; the rest is as `generate` prepared it.
-
-        Raises:
-            NotImplementedError: A logits processor knows rows by their place in the batch.
-        """
+        """Start with the prompt; the rest is as `generate` prepared it."""
         self.prompt = prompt
         self.batch = len(prompt)
         self.alive = torch.ones(self.batch, dtype=torch.bool)
@@ -37,14 +43,8 @@ class Rows:
         self._sample = bool(config.do_sample)
         self._most = int(criteria.max_length or config.max_length)
         self._pad: Any = getattr(config, "_pad_token_tensor", None)
-        self._ids = torch.cat([prompt, prompt.new_zeros(self.batch, 64)], 1)
+        self._ids = torch.cat([prompt, self._room(prompt)], 1)
         self._lengths = [prompt.shape[1]] * self.batch
-        for processor in processors:
-            if self.batch > 1 and type(processor).__name__ in _PER_BATCH:
-                raise NotImplementedError(
-                    f"adaptive: SelfSpeculative: {type(processor).__name__} needs rows of equal "
-                    "length; use a batch of one row"
-                )
         if streamer is not None:
             streamer.put(prompt.cpu())
 
@@ -72,22 +72,18 @@ class Rows:
 
     def sequences(self) -> Tensor:
         """All tokens, ``[batch, tokens]``, finished rows padded."""
-        longest = self.longest()
-        made = self._ids[:, :longest].clone()
-        for row, length in enumerate(self._lengths):
-            if length < longest:
-                made[row, length:] = int(self._pad)
-        return made
+        return self._ids[:, : self.longest()].clone()
 
     def choose(self, logits: Tensor, drafted: list[Tensor]) -> list[list[int]]:
         """The token of each row after the last logits, by search or sampling."""
-        scores = self._scores(logits[:, -1], drafted)
-        if self._sample:
-            tokens = torch.multinomial(scores.softmax(-1), 1)
-        else:
-            tokens = scores.argmax(-1, keepdim=True)
-        chosen: list[list[int]] = tokens.tolist()
+        chosen: list[list[int]] = self._next(self._scores(logits[:, -1], drafted)).tolist()
         return chosen
+
+    @property
+    def even(self) -> bool:
+        """Whether rows alive must stay equally long: logits processors see the batch as one."""
+        names = {type(processor).__name__ for processor in self._processors}
+        return self.batch > 1 and not names <= _SCORES_ALONE
 
     @property
     def searches(self) -> bool:
@@ -154,28 +150,28 @@ class Rows:
         if self.searches and most >= logits.shape[1] - 1:
             drafted, parents, lengths = tree_tensors(trees, logits.shape[1] - 1)
             return accept_tree(drafted, logits.argmax(-1).cpu(), parents, lengths)
+        nodes: list[int | None] = [-1] * self.batch
         paths: list[list[int]] = [[] for _ in trees]
         chosen: list[list[int]] = [[] for _ in trees]
-        for row, tree in enumerate(trees):
-            node: int | None = -1
-            while node is not None:
-                token = self._choose_row(row, logits[row : row + 1, node + 1], chosen[row])
-                chosen[row].append(token)
-                node = tree.child(node, token) if len(paths[row]) < most else None
+        made: list[Tensor] = []
+        while any(node is not None for node in nodes):
+            at = torch.tensor([0 if node is None else node + 1 for node in nodes])
+            here = logits[torch.arange(self.batch), at.to(logits.device)]
+            made.append(self._next(self._scores(here, made)))
+            for row, token in enumerate(made[-1][:, 0].tolist()):
+                node = nodes[row]
                 if node is not None:
-                    paths[row].append(node)
+                    chosen[row].append(token)
+                    found = trees[row].child(node, token) if len(paths[row]) < most else None
+                    paths[row] += [] if found is None else [found]
+                    nodes[row] = found
         return paths, chosen
 
-    def _choose_row(self, row: int, logits: Tensor, made: list[int]) -> int:
-        """The token of one row after ``made``; logits ``[1, vocabulary]``."""
-        scores = logits.to(torch.float32, copy=True)
-        if len(self._processors):
-            ids = self._ids[row : row + 1, : self._lengths[row]]
-            ids = torch.cat([ids, ids.new_tensor([made])], 1) if made else ids
-            scores = self._processors(ids, scores)
+    def _next(self, scores: Tensor) -> Tensor:
+        """The next token of each row, ``[batch, 1]``, by search or a draw."""
         if self._sample:
-            return int(torch.multinomial(scores.softmax(-1), 1))
-        return int(scores.argmax(-1))
+            return torch.multinomial(scores.softmax(-1), 1)
+        return scores.argmax(-1, keepdim=True)
 
     def keep(self, chosen: list[list[int]]) -> int:
         """Append tokens to the rows alive, until each ends; return how many were kept."""
@@ -197,11 +193,14 @@ class Rows:
         if self._streamer is not None:
             self._streamer.end()
 
+    def _room(self, ids: Tensor) -> Tensor:
+        """Padding for as many tokens as ``ids``: what stands behind the end of a finished row."""
+        return torch.full_like(ids, 0 if self._pad is None else int(self._pad))
+
     def _append(self, row: int, token: int) -> None:
         at = self._lengths[row]
         if at == self._ids.shape[1]:
-            more = self._ids.new_zeros(self.batch, self._ids.shape[1])
-            self._ids = torch.cat([self._ids, more], 1)
+            self._ids = torch.cat([self._ids, self._room(self._ids)], 1)
         self._ids[row, at] = token
         self._lengths[row] = at + 1
         if self._streamer is not None:
@@ -213,16 +212,6 @@ class Rows:
         if not len(self._processors):
             return scores
         extra = torch.cat(drafted, 1) if drafted else self._ids[:, :0]
-        if len(set(self._lengths)) == 1:
-            ids = torch.cat([self._ids[:, : self._lengths[0]], extra], 1)
-            processed: Tensor = self._processors(ids, scores)
-            return processed
-        return torch.cat(
-            [
-                self._processors(
-                    torch.cat([self._ids[row : row + 1, :length], extra[row : row + 1]], 1),
-                    scores[row : row + 1],
-                )
-                for row, length in enumerate(self._lengths)
-            ]
-        )
+        ids = torch.cat([self._ids[:, : self.longest()], extra], 1)
+        processed: Tensor = self._processors(ids, scores)
+        return processed

@@ -155,8 +155,8 @@ class DraftSteps(Steps):
         accepted, chosen = rows.verify(logits, ids[:, 1:], chances)
         length.verify.add(drafts + 1, perf_counter() - begun)
         self.log.verify_seconds += perf_counter() - start
-        if self.passes.windowed and rows.batch > 1:
-            # Windows count slots, so that rows must not have gaps: all go as far as the slowest.
+        if rows.even or (passes.windowed and rows.batch > 1):
+            # Windows count slots, so rows must not have gaps: all go as far as the slowest.
             accepted = accepted.clamp(max=int(accepted[rows.alive_on(accepted.device)].min()))
             chosen = [row[:n] for row, n in zip(chosen, (accepted + 1).tolist(), strict=True)]
         kept = torch.where(rows.alive_on(accepted.device), accepted + 1, 1)

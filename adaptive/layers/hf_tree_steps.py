@@ -53,6 +53,10 @@ class TreeSteps(Steps):
         paths, chosen = self.rows.walk(logits, trees, room)
         self._learn(ids, logits, [len(tree.tokens) for tree in trees])
         alive = self.rows.alive.tolist()
+        if self.rows.even:
+            least = min(len(path) for path, on in zip(paths, alive, strict=True) if on)
+            paths = [path[:least] for path in paths]
+            chosen = [tokens[: least + 1] for tokens in chosen]
         kept = [len(path) + 1 if on else 1 for path, on in zip(paths, alive, strict=True)]
         most = max(kept)
         index = torch.zeros(len(kept), most, dtype=torch.long)

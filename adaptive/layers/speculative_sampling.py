@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from adaptive.ops import verify_draft, verify_samples
+from adaptive.ops.verify_draft import verify_draft
+from adaptive.ops.verify_samples import verify_samples
 
 
 def accept_greedy(drafted: Tensor, choices: Tensor) -> tuple[Tensor, list[list[int]]]:
