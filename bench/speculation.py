@@ -8,6 +8,7 @@ Variants take turns in one process.
 """
 
 import argparse
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from torch import Tensor
 
 import adaptive
 from adaptive.layers import hf_rows
+from adaptive.layers.token_tree import Successors
 from bench.lab.data import heldout_texts, long_document
 from bench.llama import build
 from bench.record import Recorder
@@ -64,17 +66,23 @@ def calls(
     logs: dict[str, Any] = {}
 
     def make(name: str, policy: Policy | None) -> Callable[[], Tensor]:
+        own = copy.deepcopy(model, {id(p): p for p in model.parameters()})  # the same weights
+        own.generation_config.eos_token_id = None  # all variants make as many tokens
+        patched = adaptive.patch(own, *([policy] if policy else []))
+        record = patched._record
+
         def run() -> Tensor:
-            with adaptive.patch(model, *([policy] if policy else [])) as patched:
-                made: Tensor = model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=tokens,
-                    min_new_tokens=tokens,
-                    do_sample=False,
-                    pad_token_id=PAD,
-                )
-                logs[name] = patched.report().speculation
+            patched.reset_stats()
+            if policy is not None and policy.tree:
+                record.successors = Successors()  # or it would know the text from the last turn
+            made: Tensor = own.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=PAD,
+            )
+            logs[name] = patched.report().speculation
             return made
 
         return run

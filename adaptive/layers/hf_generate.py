@@ -5,6 +5,7 @@ import weakref
 from typing import Any
 
 from torch import nn
+from transformers import StoppingCriteriaList, StopStringCriteria
 
 from adaptive.layers import depth
 from adaptive.layers.hf_speculate import speculate
@@ -57,7 +58,10 @@ class Generate:
             if kwargs.get(name) is not None:
                 raise _refused(f"{name} cannot be used with it: {why}")
         _refuse_modes(model, kwargs)
-        decode = functools.partial(speculate, policy=self.policy)
+        # transformers hands what is below to its own decoding alone, so it goes a shorter way.
+        passed = {name: kwargs[name] for name in ("streamer", "synced_gpus") if kwargs.get(name)}
+        decode = functools.partial(speculate, policy=self.policy, **passed)
+        kwargs = _with_stop_strings(kwargs)
         return own(model, *args, custom_generate=decode, **kwargs)
 
 
@@ -78,6 +82,17 @@ def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
     record.speculation = SpeculationLog()
     record.log.set(root, "", _RECORD, record)
     record.log.set(root, "", "generate", Generate(root, policy))
+
+
+def _with_stop_strings(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with ``stop_strings`` made into the criterion that they stand for."""
+    strings, tokenizer = kwargs.get("stop_strings"), kwargs.get("tokenizer")
+    if strings is None or tokenizer is None:
+        return kwargs
+    criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, strings)])
+    criteria.extend(kwargs.get("stopping_criteria") or [])
+    left = {k: v for k, v in kwargs.items() if k not in ("stop_strings", "tokenizer")}
+    return {**left, "stopping_criteria": criteria}
 
 
 def _refuse_modes(model: Any, kwargs: dict[str, Any]) -> None:

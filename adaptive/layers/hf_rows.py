@@ -8,7 +8,6 @@ from torch import Tensor
 from adaptive.layers.speculative_sampling import accept_greedy, accept_sampled, accept_tree
 from adaptive.layers.token_tree import Tree, tree_tensors
 
-
 _SCORES_ALONE = {
     "EpsilonLogitsWarper",
     "EtaLogitsWarper",
@@ -45,8 +44,6 @@ class Rows:
         self._pad: Any = getattr(config, "_pad_token_tensor", None)
         self._ids = torch.cat([prompt, self._room(prompt)], 1)
         self._lengths = [prompt.shape[1]] * self.batch
-        if streamer is not None:
-            streamer.put(prompt.cpu())
 
     def all_finished(self) -> bool:
         """Whether no row goes on."""

@@ -188,3 +188,40 @@ def test_the_first_append_checks_values_against_keys():
         with pytest.raises(ValueError, match="value must"):
             store.append(key, wrong)
         assert store.keys is None
+
+
+@given(
+    batch=st.integers(1, 3),
+    before=st.integers(0, 9),
+    tail=st.integers(0, 9),
+    data=st.data(),
+)
+def test_keeping_moves_the_chosen_tokens_together(batch, before, tail, data):
+    key, value = torch.randn(2, batch, 2, before + tail, 8).unbind(0)
+    store = KVStore()
+    store.append(key, value)
+    size = data.draw(st.integers(0, tail))
+    rows = st.lists(st.integers(0, max(tail - 1, 0)), min_size=size, max_size=size)
+    index = torch.tensor([data.draw(rows) for _ in range(batch)], dtype=torch.long)
+    store.keep(index.view(batch, size), tail)
+    assert store.length == before + size
+    for held, given_ in ((store.keys, key), (store.values, value)):
+        assert torch.equal(held[:, :, :before], given_[:, :, :before])
+        for row in range(batch):
+            want = given_[row][:, before:][:, index[row]]
+            assert torch.equal(held[row, :, before:], want)
+
+
+def test_keeping_refuses_what_is_not_there_and_changes_nothing():
+    store = KVStore()
+    store.append(*torch.randn(2, 2, 2, 5, 8).unbind(0))
+    before = store.keys.clone()
+    for index, tokens, error in (
+        (torch.tensor([[0], [3]]), 3, IndexError),
+        (torch.tensor([[0]]), 3, ValueError),
+        (torch.tensor([0, 1]), 3, ValueError),
+        (torch.tensor([[0], [0]]), 6, ValueError),
+    ):
+        with pytest.raises(error):
+            store.keep(index, tokens)
+        assert torch.equal(store.keys, before)

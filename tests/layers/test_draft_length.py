@@ -1,0 +1,105 @@
+"""How many tokens are drafted: what pays by the measured times, and none where nothing pays."""
+
+import random
+
+import pytest
+
+from adaptive.layers.draft_length import BINS, DraftLength, Line
+
+
+def simulate(share, draft_s, verify_s, plain_s, steps=600, seed=1, confidence=None):
+    """Run the controller against drafts right with probability ``share``; tokens per second."""
+    rng = random.Random(seed)
+    length = DraftLength(fixed=None, most=15)
+    tokens, seconds, drafted = 0, 0.0, []
+    for _ in range(steps):
+        if not length.wants(0, 1.0, 15):
+            length.plain.add(plain_s)
+            tokens, seconds = tokens + 1, seconds + plain_s
+            drafted.append(0)
+            continue
+        made, reach = 0, 1.0
+        while made == 0 or length.wants(made, reach, 15):
+            made += 1
+            length.draft.add(draft_s)
+            seconds += draft_s
+            reach *= length.accepts(confidence or share)
+        right = 0
+        while right < made and rng.random() < share:
+            right += 1
+        for i in range(min(right + 1, made)):
+            length.learn(confidence or share, i < right)
+        length.verify.add(made + 1, verify_s(made + 1))
+        seconds += verify_s(made + 1)
+        tokens += right + 1
+        drafted.append(made)
+    return tokens / seconds, drafted, length
+
+
+def best_fixed(share, draft_s, verify_s):
+    """Tokens per second of the best constant number of drafts, by arithmetic."""
+    rates = []
+    for drafts in range(1, 16):
+        expected = sum(share**i for i in range(drafts + 1))
+        rates.append(expected / (drafts * draft_s + verify_s(drafts + 1)))
+    return max(rates)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9, 0.98])
+@pytest.mark.parametrize("draft_s", [0.1, 0.3])
+def test_within_a_tenth_of_the_best_constant_length(share, draft_s):
+    def verify_s(rows):
+        return 0.9 + 0.02 * rows
+
+    rate, _, _ = simulate(share, draft_s, verify_s, plain_s=1.0)
+    assert rate > 0.9 * max(best_fixed(share, draft_s, verify_s), 1.0)
+
+
+def test_no_drafts_where_none_pays():
+    rate, drafted, length = simulate(0.2, 0.5, lambda rows: 1.0, plain_s=1.0)
+    assert rate > 0.95
+    assert length.turned_off > 0
+    assert sum(count > 0 for count in drafted[100:]) < 0.1 * len(drafted[100:])
+
+
+def test_surer_drafts_make_longer_ones():
+    _, few, _ = simulate(0.6, 0.1, lambda rows: 0.9, plain_s=1.0)
+    _, many, _ = simulate(0.95, 0.1, lambda rows: 0.9, plain_s=1.0)
+    assert sum(many[50:]) > 2 * sum(few[50:])
+
+
+def test_a_fixed_length_is_kept_up_to_the_room():
+    length = DraftLength(fixed=4, most=15)
+    assert [length.wants(made, 1.0, 15) for made in range(6)] == [True] * 4 + [False] * 2
+    assert [length.wants(made, 1.0, 2) for made in range(3)] == [True, True, False]
+    assert not length.wants(0, 1.0, 0)
+
+
+def test_acceptance_is_learned_by_confidence():
+    length = DraftLength(fixed=None, most=15)
+    for _ in range(200):
+        length.learn(0.95, True)
+        length.learn(0.05, False)
+    assert length.accepts(0.95) > 0.95
+    assert length.accepts(0.05) < 0.05
+    assert length.accepts(1.0) == length.accepts(1 - 0.5 / BINS)
+    assert length.acceptance == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_line_is_found_through_noise_and_outliers():
+    line, rng = Line(), random.Random(3)
+    for turn in range(400):
+        rows = rng.randint(1, 12)
+        slow = 50.0 if turn % 41 == 40 else 1.0  # the machine was busy elsewhere
+        line.add(rows, (2.0 + 0.5 * rows) * rng.uniform(0.98, 1.02) * slow)
+    assert line.at(1) == pytest.approx(2.5, rel=0.1)
+    assert line.at(12) == pytest.approx(8.0, rel=0.1)
+    assert line.slope == pytest.approx(0.5, rel=0.2)
+
+
+def test_one_number_of_rows_says_nothing_of_the_slope():
+    line = Line()
+    for _ in range(5):
+        line.add(4, 1.0)
+    assert line.slope == 0.0
+    assert line.at(9) == pytest.approx(1.0)
