@@ -13,7 +13,7 @@ from adaptive.calibrate_layers import Similarity, choose_layers
 from adaptive.calibrate_run import LEAST_TOKENS, Run, prompts, repeated_tokens, run
 from adaptive.errors import UnsupportedModel
 from adaptive.layers.fingerprint import fingerprint
-from adaptive.layers.state import Survey
+from adaptive.layers.survey import Survey
 from adaptive.patch import examine
 from adaptive.policy import Plan, Policy, RazorAttention, TidalDecode
 

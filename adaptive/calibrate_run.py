@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adaptive.calibrate_heads import HeadScores
 from adaptive.calibrate_layers import Similarity
-from adaptive.layers.state import Survey
+from adaptive.layers.survey import Survey
 from adaptive.progress import ProgressBar
 
 COPIES = 4

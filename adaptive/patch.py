@@ -12,7 +12,8 @@ from adaptive.adapters import EncoderFamily, family_for
 from adaptive.errors import PatchConflict, UnknownFamily, UnsupportedModel
 from adaptive.layers import hf_linear
 from adaptive.layers.fingerprint import fingerprint
-from adaptive.layers.state import ENCODER, RECORD, STATE, LayerState, PatchRecord, Survey
+from adaptive.layers.state import ENCODER, RECORD, STATE, LayerState, PatchRecord
+from adaptive.layers.survey import Survey
 from adaptive.patched import Patched
 from adaptive.policy import Exact, ModelShape, Plan, Policy
 from adaptive.policy.plan import DENSE, GLOBAL_LOCAL, STOCK

@@ -11,7 +11,8 @@ from torch import nn
 
 from adaptive.layers import hf_attention, hf_model
 from adaptive.layers.hf_config import ask_for
-from adaptive.layers.state import ENCODER, PatchRecord, Survey
+from adaptive.layers.state import ENCODER, PatchRecord
+from adaptive.layers.survey import Survey
 from adaptive.policy import GlobalLocalAttention, ModelShape
 from adaptive.policy.plan import GLOBAL_LOCAL
 

@@ -15,7 +15,8 @@ from adaptive.layers.correction import correct, note_pass
 from adaptive.layers.hf_config import ask_for
 from adaptive.layers.hf_windows import own_windows
 from adaptive.layers.how import set_up
-from adaptive.layers.state import PatchRecord, Site, Survey
+from adaptive.layers.state import PatchRecord
+from adaptive.layers.survey import Site, Survey
 from adaptive.ops import decode_attention
 from adaptive.ops.decode_attention import (
     DTYPES,

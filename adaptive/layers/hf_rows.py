@@ -41,8 +41,8 @@ class Rows:
         for processor in processors:
             if self.batch > 1 and type(processor).__name__ in _PER_BATCH:
                 raise NotImplementedError(
-                    f"adaptive: SelfSpeculative: {type(processor).__name__} needs rows of equal "
-                    "length; use a batch of one row"
+                    f"adaptive: {type(processor).__name__} needs rows of equal length; use a "
+                    "batch of one row"
                 )
         if streamer is not None:
             streamer.put(prompt.cpu())

@@ -18,7 +18,7 @@ from adaptive.layers.hf_attention import (
     stock_function,
 )
 from adaptive.layers.hf_config import ask_for
-from adaptive.layers.state import Site, Survey
+from adaptive.layers.survey import Site, Survey
 
 WATCHER = "_adaptive_watcher"
 """Key of the Watcher and the layer's number in the ``__dict__`` of each attention module."""

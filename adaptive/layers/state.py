@@ -36,8 +36,10 @@ import torch
 
 from adaptive.layers.certificate import MassLog, ReadLog
 from adaptive.layers.changes import ChangeLog
+from adaptive.layers.exit_log import ExitLog
 from adaptive.layers.speculation_log import SpeculationLog
-from adaptive.policy import ModelShape, Plan, Policy
+from adaptive.layers.survey import Site
+from adaptive.policy import Plan, Policy
 
 RECORD = "_adaptive_record"
 """Key of the PatchRecord in the ``__dict__`` of the patched model."""
@@ -47,58 +49,6 @@ STATE = "_adaptive"
 
 ENCODER = "encoder"
 """The kind of an attention module of a transformers model whose tokens see both ways."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Site:
-    """One attention module that a patch would touch.
-
-    Attributes:
-        name: Dotted name below the patched model; may be empty for the model itself.
-        kind: "hf", ENCODER, "mha" or "sdpa": how its backend takes hold of it.
-        layer: Row of the plan, counted from 0 in execution order.
-        heads: Query heads.
-        kv_heads: Key and value heads; divides ``heads``.
-        head_dim: Width of one head.
-    """
-
-    name: str
-    kind: str
-    layer: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Survey:
-    """What a backend found on a model.
-
-    Attributes:
-        family: Name of the model family, or of the kind of model for plain PyTorch.
-        sites: In execution order.
-        shape: What a plan must know about the model.
-        known: Whether a family (or the plain PyTorch backend) knows this model at all.
-        have: What is supported, in lines for people to read.
-        problems: Why patch() would refuse, each by name; empty if it would not.
-        advice: What the user can do about the problems.
-        base: Name of the module whose forward is the whole pass, for the time share.
-        extra: What the backend wants to hand from survey to install.
-        layers: Names of the modules that hold a layer each, in execution order.
-        mlps: Names of the layers' feed-forward modules; fewer if some layers have none.
-    """
-
-    family: str
-    shape: ModelShape
-    known: bool = True
-    sites: tuple[Site, ...] = ()
-    have: tuple[str, ...] = ()
-    problems: tuple[str, ...] = ()
-    advice: tuple[str, ...] = ()
-    base: str = ""
-    extra: Any = None
-    layers: tuple[str, ...] = ()
-    mlps: tuple[str, ...] = ()
 
 
 @dataclass
@@ -134,6 +84,7 @@ class PatchRecord:
         eager_only: What of the plan needs more than a compiled graph can do; "" if nothing.
         depth: Which layers the pass now running runs; None where no policy needs that.
         speculation: What self-speculation did; None without it.
+        exits: What early exit did; None without it.
     """
 
     COUNTERS: ClassVar[tuple[str, ...]] = (
@@ -142,6 +93,7 @@ class PatchRecord:
         "timed",
         "notes",
         "speculation",
+        "exits",
     )
 
     policies: tuple[Policy, ...]
@@ -165,6 +117,7 @@ class PatchRecord:
     eager_only: str = ""
     depth: Any = None
     speculation: SpeculationLog | None = None
+    exits: ExitLog | None = None
 
     @property
     def enabled(self) -> bool:
@@ -199,6 +152,7 @@ class PatchRecord:
         self.native_start = dict(native_calls)
         self.notes = {}
         self.speculation = SpeculationLog() if self.speculation is not None else None
+        self.exits = ExitLog(layers=self.exits.layers) if self.exits is not None else None
 
 
 @dataclass(slots=True, kw_only=True)

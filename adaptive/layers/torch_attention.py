@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from adaptive.layers.state import RECORD, PatchRecord, Site, Survey
+from adaptive.layers.state import RECORD, PatchRecord
+from adaptive.layers.survey import Site, Survey
 from adaptive.layers.torch_mha import mha_forward
 from adaptive.layers.torch_sdpa import sdpa_forward
 from adaptive.policy import ModelShape

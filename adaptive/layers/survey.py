@@ -1,0 +1,58 @@
+"""What a backend found on a model before anything is changed."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from adaptive.policy import ModelShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One attention module that a patch would touch.
+
+    Attributes:
+        name: Dotted name below the patched model; may be empty for the model itself.
+        kind: "hf", ENCODER, "mha" or "sdpa": how its backend takes hold of it.
+        layer: Row of the plan, counted from 0 in execution order.
+        heads: Query heads.
+        kv_heads: Key and value heads; divides ``heads``.
+        head_dim: Width of one head.
+    """
+
+    name: str
+    kind: str
+    layer: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What a backend found on a model.
+
+    Attributes:
+        family: Name of the model family, or of the kind of model for plain PyTorch.
+        sites: In execution order.
+        shape: What a plan must know about the model.
+        known: Whether a family (or the plain PyTorch backend) knows this model at all.
+        have: What is supported, in lines for people to read.
+        problems: Why patch() would refuse, each by name; empty if it would not.
+        advice: What the user can do about the problems.
+        base: Name of the module whose forward is the whole pass, for the time share.
+        extra: What the backend wants to hand from survey to install.
+        layers: Names of the modules that hold a layer each, in execution order.
+        mlps: Names of the layers' feed-forward modules; fewer if some layers have none.
+    """
+
+    family: str
+    shape: ModelShape
+    known: bool = True
+    sites: tuple[Site, ...] = ()
+    have: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+    advice: tuple[str, ...] = ()
+    base: str = ""
+    extra: Any = None
+    layers: tuple[str, ...] = ()
+    mlps: tuple[str, ...] = ()
