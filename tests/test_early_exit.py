@@ -1,5 +1,6 @@
 """Early exit emits what the first layers make, where they are sure, and skips the others' work."""
 
+import copy
 import threading
 
 import pytest
@@ -76,12 +77,12 @@ def test_threshold_zero_is_the_first_layers_alone(exit_layer, kv):
 def test_every_family_leaves_early(case, kv):
     model = model_of(case)
     for inputs in (token_ids(batch=1), padded(batch=3)):
-        policy = {**SOME, "kv": kv}
-        made, log = exited(model, inputs, policy=policy)
-        assert made.shape == (len(made), 20 + TOKENS)
-        assert log.tokens == TOKENS * len(made)
-        assert sum(log.exits.values()) == log.tokens - len(made)
-        assert min(log.exits) < LAYERS
+        for policy in ({**SOME, "layers": (2, 3)}, {"layers": (2,), "threshold": 0.0}):
+            made, log = exited(model, inputs, policy={**policy, "kv": kv})
+            assert made.shape == (len(made), 20 + TOKENS)
+            assert log.tokens == TOKENS * len(made)
+            assert sum(log.exits.values()) == log.tokens - len(made)
+        assert set(log.exits) == {2}
 
 
 @pytest.mark.parametrize("case", ["llama", "gpt2", "gemma3"])
@@ -199,7 +200,7 @@ class Tokens:
 def test_streaming_gives_every_token_once_and_in_order():
     model = model_of("llama")
     want = exited(model, token_ids(1), policy=SOME)[0][0, 20:].tolist()
-    streamer = TextIteratorStreamer(Tokens(), skip_prompt=True)
+    streamer = TextIteratorStreamer(Tokens(), skip_prompt=True, timeout=60)
     with adaptive.patch(model, adaptive.EarlyExit(**SOME)):
         options = {"streamer": streamer}
         run = threading.Thread(target=greedy, args=(model, token_ids(1), TOKENS), kwargs=options)
@@ -207,3 +208,66 @@ def test_streaming_gives_every_token_once_and_in_order():
         text = "".join(streamer)
         run.join()
     assert [int(word) for word in text.split()] == want
+
+
+def test_off_is_the_stock_model_and_unpatching_leaves_nothing():
+    model = model_of("llama")
+    stock, made = model(token_ids()).logits, greedy(model, token_ids())
+    before = {name: set(module.__dict__) for name, module in model.named_modules()}
+    patched = adaptive.patch(model, adaptive.EarlyExit(layers=(2,), threshold=0.0))
+    with patched.disabled():
+        assert torch.equal(model(token_ids()).logits, stock)
+        assert torch.equal(greedy(model, token_ids()), made)
+        assert patched.report().exits.calls == 0
+    assert torch.allclose(model(token_ids()).logits, stock, atol=1e-4)  # forward runs in full
+    greedy(model, token_ids())
+    assert "100% after 2 of 4 layers" in str(patched.report())
+    assert patched.report().to_dict()["exits"]["exits"] == {"2": 14}
+    patched.reset_stats()
+    assert patched.report().exits.steps == 0
+    patched.unpatch()
+    assert {name: set(module.__dict__) for name, module in model.named_modules()} == before
+
+
+def test_a_copy_exits_with_its_own_weights():
+    model = drafting("llama")
+    adaptive.patch(model, adaptive.EarlyExit(**SOME))
+    want = greedy(model, token_ids(1))
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(greedy(copied, token_ids(1)), want)
+    assert adaptive.patched(copied).report().exits.calls == 2
+    assert adaptive.patched(model).report().exits.calls == 1
+    adaptive.patched(copied).unpatch()
+
+
+@pytest.mark.parametrize("kv", FILLS)
+def test_sampling_draws_from_the_exits_distribution(kv):
+    model, policy = model_of("llama"), {"layers": (2,), "threshold": 0.0, "kv": kv}
+    want, _ = exited(model, token_ids(1), policy=policy)
+    options = {"do_sample": True, "top_k": 1, "max_new_tokens": TOKENS, "pad_token_id": PAD}
+    with adaptive.patch(model, adaptive.EarlyExit(**policy)):
+        assert torch.equal(model.generate(token_ids(1), **options), want)
+        torch.manual_seed(3)
+        drawn = [model.generate(token_ids(1), **{**options, "top_k": 0}) for _ in range(2)]
+        assert not torch.equal(*drawn)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_beams": 2}, "EarlyExit: num_beams=2"),
+        ({"use_cache": False}, "EarlyExit: it needs use_cache=True"),
+        ({"prompt_lookup_num_tokens": 3}, "EarlyExit: prompt_lookup_num_tokens"),
+        ({"synced_gpus": True}, "EarlyExit: synced_gpus=True"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name(options, words):
+    model = model_of("llama")
+    with (
+        adaptive.patch(model, adaptive.EarlyExit(**SOME)),
+        pytest.raises((NotImplementedError, ValueError), match=words),
+    ):
+        greedy(model, token_ids(1), **options)

@@ -18,7 +18,7 @@ from adaptive.policy.early_exit import COPY, DEFERRED
 
 
 @torch.no_grad()
-def exit_early(
+def exit_early(  # noqa: PLR0913 - the signature that transformers calls
     model: Any,
     input_ids: Tensor,
     logits_processor: Any,
@@ -41,7 +41,7 @@ def exit_early(
         stopping_criteria: Asked after every token.
         generation_config: As `generate` prepared it.
         synced_gpus: Refused if True: ranks would make different numbers of passes.
-        streamer: Gets the prompt and then each token.
+        streamer: Gets each token; `generate` has given it the prompt.
         policy: What to do.
         keeps_cache: Whether the caller holds the cache, so that it must be whole afterwards.
         model_kwargs: As `generate` prepared them; what has no meaning here is refused.

@@ -23,6 +23,9 @@ _OTHER_WAYS = {
     "custom_generate": "custom_generate is another way of decoding",
 }
 
+_NOT_HANDED_ON = ("streamer", "synced_gpus")
+"""What `generate` of transformers 5.23 does not hand to a custom way of decoding."""
+
 
 class Generate:
     """The `generate` of one patched model, set on the instance.
@@ -58,13 +61,13 @@ class Generate:
             if kwargs.get(name) is not None:
                 raise _refused(self.policy, f"{name} cannot be used with it: {why}")
         _refuse_modes(self.policy, model, kwargs)
-        decode: functools.partial[Any]
+        options = {name: kwargs[name] for name in _NOT_HANDED_ON if kwargs.get(name) is not None}
+        options["policy"] = self.policy
         if isinstance(self.policy, EarlyExit):
-            held = kwargs.get("past_key_values") is not None
-            decode = functools.partial(exit_early, policy=self.policy, keeps_cache=held)
+            options["keeps_cache"] = kwargs.get("past_key_values") is not None
+            decode = functools.partial(exit_early, **options)
         else:
-            assert isinstance(self.policy, SelfSpeculative)
-            decode = functools.partial(speculate, policy=self.policy)
+            decode = functools.partial(speculate, **options)
         return own(model, *args, custom_generate=decode, **kwargs)
 
 

@@ -44,8 +44,6 @@ class Rows:
                     f"adaptive: {type(processor).__name__} needs rows of equal length; use a "
                     "batch of one row"
                 )
-        if streamer is not None:
-            streamer.put(prompt.cpu())
 
     def all_finished(self) -> bool:
         """Whether no row goes on."""

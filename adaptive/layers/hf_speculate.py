@@ -50,7 +50,7 @@ def speculate(
         stopping_criteria: Asked after every token that is kept.
         generation_config: As `generate` prepared it.
         synced_gpus: Refused if True: ranks would make different numbers of passes.
-        streamer: Gets the prompt and then each token that is kept.
+        streamer: Gets each token that is kept; `generate` has given it the prompt.
         policy: What to do.
         model_kwargs: As `generate` prepared them; what has no meaning here is refused.
 

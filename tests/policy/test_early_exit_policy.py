@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 
@@ -75,9 +76,8 @@ def test_round_trips(fields):
     ],
 )
 def test_bad_fields_are_refused_by_name(fields, message):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=re.escape(f"adaptive: EarlyExit.{message}")):
         EarlyExit(**{**GOOD, **fields})
-    assert str(caught.value).startswith(f"adaptive: EarlyExit.{message}")
 
 
 def test_an_exit_must_be_below_the_model():
@@ -98,7 +98,7 @@ def test_copies_need_a_layer_of_the_same_kind():
         Plan.make(shape(windows=windows), [EarlyExit(layers=(2,), threshold=0.5, kv="copy")])
     Plan.make(shape(windows=windows), [EarlyExit(layers=(2,), threshold=0.5)])
     heads = shape(kv_heads=(2, 2, 2, 4, 4, 4))
-    with pytest.raises(ValueError, match="no layer before exit 2 has .* of layer 3"):
+    with pytest.raises(ValueError, match=r"no layer before exit 2 has .* of layer 3"):
         Plan.make(heads, [EarlyExit(layers=(2,), threshold=0.5, kv="copy")])
 
 
