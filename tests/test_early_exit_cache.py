@@ -66,9 +66,9 @@ def test_projected_keys_are_each_layers_own_of_the_exits_state():
 
 def test_what_waits_runs_sixteen_at_a_time():
     policy = {"layers": (2,), "threshold": 0.0, "audit": None}
-    _, log = exited(model_of("llama"), token_ids(1), 1 + 40, policy=policy)
-    assert log.layer_passes == 40 * 2 + 2 * 2  # the last 8 are never needed
-    assert log.catch_ups == 2
+    _, log = exited(model_of("llama"), token_ids(1), 1 + 50, policy=policy)
+    assert log.layer_passes == 50 * 2 + 3 * 2  # the last 2 are never needed
+    assert log.catch_ups == 3
 
 
 @pytest.mark.parametrize("kv", FILLS)
