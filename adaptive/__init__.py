@@ -23,6 +23,7 @@ from adaptive.patch import Support, check, patch, patched
 from adaptive.patched import Patched
 from adaptive.policy import (
     BlockSparsePrefill,
+    EarlyExit,
     Exact,
     GlobalLocalAttention,
     LocalAttention,
@@ -40,6 +41,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptiveError",
     "BlockSparsePrefill",
+    "EarlyExit",
     "EncoderFamily",
     "Exact",
     "Family",

@@ -14,6 +14,7 @@ ROW_FIELDS: dict[str, frozenset[str]] = {
     "encoders": frozenset({"model", "layers", "tokens", "batch", "padded", "dtype", "threads"}),
     "models": frozenset({"model", "context", "dtype", "threads", "kv_bytes", "variants"}),
     "prefill": frozenset({"heads", "tokens", "dtype", "threads", "variants", "split_ms"}),
+    "early_exit": frozenset({"criterion", "threshold", "exits", "mean_depth", "tasks"}),
     "quality_prefill": frozenset({"policy", "choice", "context", "scores_share", "tasks"}),
     "prompts": frozenset({"model", "tokens", "dtype", "threads", "layers", "variants"}),
     "speculation": frozenset({"what", "text", "batch", "variants"}),

@@ -16,7 +16,8 @@ def drafting(case, quiet_from=2, factor=0.2, **options):
     """A model of four layers; those from ``quiet_from`` on add ``factor`` of what they would."""
     implementation = "eager" if case == "gemma2" else "sdpa"
     model = make(case, implementation=implementation, **fields(case), **options)
-    layers = model.transformer.h if case == "gpt2" else model.base_model.layers
+    base = model.model if hasattr(model, "model") else model.base_model
+    layers = base.h if case == "gpt2" else base.layers
     with torch.no_grad():
         for layer in list(layers)[quiet_from:]:
             for name, parameter in layer.named_parameters():

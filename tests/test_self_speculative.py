@@ -238,7 +238,7 @@ def test_streaming_gives_every_token_once_and_in_order():
     streamer = TextIteratorStreamer(Tokens(), skip_prompt=True, timeout=60)
     with adaptive.patch(model, adaptive.SelfSpeculative(exit_layer=2, draft=4)):
         options = {"streamer": streamer}
-        run = threading.Thread(target=greedy, args=(model, token_ids(1)), kwargs=options)
+        run = threading.Thread(target=greedy, args=(model, token_ids(1), TOKENS), kwargs=options)
         run.start()
         text = "".join(streamer)
         run.join()

@@ -8,7 +8,7 @@ works for every family, and a pass that runs all layers is the stock pass.
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,10 @@ from adaptive.layers.state import PatchRecord
 
 Skips = tuple[frozenset[int], frozenset[int]]
 """Layers whose attention is skipped, and layers whose MLP is."""
+
+
+class KeysKept(Exception):  # noqa: N818 - no error: it ends a layer that has done its part
+    """Raised by attention that was called for the keys and values it adds to the cache alone."""
 
 
 @dataclass
@@ -32,7 +36,10 @@ class Depth:
         end: Layer after the last one that runs.
         entering: Hidden states that layer ``begin`` gets, ``[batch, tokens, width]``; None: those
             of the pass.
-        leaving: Hidden states that layer ``end - 1`` gave; None before it ran.
+        before: Hidden states that layer ``end - 1`` got; None before it ran.
+        leaving: Hidden states that it gave.
+        keys_only: Whether layers that run only add keys and values to the cache, and pass the
+            hidden states on.
         skips: Modules that give zeros instead of running.
     """
 
@@ -41,18 +48,20 @@ class Depth:
     begin: int = 0
     end: int = 0
     entering: Tensor | None = None
+    before: Tensor | None = None
     leaving: Tensor | None = None
+    keys_only: bool = False
     skips: Skips = (frozenset(), frozenset())
 
     @contextmanager
     def run(self, begin: int, end: int, entering: Tensor | None = None) -> Iterator[None]:
         """Let passes inside the block run the layers ``begin`` to ``end - 1``."""
         self.active, self.begin, self.end, self.entering = True, begin, end, entering
-        self.leaving = None
+        self.before = self.leaving = None
         try:
             yield
         finally:
-            self.active, self.entering = False, None
+            self.active, self.entering, self.keys_only = False, None, False
 
     @contextmanager
     def skipping(self, skips: Skips) -> Iterator[None]:
@@ -121,8 +130,13 @@ class LayerForward(ModuleForward):
             return self._as_returned(hidden_states)
         if self.index == depth.begin and depth.entering is not None:
             hidden_states = depth.entering
+        if depth.keys_only:
+            with suppress(KeysKept):
+                self._run(hidden_states, args, kwargs)
+            return self._as_returned(hidden_states)
         out = self._run(hidden_states, args, kwargs)
         if self.index == depth.end - 1:
+            depth.before = hidden_states
             depth.leaving = out[0] if isinstance(out, tuple) else out
         return out
 

@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from adaptive.errors import AdaptiveError, PatchConflict
 from adaptive.layers import block_sparse, local_heads, windowed_attention
 from adaptive.layers import hf_encoder_attention as encoder
+from adaptive.layers.depth import KeysKept
 from adaptive.layers.head_split import HeadSplit
 from adaptive.layers.hf_cache import AdaptiveCacheLayer
 from adaptive.layers.hf_call import Call, inputs_of, is_long, why_stock
@@ -158,6 +159,8 @@ def _attend(call: Call) -> Attended:
         return _stock(call, None)
     if state.site.kind == ENCODER:
         return _attend_both_ways(call, state)
+    if state.record.depth is not None and state.record.depth.keys_only:
+        raise KeysKept
     layer = _layer_of(call)
     split = None if layer is None else layer.store
     reduced = isinstance(split, HeadSplit)

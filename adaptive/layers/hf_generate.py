@@ -8,12 +8,14 @@ from torch import nn
 from transformers import StoppingCriteriaList, StopStringCriteria
 
 from adaptive.layers import depth
+from adaptive.layers.exit_log import ExitLog
+from adaptive.layers.hf_exit import exit_early
 from adaptive.layers.hf_speculate import speculate
 from adaptive.layers.speculation_log import SpeculationLog
 from adaptive.layers.state import PatchRecord
 from adaptive.layers.survey import Survey
 from adaptive.layers.token_tree import Successors
-from adaptive.policy import SelfSpeculative
+from adaptive.policy import EarlyExit, Policy, SelfSpeculative
 
 _MODES = "do_sample=True or False with num_beams=1"
 _OTHER_WAYS = {
@@ -23,31 +25,34 @@ _OTHER_WAYS = {
     "custom_generate": "custom_generate is another way of decoding",
 }
 
+_NOT_HANDED_ON = ("streamer", "synced_gpus")
+"""What `generate` of transformers 5.23 does not hand to a custom way of decoding."""
+
 
 class Generate:
     """The `generate` of one patched model, set on the instance.
 
     It calls the model's own, which prepares inputs, logits processors and stopping criteria, and
-    has it decode by `speculate`. It holds no strong reference, as `LinearForward`.
+    has it decode by `speculate` or `exit_early`. It holds no strong reference, as `LinearForward`.
     """
 
-    def __init__(self, model: nn.Module, policy: SelfSpeculative) -> None:
+    def __init__(self, model: nn.Module, policy: Policy) -> None:
         """Know the model and what to do."""
         self._model = weakref.ref(model)
         self.policy = policy
 
-    def __getstate__(self) -> tuple[nn.Module | None, SelfSpeculative]:
+    def __getstate__(self) -> tuple[nn.Module | None, Policy]:
         """Let copies and pickles arrive with the copy of the model."""
         return self._model(), self.policy
 
-    def __setstate__(self, state: tuple[nn.Module, SelfSpeculative]) -> None:
+    def __setstate__(self, state: tuple[nn.Module, Policy]) -> None:
         self.__init__(*state)  # type: ignore[misc]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as `transformers.GenerationMixin.generate` does, and return what it returns.
 
         Raises:
-            NotImplementedError: The call asks for what speculation cannot do, named.
+            NotImplementedError: The call asks for what the policy cannot do, named.
         """
         model: Any = self._model()
         assert model is not None  # it is what calls
@@ -56,11 +61,15 @@ class Generate:
             return own(model, *args, **kwargs)
         for name, why in _OTHER_WAYS.items():
             if kwargs.get(name) is not None:
-                raise _refused(f"{name} cannot be used with it: {why}")
-        _refuse_modes(model, kwargs)
-        # transformers hands what is below to its own decoding alone, so it goes a shorter way.
-        passed = {name: kwargs[name] for name in ("streamer", "synced_gpus") if kwargs.get(name)}
-        decode = functools.partial(speculate, policy=self.policy, **passed)
+                raise _refused(self.policy, f"{name} cannot be used with it: {why}")
+        _refuse_modes(self.policy, model, kwargs)
+        options = {name: kwargs[name] for name in _NOT_HANDED_ON if kwargs.get(name) is not None}
+        options["policy"] = self.policy
+        if isinstance(self.policy, EarlyExit):
+            options["keeps_cache"] = kwargs.get("past_key_values") is not None
+            decode = functools.partial(exit_early, **options)
+        else:
+            decode = functools.partial(speculate, **options)
         kwargs = _with_stop_strings(kwargs)
         return own(model, *args, custom_generate=decode, **kwargs)
 
@@ -71,15 +80,19 @@ _RECORD = "_adaptive_generate"
 
 def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
     """Replace `generate`, undoably, if a policy has passes of its own."""
-    policy = next((p for p in record.policies if isinstance(p, SelfSpeculative)), None)
+    policy = next((p for p in record.policies if p.generates), None)
     if policy is None:
         return
     attention = tuple(site.name for site in survey.sites)
-    sublayers = (attention, survey.mlps) if policy.skip is not None else ((), ())
-    if policy.tree:
+    skips = isinstance(policy, SelfSpeculative) and policy.skip is not None
+    sublayers = (attention, survey.mlps) if skips else ((), ())
+    if isinstance(policy, SelfSpeculative) and policy.tree:
         record.successors = Successors()
     record.depth = depth.install(root, record, survey.layers, sublayers)
-    record.speculation = SpeculationLog()
+    if isinstance(policy, EarlyExit):
+        record.exits = ExitLog(layers=len(survey.layers))
+    else:
+        record.speculation = SpeculationLog()
     record.log.set(root, "", _RECORD, record)
     record.log.set(root, "", "generate", Generate(root, policy))
 
@@ -95,7 +108,7 @@ def _with_stop_strings(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**left, "stopping_criteria": criteria}
 
 
-def _refuse_modes(model: Any, kwargs: dict[str, Any]) -> None:
+def _refuse_modes(policy: Policy, model: Any, kwargs: dict[str, Any]) -> None:
     """Raise if the call asks for another way of decoding than greedy search or sampling."""
     config = kwargs.get("generation_config") or model.generation_config
 
@@ -118,10 +131,10 @@ def _refuse_modes(model: Any, kwargs: dict[str, Any]) -> None:
     ):
         value = asked(name, plain)
         if value != plain:
-            raise _refused(f"{name}={value!r} is not supported: {_MODES} is")
+            raise _refused(policy, f"{name}={value!r} is not supported: {_MODES} is")
 
 
-def _refused(what: str) -> NotImplementedError:
+def _refused(policy: Policy, what: str) -> NotImplementedError:
     return NotImplementedError(
-        f"adaptive: SelfSpeculative: {what}; use `with patched.disabled():` for that call"
+        f"adaptive: {type(policy).__name__}: {what}; use `with patched.disabled():` for that call"
     )

@@ -38,7 +38,7 @@ class Passes:
         self.positions = torch.zeros(0, 1)
         self._states: list[Tensor] = []
         self._shallow = self.slots
-        self._view: Any = None
+        self._views: dict[tuple[int, int], Any] = {}
 
     @property
     def windowed(self) -> bool:
@@ -124,7 +124,11 @@ class Passes:
         state = self._states[0] if tokens == 1 else torch.cat(self._states, 1)
         with self.depth.run(begin, self.depth.layers, state):
             return self._call(
-                ids, self.positions + steps, self.slots + tokens, self._cache_from(begin), tokens
+                ids,
+                self.positions + steps,
+                self.slots + tokens,
+                self._cache_from(begin, self.depth.layers),
+                tokens,
             )
 
     def whole(self, ids: Tensor) -> Tensor:
@@ -242,21 +246,23 @@ class Passes:
             more = torch.ones(batch, slots, dtype=torch.long, device=device)
             self.mask = torch.cat([self.mask, more], 1)
 
-    def _cache_from(self, begin: int) -> Cache:
-        """The cache as the layers from ``begin`` on see it.
+    def _cache_from(self, begin: int, end: int) -> Cache:
+        """The cache as the layers from ``begin`` to ``end - 1`` see it.
 
-        Masks and positions are made from the lengths of the first layers, which have seen the
-        drafts already. In this view each of those is the first later layer of its kind.
+        Masks and positions are made from the lengths of the first layer of each kind, which may
+        have seen more tokens than those that run. In this view the earlier layers are some that
+        run: those of their kind, or any, where the mask of their kind is not used.
         """
-        if self._view is None:
+        if (begin, end) not in self._views:
             layers: Sequence[Any] = self.cache.layers
-            later = layers[begin:]
-            kinds = {bool(layer.is_sliding): layer for layer in reversed(later)}
-            first = [kinds.get(bool(layer.is_sliding), layer) for layer in layers[:begin]]
-            self._view = copy.copy(self.cache)
-            self._view.layers = [*first, *later]
-        view: Cache = self._view
-        return view
+            running = layers[begin:end]
+            kinds = {bool(layer.is_sliding): layer for layer in reversed(running)}
+            first = [kinds.get(bool(layer.is_sliding), running[0]) for layer in layers[:begin]]
+            view = copy.copy(self.cache)
+            view.layers = [*first, *layers[begin:]]
+            self._views[begin, end] = view
+        found: Cache = self._views[begin, end]
+        return found
 
 
 def why_no_cache(cache: object) -> str | None:

@@ -16,21 +16,13 @@ import torch
 from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from adaptive.layers.hf_passes import Passes, why_no_cache
+from adaptive.layers.hf_inputs import cache_and_mask
+from adaptive.layers.hf_passes import Passes
 from adaptive.layers.hf_rows import Rows
 from adaptive.layers.hf_steps import DraftSteps, Steps
 from adaptive.layers.hf_tree_steps import TreeSteps
 from adaptive.layers.state import RECORD, PatchRecord
 from adaptive.policy import SelfSpeculative
-
-_KNOWN = {
-    "attention_mask",
-    "cache_position",
-    "logits_to_keep",
-    "past_key_values",
-    "position_ids",
-    "use_cache",
-}
 
 
 @torch.no_grad()
@@ -55,7 +47,7 @@ def speculate(
         stopping_criteria: Asked after every token that is kept.
         generation_config: As `generate` prepared it.
         synced_gpus: Refused if True: ranks would make different numbers of passes.
-        streamer: Gets the prompt and then each token that is kept.
+        streamer: Gets each token that is kept; `generate` has given it the prompt.
         policy: What to do.
         model_kwargs: As `generate` prepared them; what has no meaning here is refused.
 
@@ -65,23 +57,8 @@ def speculate(
     """
     record: PatchRecord = model.__dict__[RECORD]
     assert record.speculation is not None
-    cache = model_kwargs.get("past_key_values")
-    unknown = sorted(k for k, v in model_kwargs.items() if k not in _KNOWN and v is not None)
-    problem = why_no_cache(cache)
-    if synced_gpus:
-        problem = "synced_gpus=True would need the same number of passes on every GPU"
-    if unknown:
-        problem = f"model arguments {', '.join(unknown)} are not supported"
-    if input_ids.shape[1] == 0:
-        problem = "it needs input_ids; inputs_embeds alone are not supported"
-    if problem:
-        raise NotImplementedError(f"adaptive: SelfSpeculative: {problem}")
-    mask = model_kwargs.get("attention_mask")
-    if mask is not None and bool(mask.all()):
-        mask = None
-    assert cache is not None
-    base = model.get_submodule(record.base)
-    passes = Passes(model, base, record.depth, cache, None if mask is None else mask.long())
+    cache, mask = cache_and_mask("SelfSpeculative", input_ids, model_kwargs, synced_gpus)
+    passes = Passes(model, model.get_submodule(record.base), record.depth, cache, mask)
     rows = Rows(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
     steps: Steps
     if policy.tree:

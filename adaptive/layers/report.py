@@ -12,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from adaptive.layers.exit_log import ExitLog
 from adaptive.layers.speculation_log import SpeculationLog
 from adaptive.layers.state import LayerState, PatchRecord
 
@@ -85,6 +86,7 @@ class Report:
             module itself: the proof that they ran.
         notes: What else happened, and how often.
         speculation: What self-speculation did; None without it.
+        exits: What early exit did; None without it.
     """
 
     model: str
@@ -98,12 +100,12 @@ class Report:
     native_calls: dict[str, int]
     notes: dict[str, int]
     speculation: SpeculationLog | None = None
+    exits: ExitLog | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
-        values = asdict(self)
-        if self.speculation is not None:
-            values["speculation"] = self.speculation.to_dict()
+        logs = {"speculation": self.speculation, "exits": self.exits}
+        values = {**asdict(self), **{k: v and v.to_dict() for k, v in logs.items()}}
         return {**values, "policies": list(self.policies), "layers": list(values["layers"])}
 
     def __str__(self) -> str:
@@ -169,8 +171,7 @@ class Report:
         if dense:
             computed = sum(layer.scores for layer in self.layers)
             lines.append(f"scores computed in long native calls: {computed / dense:.1%} of dense")
-        if self.speculation is not None:
-            lines.append(str(self.speculation))
+        lines += [str(log) for log in (self.speculation, self.exits) if log is not None]
         lines += [f"{count} x {note}" for note, count in self.notes.items()]
         return "\n".join(lines)
 
@@ -198,6 +199,7 @@ def report(model: str, record: PatchRecord, native_calls: dict[str, int]) -> Rep
         },
         notes=dict(record.notes),
         speculation=copy.deepcopy(record.speculation),
+        exits=copy.deepcopy(record.exits),
     )
 
 

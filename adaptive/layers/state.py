@@ -36,6 +36,7 @@ import torch
 
 from adaptive.layers.certificate import MassLog, ReadLog
 from adaptive.layers.changes import ChangeLog
+from adaptive.layers.exit_log import ExitLog
 from adaptive.layers.speculation_log import SpeculationLog
 from adaptive.layers.survey import Site
 from adaptive.policy import Plan, Policy
@@ -84,6 +85,7 @@ class PatchRecord:
         depth: Which layers the pass now running runs; None where no policy needs that.
         speculation: What self-speculation did; None without it.
         successors: The table that trees are drafted from; None without them.
+        exits: What early exit did; None without it.
     """
 
     COUNTERS: ClassVar[tuple[str, ...]] = (
@@ -92,6 +94,7 @@ class PatchRecord:
         "timed",
         "notes",
         "speculation",
+        "exits",
     )
 
     policies: tuple[Policy, ...]
@@ -116,6 +119,7 @@ class PatchRecord:
     depth: Any = None
     speculation: SpeculationLog | None = None
     successors: Any = None
+    exits: ExitLog | None = None
 
     @property
     def enabled(self) -> bool:
@@ -150,6 +154,7 @@ class PatchRecord:
         self.native_start = dict(native_calls)
         self.notes = {}
         self.speculation = SpeculationLog() if self.speculation is not None else None
+        self.exits = ExitLog(layers=self.exits.layers) if self.exits is not None else None
 
 
 @dataclass(slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 from adaptive.policy._policy import Policy
 from adaptive.policy.alibi import alibi_windows
 from adaptive.policy.block_sparse import BlockSparsePrefill
+from adaptive.policy.early_exit import EarlyExit
 from adaptive.policy.exact import Exact
 from adaptive.policy.global_local import GlobalLocalAttention
 from adaptive.policy.local import LocalAttention
@@ -16,6 +17,7 @@ from adaptive.policy.tidal import TidalDecode
 
 __all__ = [
     "BlockSparsePrefill",
+    "EarlyExit",
     "Exact",
     "GlobalLocalAttention",
     "LocalAttention",

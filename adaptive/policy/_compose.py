@@ -10,6 +10,7 @@ from adaptive.policy.exact import Exact
 from adaptive.policy.plan import DENSE, LOCAL, PREFILL, SELECT, STOCK, WINDOW, WINDOWED, Plan
 
 _WHY = {
+    frozenset({"EarlyExit", "SelfSpeculative"}): "both decode by passes of their own",
     frozenset({"Quest", "TidalDecode"}): "both choose the keys of the same heads",
     frozenset({"RazorAttention", "StreamingLLM"}): "both choose the window of the same heads",
 }
@@ -36,7 +37,7 @@ def begin(policy: Policy, table: Plan) -> Plan:
             if one.generates and not other.exact and not set(other.modes) <= set(PREFILL):
                 raise ValueError(
                     f"adaptive: {type(one).__name__} and {type(other).__name__} cannot be "
-                    "combined: several tokens are checked in one pass, and some taken "
+                    "combined: several tokens go through layers in one pass, and some are taken "
                     "back, while the other chooses or drops keys token by token"
                 )
     stock = stock_layers(table)

@@ -1,0 +1,47 @@
+"""What `generate` hands to a decoding loop: the cache and the mask, or why the loop cannot run."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from adaptive.layers.hf_passes import why_no_cache
+
+_KNOWN = {
+    "attention_mask",
+    "cache_position",
+    "logits_to_keep",
+    "past_key_values",
+    "position_ids",
+    "use_cache",
+}
+
+
+def cache_and_mask(
+    policy: str, input_ids: Tensor, model_kwargs: dict[str, Any], synced_gpus: bool
+) -> tuple[Cache, Tensor | None]:
+    """Return the cache, and which slots hold tokens, ``[batch, slots]``; None: all do.
+
+    Args:
+        policy: Name of the policy, for errors.
+        input_ids: The prompt.
+        model_kwargs: As `generate` prepared them; what has no meaning here is refused.
+        synced_gpus: Refused if True: ranks would make different numbers of passes.
+
+    Raises:
+        NotImplementedError: The call asks for what the loop cannot do, named.
+    """
+    cache = model_kwargs.get("past_key_values")
+    unknown = sorted(k for k, v in model_kwargs.items() if k not in _KNOWN and v is not None)
+    problem = why_no_cache(cache)
+    if synced_gpus:
+        problem = "synced_gpus=True would need the same number of passes on every GPU"
+    if unknown:
+        problem = f"model arguments {', '.join(unknown)} are not supported"
+    if input_ids.shape[1] == 0:
+        problem = "it needs input_ids; inputs_embeds alone are not supported"
+    if problem:
+        raise NotImplementedError(f"adaptive: {policy}: {problem}")
+    assert cache is not None
+    mask: Tensor | None = model_kwargs.get("attention_mask")
+    return cache, None if mask is None or bool(mask.all()) else mask.long()
