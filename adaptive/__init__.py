@@ -23,6 +23,8 @@ from adaptive.patch import Support, check, patch, patched
 from adaptive.patched import Patched
 from adaptive.policy import (
     BlockSparsePrefill,
+    EncoderExit,
+    EncoderGate,
     Exact,
     GlobalLocalAttention,
     LocalAttention,
@@ -40,7 +42,9 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptiveError",
     "BlockSparsePrefill",
+    "EncoderExit",
     "EncoderFamily",
+    "EncoderGate",
     "Exact",
     "Family",
     "GlobalLocalAttention",

@@ -11,10 +11,11 @@ from adaptive import _native
 from adaptive.adapters import EncoderFamily, family_for
 from adaptive.errors import PatchConflict, UnknownFamily, UnsupportedModel
 from adaptive.layers import hf_linear
+from adaptive.layers.changes import own_forward
 from adaptive.layers.fingerprint import fingerprint
 from adaptive.layers.state import ENCODER, RECORD, STATE, LayerState, PatchRecord, Survey
 from adaptive.patched import Patched
-from adaptive.policy import Exact, ModelShape, Plan, Policy
+from adaptive.policy import EncoderExit, Exact, ModelShape, Plan, Policy
 from adaptive.policy.plan import DENSE, GLOBAL_LOCAL, STOCK
 
 _WRAPPERS = {
@@ -221,16 +222,30 @@ def _generation_problems(
     found = []
     every = [p for each in policies for p in (each.policies if isinstance(each, Plan) else (each,))]
     for policy in every:
+        if isinstance(policy, EncoderExit):
+            found += _exit_problems(root, survey)
         if not policy.generates:
             continue
         name = type(policy).__name__
-        if not survey.layers:
+        if not survey.layers or _is_encoder(survey):
             found.append(f"{name} does not fit: it needs a decoder of transformers")
         elif not survey.base or not hasattr(root, "generate"):
             found.append(f"{name} needs a model that generates (...ForCausalLM), not a bare one")
         elif getattr(policy, "skip", None) and len(survey.mlps) != len(survey.layers):
             found.append(f"{name}.skip does not fit: some layers have no MLP that is known")
     return found
+
+
+def _exit_problems(root: nn.Module, survey: Survey) -> list[str]:
+    """Why sequences cannot leave the model's layers early."""
+    if not _is_encoder(survey):
+        kind = "is for encoders of transformers, and this is none"
+        return [f"EncoderExit does not fit: it {kind}"]
+    return [
+        f"EncoderExit does not fit: {name!r} has a forward of its own, set by someone else"
+        for name in survey.layers
+        if own_forward(root.get_submodule(name)) is not None
+    ][:1]
 
 
 def _is_encoder(survey: Survey) -> bool:
@@ -282,9 +297,10 @@ def _survey(root: nn.Module) -> Survey:
         family.attention_names(root),
         family.problems(root),
     )
-    if isinstance(family, EncoderFamily) or found.problems:
+    if found.problems:
         return found
-    layers, mlps = family.layer_names(root), family.mlp_names(root)
+    layers = family.layer_names(root)
+    mlps = [] if isinstance(family, EncoderFamily) else family.mlp_names(root)
     return replace(found, layers=tuple(layers), mlps=tuple(mlps))
 
 

@@ -12,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from adaptive.layers.encoder_exit_log import EncoderExitLog
 from adaptive.layers.speculation_log import SpeculationLog
 from adaptive.layers.state import LayerState, PatchRecord
 
@@ -85,6 +86,7 @@ class Report:
             module itself: the proof that they ran.
         notes: What else happened, and how often.
         speculation: What self-speculation did; None without it.
+        encoder_exit: After how many layers sequences left an encoder; None where they may not.
     """
 
     model: str
@@ -98,12 +100,14 @@ class Report:
     native_calls: dict[str, int]
     notes: dict[str, int]
     speculation: SpeculationLog | None = None
+    encoder_exit: EncoderExitLog | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
         values = asdict(self)
-        if self.speculation is not None:
-            values["speculation"] = self.speculation.to_dict()
+        for name in ("speculation", "encoder_exit"):
+            log = getattr(self, name)
+            values[name] = None if log is None else log.to_dict()
         return {**values, "policies": list(self.policies), "layers": list(values["layers"])}
 
     def __str__(self) -> str:
@@ -169,8 +173,7 @@ class Report:
         if dense:
             computed = sum(layer.scores for layer in self.layers)
             lines.append(f"scores computed in long native calls: {computed / dense:.1%} of dense")
-        if self.speculation is not None:
-            lines.append(str(self.speculation))
+        lines += [str(log) for log in (self.speculation, self.encoder_exit) if log is not None]
         lines += [f"{count} x {note}" for note, count in self.notes.items()]
         return "\n".join(lines)
 
@@ -198,6 +201,7 @@ def report(model: str, record: PatchRecord, native_calls: dict[str, int]) -> Rep
         },
         notes=dict(record.notes),
         speculation=copy.deepcopy(record.speculation),
+        encoder_exit=copy.deepcopy(record.encoder_exit_log),
     )
 
 
@@ -237,10 +241,9 @@ def _groups(layers: Sequence[LayerReport]) -> list[list[LayerReport]]:
     """Runs of neighbours that differ in nothing but name and time."""
     groups: list[list[LayerReport]] = []
     for layer in layers:
-        if groups and _alike(groups[-1][-1]) == _alike(layer):
-            groups[-1].append(layer)
-        else:
-            groups.append([layer])
+        if not groups or _alike(groups[-1][-1]) != _alike(layer):
+            groups.append([])
+        groups[-1].append(layer)
     return groups
 
 
@@ -256,8 +259,7 @@ def _alike(layer: LayerReport) -> dict[str, Any]:
         "mass_of_heads",
         *PERCENTILES,
     )
-    own = own if _skips(layer) else own[:3]
-    return {k: v for k, v in asdict(layer).items() if k not in own}
+    return {k: v for k, v in asdict(layer).items() if k not in own[: None if _skips(layer) else 3]}
 
 
 def _skips(layer: LayerReport) -> bool:

@@ -36,6 +36,7 @@ import torch
 
 from adaptive.layers.certificate import MassLog, ReadLog
 from adaptive.layers.changes import ChangeLog
+from adaptive.layers.encoder_exit_log import EncoderExitLog
 from adaptive.layers.speculation_log import SpeculationLog
 from adaptive.policy import ModelShape, Plan, Policy
 
@@ -134,6 +135,8 @@ class PatchRecord:
         eager_only: What of the plan needs more than a compiled graph can do; "" if nothing.
         depth: Which layers the pass now running runs; None where no policy needs that.
         speculation: What self-speculation did; None without it.
+        encoder_exits: Which sequences go on in an encoder; None where no policy lets them leave.
+        encoder_exit_log: What became of them; None likewise.
     """
 
     COUNTERS: ClassVar[tuple[str, ...]] = (
@@ -142,6 +145,7 @@ class PatchRecord:
         "timed",
         "notes",
         "speculation",
+        "encoder_exit_log",
     )
 
     policies: tuple[Policy, ...]
@@ -165,6 +169,8 @@ class PatchRecord:
     eager_only: str = ""
     depth: Any = None
     speculation: SpeculationLog | None = None
+    encoder_exits: Any = None
+    encoder_exit_log: EncoderExitLog | None = None
 
     @property
     def enabled(self) -> bool:
@@ -199,6 +205,8 @@ class PatchRecord:
         self.native_start = dict(native_calls)
         self.notes = {}
         self.speculation = SpeculationLog() if self.speculation is not None else None
+        if self.encoder_exit_log is not None:
+            self.encoder_exit_log = EncoderExitLog(layers=self.encoder_exit_log.layers)
 
 
 @dataclass(slots=True, kw_only=True)
