@@ -1,98 +1,29 @@
 """Early exit of encoders: who leaves where, that no others are computed, no other effect."""
 
 import copy
-import itertools
 import json
 
 import pytest
 import torch
 import transformers
-from encoder_models import OLD, SUPPORTED, TEXTS, inputs, make, run
+from encoder_exits import (
+    DEPTH,
+    cosines,
+    cut,
+    deep,
+    given_for,
+    histogram,
+    layers_of,
+    one_row,
+    real,
+    splitting,
+)
+from encoder_models import OLD, SUPPORTED, inputs, run
 
 import adaptive
 from adaptive.adapters import family_for
 
 NEEDS_5 = pytest.mark.skipif(OLD, reason="text encoders do not use the interface before 5")
-DEPTH = 4
-SIDES = ("", "left", "right")
-
-
-def deep(case, **fields):
-    name = "n_layers" if case == "distilbert" else "num_hidden_layers"
-    return make(case, **{name: DEPTH, **fields})
-
-
-def given_for(case, batch=4, side="right"):
-    return inputs(case, batch=batch, side=side if case in TEXTS else "")
-
-
-def layers_of(model):
-    return [model.get_submodule(name) for name in family_for(model).layer_names(model)]
-
-
-def cut(model, depth):
-    """A copy whose list of layers ends after ``depth`` of them."""
-    shorter = copy.deepcopy(model)
-    path = family_for(model).layer_names(model)[0].removesuffix(".0")
-    parent, _, name = path.rpartition(".")
-    setattr(shorter.get_submodule(parent), name, shorter.get_submodule(path)[:depth])
-    return shorter
-
-
-def real(out, given):
-    mask = given.get("attention_mask")
-    return out[mask.bool()] if mask is not None and out.dim() == 3 else out
-
-
-def one_row(given, row):
-    """One sequence alone, its padding left away."""
-    alone = {name: value[row : row + 1] for name, value in given.items()}
-    mask = alone.get("attention_mask")
-    return alone if mask is None else {k: v[:, mask[0].bool()] for k, v in alone.items()}
-
-
-def cosines(model, given, pool="mean"):
-    """Cosines of the pooled state before and after each layer but the last, ``[depth][row]``."""
-    seen = []
-    hooks = [
-        layer.register_forward_hook(
-            lambda _, args, out: seen.append((args[0], out[0] if isinstance(out, tuple) else out))
-        )
-        for layer in layers_of(model)
-    ]
-    run(model, given)
-    for hook in hooks:
-        hook.remove()
-    found = []
-    for pair in seen[:-1]:
-        rows = []
-        for row in range(len(pair[0])):
-            mask = given.get("attention_mask")
-            kept = [state[row] if mask is None else state[row][mask[row].bool()] for state in pair]
-            vectors = [s.mean(0) if pool == "mean" else s[0] for s in kept]
-            rows.append(float(torch.cosine_similarity(*vectors, dim=0)))
-        found.append(rows)
-    return found
-
-
-def splitting(found):
-    """A threshold that some rows reach earlier than others, and the depths that follow from it."""
-    values = sorted(value for rows in found for value in rows)
-    best: tuple = ()
-    for low, high in itertools.pairwise(values):
-        threshold = (low + high) / 2
-        depths = [
-            next((d + 1 for d, rows in enumerate(found) if rows[row] >= threshold), DEPTH)
-            for row in range(len(found[0]))
-        ]
-        score = (len(set(depths)), high - low)
-        best = max(best, (score, threshold, depths))
-    assert best[0][0] > 1
-    return best[1:]
-
-
-def histogram(depths):
-    return {depth: depths.count(depth) for depth in set(depths)}
 
 
 @pytest.mark.parametrize("case", SUPPORTED)
@@ -139,6 +70,24 @@ def test_each_sequence_leaves_where_it_would_alone(case):
             assert (ours - alone).abs().max() <= 2e-5 * alone.abs().max()
             short = run(cut(model, depth), one_row(given, row))
             assert (short - alone).abs().max() <= 2e-5 * alone.abs().max()
+
+
+@pytest.mark.parametrize("layers", [(1, 3), (3,)])
+def test_exits_need_not_follow_each_other(layers):
+    model, given = deep("vit"), given_for("vit", batch=8)
+    found = cosines(model, given)
+    for depth in {1, 2, 3} - set(layers):
+        found[depth - 1] = [-1.0] * 8
+    threshold = sorted(found[2])[4]
+    depths = [
+        next((d for d in layers if found[d - 1][row] >= threshold - 1e-6), DEPTH)
+        for row in range(8)
+    ]
+    assert len(set(depths)) > 1
+    policy = adaptive.EncoderExit(threshold=threshold - 1e-6, layers=layers)
+    with adaptive.patch(model, policy) as patched:
+        run(model, given)
+        assert patched.report().encoder_exit.depths == histogram(depths)
 
 
 @pytest.mark.parametrize("case", SUPPORTED)
