@@ -27,12 +27,12 @@ from bench.timing import interleave, speedup
 FEWEST, MOST = 6, 128
 BATCH = 16
 SENTENCES = 96
-LEARNED = 640
+LEARNED = 480
 THRESHOLDS = (0.75, 0.8, 0.85, 0.9, 0.92, 0.94)
 # Few sentences come closer than this before the last layer: the model was not trained to be left.
-TOLERANCES = (0.5, 0.55, 0.6, 0.65, 0.7)
-LEAST_SKIPPED = 0.02
-"""Below it, time saved over layers skipped is noise over noise."""
+TOLERANCES = (0.5, 0.6, 0.7)
+LEAST_SKIPPED = 0.15
+"""Below it, time saved over layers skipped is noise: times repeat to 1 or 2 percent."""
 Batch = dict[str, Tensor]
 
 

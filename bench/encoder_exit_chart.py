@@ -33,7 +33,7 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
         shares = [100 * row["skipped_share"] for row in found]
         right.plot(shares, [100 * row["time_saved"] for row in found], **style)
     left.plot([100], [1.0], color=INK, marker="D", markersize=6)
-    left.annotate("all layers", (100, 1.0), (-8, -3), textcoords="offset points", ha="right")
+    left.annotate("all layers", (100, 1.0), (12, 6), textcoords="offset points", ha="right")
     right.plot([0, 100], [0, 100], color=INK, linewidth=0.8, linestyle="--")
     right.plot([0, 100], [0, 100 * TARGET], color=INK, linewidth=0.8, linestyle=":")
     right.annotate("all of it", (60, 63), color=INK, fontsize=8, ha="right")

@@ -40,7 +40,7 @@ else:
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     batch = {"input_ids": ids, "attention_mask": (ids > 0).long()}
 
-# 2. A gate learns from examples which depth is enough for a cosine of 1 - tolerance with all layers.
+# 2. A gate learns from examples after which layer the cosine with all of them is 1 - tolerance.
 tolerance = 0.4 if len(sys.argv) > 1 else 0.003  # layers of random weights change little
 depths = list(range(1, model.config.num_hidden_layers))
 gate = encoder_gate(model, [batch], layers=depths, tolerance=tolerance)
