@@ -27,6 +27,19 @@ NEEDS_5 = pytest.mark.skipif(OLD, reason="text encoders do not use the interface
 
 
 @pytest.mark.parametrize("case", SUPPORTED)
+def test_families_know_their_layers(case):
+    """Each is called once per pass, in order, and holds the attention of the same number."""
+    model, family = deep(case), family_for(deep(case))
+    names, called = family.layer_names(model), []
+    for index, name in enumerate(names):
+        model.get_submodule(name).register_forward_hook(lambda *_, i=index: called.append(i))
+    run(model, given_for(case))
+    assert called == list(range(DEPTH))
+    for name, attention in zip(names, family.attention_names(model), strict=True):
+        assert attention.startswith(f"{name}.")
+
+
+@pytest.mark.parametrize("case", SUPPORTED)
 def test_a_threshold_above_one_is_the_model_bit_for_bit(case):
     model, given = deep(case), given_for(case)
     stock = run(model, given)
