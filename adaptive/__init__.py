@@ -24,6 +24,8 @@ from adaptive.patched import Patched
 from adaptive.policy import (
     BlockSparsePrefill,
     EarlyExit,
+    EncoderExit,
+    EncoderGate,
     Exact,
     GlobalLocalAttention,
     LocalAttention,
@@ -42,7 +44,9 @@ __all__ = [
     "AdaptiveError",
     "BlockSparsePrefill",
     "EarlyExit",
+    "EncoderExit",
     "EncoderFamily",
+    "EncoderGate",
     "Exact",
     "Family",
     "GlobalLocalAttention",

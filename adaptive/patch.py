@@ -231,9 +231,10 @@ def _survey(root: nn.Module) -> Survey:
         family.attention_names(root),
         family.problems(root),
     )
-    if isinstance(family, EncoderFamily) or found.problems:
+    if found.problems:
         return found
-    layers, mlps = family.layer_names(root), family.mlp_names(root)
+    layers = family.layer_names(root)
+    mlps = [] if isinstance(family, EncoderFamily) else family.mlp_names(root)
     return replace(found, layers=tuple(layers), mlps=tuple(mlps))
 
 

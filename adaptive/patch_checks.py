@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from adaptive.layers.changes import own_forward
 from adaptive.layers.state import ENCODER
 from adaptive.layers.survey import Survey
-from adaptive.policy import Plan, Policy
+from adaptive.policy import EncoderExit, Plan, Policy
 from adaptive.policy.plan import DENSE, GLOBAL_LOCAL, STOCK
 
 
@@ -48,10 +49,12 @@ def generation_problems(
     found = []
     every = [p for each in policies for p in (each.policies if isinstance(each, Plan) else (each,))]
     for policy in every:
+        if isinstance(policy, EncoderExit):
+            found += _exit_problems(root, survey)
         if not policy.generates:
             continue
         name = type(policy).__name__
-        if not survey.layers:
+        if not survey.layers or is_encoder(survey):
             found.append(f"{name} does not fit: it needs a decoder of transformers")
         elif not survey.base or not hasattr(root, "generate"):
             found.append(f"{name} needs a model that generates (...ForCausalLM), not a bare one")
@@ -60,6 +63,17 @@ def generation_problems(
         elif getattr(policy, "skip", None) and len(survey.mlps) != len(survey.layers):
             found.append(f"{name}.skip does not fit: some layers have no MLP that is known")
     return found
+
+
+def _exit_problems(root: nn.Module, survey: Survey) -> list[str]:
+    """Why sequences cannot leave the model's layers early."""
+    if not is_encoder(survey):
+        return ["EncoderExit does not fit: it is for encoders of transformers, and this is none"]
+    return [
+        f"EncoderExit does not fit: {name!r} has a forward of its own, set by someone else"
+        for name in survey.layers
+        if own_forward(root.get_submodule(name)) is not None
+    ][:1]
 
 
 def _has_plain_head(root: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bench.markdown import Document, machine_line, render, tokens_label
 from bench.record import load
-from bench.table_encoders import encoders_quality_table, encoders_table
+from bench.table_encoders import encoder_exit_table, encoders_quality_table, encoders_table
 from bench.table_local import local_ops_table, prompts_table
 from bench.table_prefill import prefill_table, quality_prefill_table
 from bench.table_sparse import quality_table, sparse_models_table, sparse_ops_table
@@ -143,6 +143,7 @@ TABLES: dict[str, tuple[str, Callable[[Document], str]]] = {
     "block_transformer": ("block_transformer", block_transformer_table),
     "decode": ("models", models_table),
     "local_ops": ("ops", local_ops_table),
+    "encoder_exit": ("encoder_exit", encoder_exit_table),
     "encoders": ("encoders", encoders_table),
     "encoders_quality": ("encoders", encoders_quality_table),
     "memory": ("models", memory_table),

@@ -61,3 +61,43 @@ def encoders_quality_table(document: Document) -> str:
         + "language reference of Python; cosine of each text's embedding with that of stock "
         + "attention on all tokens, and how often the nearest of the other texts is the same."
     )
+
+
+def encoder_exit_table(document: Document) -> str:
+    """Time of embeddings against their cosine with those of all layers, by when sentences leave."""
+    names = {
+        "stock": "all layers, stock",
+        "exact": "all layers, exact",
+        "fixed": "`layer={}`",
+        "cosine": "`threshold={}`",
+        "gate": "gate, fitted with `tolerance={}`",
+    }
+    rows = []
+    for row in document["rows"]:
+        share = row["saved_of_skipped"]
+        rows.append(
+            [
+                names[row["rule"]].format(row["setting"]),
+                f"{row['mean_depth']:.2f}",
+                f"{row['skipped_share']:.1%}",
+                f"{row['ms']:.0f} ms",
+                f"{row['time_saved']:.1%}",
+                "-" if share is None else f"{share:.0%}",
+                f"{row['cosine_mean']:.3f}",
+                f"{row['cosine_min']:.3f}",
+                f"{row['same_neighbour']:.0%}",
+            ]
+        )
+    first, tokens = document["rows"][0], document["tokens"]
+    header = ["", "mean depth", "layers skipped", "time", "saved", "of the layers' share"]
+    header += ["mean cosine", "least cosine", "same nearest sentence"]
+    threads = f"{first['threads']} thread{'s' * (first['threads'] != 1)}"
+    return (
+        render(header, rows)
+        + f"\n\n{first['model']}, 6 layers, float32, {first['sentences']} paragraphs of the "
+        + f"language reference of Python, {tokens['real']} tokens, {tokens['padded']} with padding "
+        + f"in batches of {first['batch']}; saved: against all layers, exact; cosine of each "
+        + "embedding with that of all layers; gates learned from other topics. "
+        + f"{threads}, median CPU time. "
+        + machine_line(document)
+    )

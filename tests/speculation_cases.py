@@ -1,9 +1,17 @@
 """Models whose later layers change little, so that drafts are right often, and not always."""
 
+from pathlib import Path
+
 import torch
-from models import CONFIGS, make
+from models import CONFIGS, greedy, make
+
+import adaptive
 
 LAYERS = 4
+TOKENS = 20
+LAB = Path(__file__).parents[1] / "bench" / "lab" / "model"
+MODELS = {}
+FORMS = [{"exit_layer": 2, "draft": 4}, {"skip": ((2, 3), (1, 3)), "draft": 4}, {"tree": True}]
 _OUTPUTS = ("o_proj", "down_proj", "c_proj", "dense", "w2")
 
 
@@ -24,3 +32,23 @@ def drafting(case, quiet_from=2, factor=0.2, **options):
                 if any(part in name for part in _OUTPUTS) or "post_" in name:
                     parameter.mul_(factor)
     return model
+
+
+def model_of(case):
+    """A model of the case, made once."""
+    if case not in MODELS:
+        MODELS[case] = drafting(case)
+    return MODELS[case]
+
+
+def plain(model, inputs, tokens=TOKENS, **options):
+    """What the patched model makes without speculation."""
+    with adaptive.patch(model):
+        return greedy(model, inputs, tokens, **options)
+
+
+def speculated(model, inputs, tokens=TOKENS, *, policy, **options):
+    """What it makes with it, and the log."""
+    with adaptive.patch(model, adaptive.SelfSpeculative(**policy)) as patched:
+        made = greedy(model, inputs, tokens, **options)
+        return made, patched.report().speculation

@@ -55,18 +55,20 @@ class EncoderFamily:
         """Dotted name of the base below ``model``; empty if the model is the base itself."""
         return "" if path_in(model, self.layers) else path_in(model, self.base) or self.base
 
-    def attention_names(self, model: nn.Module) -> list[str]:
-        """Dotted names of the attention modules below ``model``, in execution order."""
+    def layer_names(self, model: nn.Module) -> list[str]:
+        """Dotted names of the layers below ``model``, in execution order."""
         base = self.base_name(model)
         path = path_in(_at(model, base), self.layers)
         if path is None:
             return []
         root = ".".join(filter(None, (base, path)))
-        found = [
-            (index, path_in(layer, self.attention))
-            for index, layer in enumerate(model.get_submodule(root).children())
-        ]
-        return [f"{root}.{index}.{attention}" for index, attention in found if attention]
+        return [f"{root}.{index}" for index in range(len([*model.get_submodule(root).children()]))]
+
+    def attention_names(self, model: nn.Module) -> list[str]:
+        """Dotted names of the attention modules below ``model``, in execution order."""
+        names = self.layer_names(model)
+        found = [(name, path_in(model.get_submodule(name), self.attention)) for name in names]
+        return [f"{name}.{attention}" for name, attention in found if attention]
 
     def problems(self, model: nn.Module) -> list[str]:
         """Say which parts ``model`` lacks and which of its settings are unsupported."""

@@ -110,7 +110,7 @@ class ChangeLog:
     def make(self, root: nn.Module, change: AttributeChange | HookChange) -> None:
         """Make ``change``, undoably."""
         module = root.get_submodule(change.name)
-        self.witnesses.setdefault(change.name, (type(module), _own_forward(module)))
+        self.witnesses.setdefault(change.name, (type(module), own_forward(module)))
         self.entries.append(change)
         change.apply(module)
         if isinstance(change, AttributeChange) and change.key == "forward":
@@ -127,7 +127,7 @@ class ChangeLog:
                 continue
             if type(module) is not kind:
                 found.append(f"module {name!r} was replaced by a {type(module).__name__}")
-            elif not _same(_own_forward(module), forward):
+            elif not _same(own_forward(module), forward):
                 found.append(f"'forward' of {name or 'the model'!r} was wrapped")
         if not found:
             checks = (entry.conflict(self._find(root, entry.name)) for entry in self.entries)
@@ -156,7 +156,7 @@ class ChangeLog:
         return inner
 
 
-def _own_forward(module: nn.Module) -> object:
+def own_forward(module: nn.Module) -> object:
     """Return the forward set on the instance; None if there is none or it is the class's own.
 
     transformers before 5.0 leaves the class's own there after it recorded hidden states.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from adaptive.layers import hf_attention, hf_model
+from adaptive.layers import hf_attention, hf_encoder_passes, hf_model
 from adaptive.layers.hf_config import ask_for
 from adaptive.layers.state import ENCODER, PatchRecord
 from adaptive.layers.survey import Survey
@@ -64,6 +64,7 @@ def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
         record.eager_only = "GlobalLocalAttention with an attention mask"
     base: Any = root.get_submodule(survey.base)
     ask_for(root, record.log, hf_attention.NAMES[base.config._attn_implementation])
+    hf_encoder_passes.install(root, survey, record)
     record.log.set(root, survey.base, FORWARD, record)
     record.log.hook(root, survey.base, "_forward_pre_hooks", before_forward)
     record.log.hook(root, survey.base, "_forward_hooks", after_forward)
@@ -78,6 +79,7 @@ def before_forward(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     wanted = kwargs.get("output_attentions")
     record.want_weights = bool(config.output_attentions if wanted is None else wanted)
     record.in_graph = torch.compiler.is_compiling()
+    hf_encoder_passes.begin(base, record, args, kwargs)
     if not record.in_graph:
         record.forward_start = perf_counter()
 
@@ -90,8 +92,9 @@ def after_forward(
     if not record.enabled or torch.compiler.is_compiling():
         return
     record.forward_calls += 1
-    if record.timed:
-        record.forward_seconds += perf_counter() - record.forward_start
+    seconds = perf_counter() - record.forward_start if record.timed else 0.0
+    record.forward_seconds += seconds
+    hf_encoder_passes.end(base, record, args, kwargs, output, seconds)
 
 
 def _uses_interface(module: nn.Module) -> bool:

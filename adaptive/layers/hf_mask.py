@@ -5,6 +5,7 @@ the first of them runs. Where our attention needs no more than its pattern, it i
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -83,6 +84,12 @@ class LazyMask(Tensor):
             given["q_length"] = rows.stop - rows.start
         return self._make(**given)
 
+    def of_batch(self, rows: Tensor) -> Tensor:
+        """The mask of some rows of the batch alone, ``[rows]``: lazy, unless someone has looked."""
+        if self.pattern is None:
+            return self.dense().index_select(0, rows)
+        return _SomeRows(self, self.pattern, rows)
+
     def _touched(self) -> Tensor:
         self.pattern = None
         return self.dense()
@@ -104,6 +111,37 @@ class LazyMask(Tensor):
         """Run an operator on the stock mask."""
         args, kwargs = tree_map_only(LazyMask, LazyMask._touched, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+class _SomeRows(LazyMask):
+    """Some rows of the batch of another mask."""
+
+    @staticmethod
+    def __new__(cls: type, mask: LazyMask, pattern: Pattern, rows: Tensor) -> "_SomeRows":
+        """Make a tensor that has a shape and no memory."""
+        shape = (len(rows), *mask.shape[1:])
+        made: _SomeRows = Tensor._make_wrapper_subclass(
+            cls, shape, dtype=mask.dtype, device=mask.device
+        )
+        return made
+
+    def __init__(self, mask: LazyMask, pattern: Pattern, rows: Tensor) -> None:
+        """Keep the whole mask, and what its rows mean."""
+        self._whole, self._rows = mask, rows
+        self._dense = None
+        offsets = pattern.offsets
+        kept = None if offsets is None else offsets.index_select(0, rows.to(offsets.device))
+        self.pattern = replace(pattern, offsets=kept)
+
+    def dense(self) -> Tensor:
+        """The stock mask, to be read and not written to."""
+        if self._dense is None:
+            self._dense = self._whole.dense().index_select(0, self._rows)
+        return self._dense
+
+    def rows(self, rows: slice) -> Tensor:
+        """The stock mask of some queries alone."""
+        return self._whole.rows(rows).index_select(0, self._rows)
 
 
 def make_mask(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

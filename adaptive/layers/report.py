@@ -12,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from adaptive.layers.encoder_exit_log import EncoderExitLog
 from adaptive.layers.exit_log import ExitLog
 from adaptive.layers.speculation_log import SpeculationLog
 from adaptive.layers.state import LayerState, PatchRecord
@@ -21,7 +22,6 @@ WIDTH = 100
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _STEP = 1024
-
 
 PERCENTILES = {"mass_min": 0.0, "mass_p01": 0.01, "mass_p10": 0.1, "mass_p50": 0.5}
 """Fields of a LayerReport, and the share of the measured masses that lie below each."""
@@ -87,6 +87,7 @@ class Report:
         notes: What else happened, and how often.
         speculation: What self-speculation did; None without it.
         exits: What early exit did; None without it.
+        encoder_exit: After how many layers sequences left an encoder; None where they may not.
     """
 
     model: str
@@ -101,11 +102,14 @@ class Report:
     notes: dict[str, int]
     speculation: SpeculationLog | None = None
     exits: ExitLog | None = None
+    encoder_exit: EncoderExitLog | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
-        logs = {"speculation": self.speculation, "exits": self.exits}
-        values = {**asdict(self), **{k: v and v.to_dict() for k, v in logs.items()}}
+        values = asdict(self)
+        for name in ("speculation", "exits", "encoder_exit"):
+            log = getattr(self, name)
+            values[name] = None if log is None else log.to_dict()
         return {**values, "policies": list(self.policies), "layers": list(values["layers"])}
 
     def __str__(self) -> str:
@@ -155,8 +159,7 @@ class Report:
     def _caption(self) -> str:
         kernels = ", ".join(f"{name} x{n}" for name, n in self.native_calls.items()) or "none"
         lines = [f"{self.forward_calls} passes; native kernels run: {kernels}"]
-        caches = {layer.cache for layer in self.layers if layer.cache}
-        if caches:
+        if caches := {layer.cache for layer in self.layers if layer.cache}:
             lines.append(f"cache: {', '.join(sorted(caches))}")
         paths: dict[str, int] = {}
         for layer in self.layers:
@@ -164,14 +167,13 @@ class Report:
                 paths[path] = paths.get(path, 0) + count
         if paths:
             lines.append("calls: " + ", ".join(f"{n} {path}" for path, n in sorted(paths.items())))
-        dropped = sum(layer.dropped_bytes for layer in self.layers)
-        if dropped:
+        if dropped := sum(layer.dropped_bytes for layer in self.layers):
             lines.append(f"KV dropped for good: {_bytes(dropped)}")
-        dense = sum(layer.dense_scores for layer in self.layers)
-        if dense:
+        if dense := sum(layer.dense_scores for layer in self.layers):
             computed = sum(layer.scores for layer in self.layers)
             lines.append(f"scores computed in long native calls: {computed / dense:.1%} of dense")
-        lines += [str(log) for log in (self.speculation, self.exits) if log is not None]
+        logs = (self.speculation, self.exits, self.encoder_exit)
+        lines += [str(log) for log in logs if log is not None]
         lines += [f"{count} x {note}" for note, count in self.notes.items()]
         return "\n".join(lines)
 
@@ -200,6 +202,7 @@ def report(model: str, record: PatchRecord, native_calls: dict[str, int]) -> Rep
         notes=dict(record.notes),
         speculation=copy.deepcopy(record.speculation),
         exits=copy.deepcopy(record.exits),
+        encoder_exit=copy.deepcopy(record.encoder_exit_log),
     )
 
 
@@ -239,10 +242,9 @@ def _groups(layers: Sequence[LayerReport]) -> list[list[LayerReport]]:
     """Runs of neighbours that differ in nothing but name and time."""
     groups: list[list[LayerReport]] = []
     for layer in layers:
-        if groups and _alike(groups[-1][-1]) == _alike(layer):
-            groups[-1].append(layer)
-        else:
-            groups.append([layer])
+        if not groups or _alike(groups[-1][-1]) != _alike(layer):
+            groups.append([])
+        groups[-1].append(layer)
     return groups
 
 
@@ -258,8 +260,7 @@ def _alike(layer: LayerReport) -> dict[str, Any]:
         "mass_of_heads",
         *PERCENTILES,
     )
-    own = own if _skips(layer) else own[:3]
-    return {k: v for k, v in asdict(layer).items() if k not in own}
+    return {k: v for k, v in asdict(layer).items() if k not in own[: None if _skips(layer) else 3]}
 
 
 def _skips(layer: LayerReport) -> bool:
@@ -278,8 +279,7 @@ def _skipped(group: Sequence[LayerReport]) -> tuple[str, str, str]:
         dense = sum(layer.dense_scores for layer in group)
         done = sum(layer.scores for layer in group)
     share = f"{done / dense:.1%}" if dense else "-"
-    measured = [layer for layer in group if layer.mass_min is not None]
-    if not measured:
+    if not (measured := [layer for layer in group if layer.mass_min is not None]):
         return share, "-", "-"
     least = min(layer.mass_min or 0.0 for layer in measured)
     mean = sum(layer.mass_mean or 0.0 for layer in measured) / len(measured)

@@ -36,6 +36,7 @@ import torch
 
 from adaptive.layers.certificate import MassLog, ReadLog
 from adaptive.layers.changes import ChangeLog
+from adaptive.layers.encoder_exit_log import EncoderExitLog
 from adaptive.layers.exit_log import ExitLog
 from adaptive.layers.speculation_log import SpeculationLog
 from adaptive.layers.survey import Site
@@ -86,6 +87,8 @@ class PatchRecord:
         speculation: What self-speculation did; None without it.
         successors: The table that trees are drafted from; None without them.
         exits: What early exit did; None without it.
+        encoder_exits: Which sequences go on in an encoder; None where no policy lets them leave.
+        encoder_exit_log: What became of them; None likewise.
     """
 
     COUNTERS: ClassVar[tuple[str, ...]] = (
@@ -95,6 +98,7 @@ class PatchRecord:
         "notes",
         "speculation",
         "exits",
+        "encoder_exit_log",
     )
 
     policies: tuple[Policy, ...]
@@ -120,6 +124,8 @@ class PatchRecord:
     speculation: SpeculationLog | None = None
     successors: Any = None
     exits: ExitLog | None = None
+    encoder_exits: Any = None
+    encoder_exit_log: EncoderExitLog | None = None
 
     @property
     def enabled(self) -> bool:
@@ -155,6 +161,8 @@ class PatchRecord:
         self.notes = {}
         self.speculation = SpeculationLog() if self.speculation is not None else None
         self.exits = ExitLog(layers=self.exits.layers) if self.exits is not None else None
+        if self.encoder_exit_log is not None:
+            self.encoder_exit_log = EncoderExitLog(layers=self.encoder_exit_log.layers)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -4,6 +4,8 @@ from adaptive.policy._policy import Policy
 from adaptive.policy.alibi import alibi_windows
 from adaptive.policy.block_sparse import BlockSparsePrefill
 from adaptive.policy.early_exit import EarlyExit
+from adaptive.policy.encoder_exit import EncoderExit
+from adaptive.policy.encoder_gate import EncoderGate
 from adaptive.policy.exact import Exact
 from adaptive.policy.global_local import GlobalLocalAttention
 from adaptive.policy.local import LocalAttention
@@ -18,6 +20,8 @@ from adaptive.policy.tidal import TidalDecode
 __all__ = [
     "BlockSparsePrefill",
     "EarlyExit",
+    "EncoderExit",
+    "EncoderGate",
     "Exact",
     "GlobalLocalAttention",
     "LocalAttention",

@@ -1,0 +1,112 @@
+"""Whole passes of an encoder that sequences may leave early: before, after, and the audits."""
+
+import inspect
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptive.layers.encoder_exit_log import EncoderExitLog
+from adaptive.layers.hf_encoder_exit import EncoderExits, EncoderLayerForward
+from adaptive.layers.pooling import pool_weights, pooled
+from adaptive.layers.state import PatchRecord
+from adaptive.layers.survey import Survey
+from adaptive.policy import EncoderExit
+
+_PER_TOKEN = 2
+
+
+def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
+    """Give each layer an EncoderLayerForward, undoably, if a policy lets sequences leave.
+
+    Raises:
+        ValueError: The gate of the policy is for states of another width.
+    """
+    policy = next((p for p in record.policies if isinstance(p, EncoderExit)), None)
+    if policy is None:
+        return
+    config: Any = root.get_submodule(survey.base).config
+    width = config.hidden_size
+    if policy.gate is not None and policy.gate.width != width:
+        raise ValueError(
+            f"adaptive: EncoderExit.gate must be for states of width {width}, "
+            f"got {policy.gate.width}"
+        )
+    exits = EncoderExits(policy, len(survey.layers), record.switch)
+    record.encoder_exits = exits
+    record.encoder_exit_log = EncoderExitLog(layers=exits.layers)
+    for index, name in enumerate(survey.layers):
+        forward = EncoderLayerForward(root.get_submodule(name), index, exits)
+        record.log.set(root, name, "forward", forward)
+
+
+def begin(
+    base: nn.Module, record: PatchRecord, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Before a pass of the base module.
+
+    Raises:
+        NotImplementedError: The model trains, or the pass must return attention weights, which
+            have no rows for sequences that left.
+        ValueError: The mask does not tell which tokens are padding, and that must be known.
+    """
+    exits: EncoderExits | None = record.encoder_exits
+    if exits is None:
+        return
+    if record.in_graph:
+        exits.in_graph = True
+        return
+    if base.training and torch.is_grad_enabled():
+        raise NotImplementedError(
+            "adaptive: EncoderExit is for inference: call model.eval(), or unpatch() it to train"
+        )
+    if record.want_weights:
+        raise NotImplementedError(
+            "adaptive: output_attentions is not supported with EncoderExit: sequences that left "
+            "have no attention weights"
+        )
+    mask = _argument(base, "attention_mask", args, kwargs)
+    reads = exits.policy.layer is None or exits.policy.audit_every is not None
+    if reads and isinstance(mask, Tensor) and mask.dim() != _PER_TOKEN:
+        raise ValueError(
+            "adaptive: attention_mask must be [batch, tokens] with EncoderExit, to tell padding "
+            f"from tokens, got {list(mask.shape)}"
+        )
+    exits.begin(mask if isinstance(mask, Tensor) else None)
+
+
+def end(
+    base: nn.Module,
+    record: PatchRecord,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
+    seconds: float,
+) -> None:
+    """After a pass of the base module: count it, and audit it if it is its turn."""
+    exits: EncoderExits | None = record.encoder_exits
+    log = record.encoder_exit_log
+    if exits is None or log is None or not exits.active:
+        return
+    mask, every = exits.mask, exits.policy.audit_every
+    log.count(exits.end(), seconds)
+    if every is None or (log.calls - 1) % every:
+        return
+    start = perf_counter()
+    with torch.no_grad():
+        full: Tensor = base.forward(*args, **kwargs)[0]
+        weights = pool_weights(full, mask, exits.policy.pool)
+        ours, theirs = (pooled(states, weights) for states in (output[0].detach(), full))
+        known = weights.sum(1) > 0  # not for rows of padding alone
+        cosines = torch.cosine_similarity(ours, theirs, dim=-1)[known].clamp(max=1).tolist()
+    if cosines:
+        log.count_audit(cosines, perf_counter() - start if record.timed else 0.0)
+
+
+def _argument(base: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the base module was given for an argument, by name or by position."""
+    if name in kwargs or not args:
+        return kwargs.get(name)
+    names = list(inspect.signature(type(base).forward).parameters)[1:]
+    return dict(zip(names, args, strict=False)).get(name)
