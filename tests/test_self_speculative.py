@@ -71,10 +71,15 @@ def test_trees_make_the_same_tokens(batch, tokens, case, repeats):
 def test_a_tree_saves_passes_where_text_repeats():
     """Greedy decoding of a random model runs into a loop, which the table knows after one turn."""
     model = model_of("llama")
-    made, log = speculated(model, token_ids(1), 100, policy={"tree": True})
+    with adaptive.patch(model, adaptive.SelfSpeculative(tree=True)) as patched:
+        made = greedy(model, token_ids(1), 100)
+        report = patched.report()
+    log = report.speculation
     assert torch.equal(made, plain(model, token_ids(1), 100))
-    assert log.accepted > log.steps > 0
+    assert log.accepted > 0.5 * log.steps > 0  # when it gives up for a while depends on the clock
     assert log.tokens == 100
+    assert report.layers[0].paths == {"tree": log.steps}
+    assert report.native_calls["tree_attention:cpu"] == 4 * log.steps
 
 
 @settings(max_examples=25)
@@ -174,7 +179,7 @@ def test_a_stop_token_inside_a_draft_ends_the_row(draft):
 
 @pytest.mark.parametrize("policy", FORMS, ids=str)
 def test_sampling_follows_the_models_distribution(policy):
-    """Chi-square of the second and third token over many rows of one prompt."""
+    """Chi-square of the fifth and sixth token over many rows of one prompt."""
     model, rows = drafting("llama", vocab_size=16), 2000
     prompt = torch.randint(3, 16, (1, 24), generator=torch.Generator().manual_seed(2))
     counts = []
@@ -183,7 +188,7 @@ def test_sampling_follows_the_models_distribution(policy):
         with adaptive.patch(model, *chosen) as patched:
             made = model.generate(
                 prompt.repeat(rows, 1),
-                max_new_tokens=3,
+                max_new_tokens=6,
                 do_sample=True,
                 temperature=3.0,
                 top_k=0,
@@ -191,8 +196,8 @@ def test_sampling_follows_the_models_distribution(policy):
                 eos_token_id=None,
             )
             if chosen:
-                assert 0.05 < patched.report().speculation.acceptance < 0.999
-        pairs = made[:, 25] * 16 + made[:, 26]
+                assert 0.01 < patched.report().speculation.acceptance < 0.999
+        pairs = made[:, -2] * 16 + made[:, -1]
         counts.append(torch.bincount(pairs, minlength=256).double())
     ours, theirs = counts
     often = ours + theirs >= 10

@@ -93,6 +93,7 @@ class DraftLength:
     Attributes:
         fixed: Drafts in every step; None: as many as pay.
         most: The most drafts of a step.
+        together: Rows that go as far as the slowest of them: a draft counts if it is right in all.
         draft: Seconds of one drafted token.
         closing: Seconds of the pass that readies the last draft for verification.
         verify: Seconds of a verification.
@@ -105,6 +106,7 @@ class DraftLength:
 
     fixed: int | None
     most: int
+    together: int = 1
     draft: Average = field(default_factory=Average)
     closing: Average = field(default_factory=Average)
     verify: Line = field(default_factory=Line)
@@ -142,7 +144,8 @@ class DraftLength:
 
         Args:
             made: Drafts made in this step.
-            reach: Expected share of rows in which all of them are right.
+            reach: Expected share of rows in which all of them are right; with rows that go
+                together, the chance that they are in all of those.
             most: The most drafts that this step may have.
         """
         if made >= min(most, self.most):
@@ -153,7 +156,7 @@ class DraftLength:
             return self._begins(most)
         if self.draft.value is None or self.verify.weight == 0:
             return made < FIRST_DRAFTS
-        gain = reach * self.acceptance
+        gain = reach * self.acceptance**self.together
         return gain > self._rate() * (self.draft.value + self.verify.slope)
 
     def keeps(self, made: int, reach: float) -> bool:
@@ -191,7 +194,7 @@ class DraftLength:
             return 0.0
         share, tokens, best = 1.0, 1.0, 0.0
         for drafts in range(1, min(most, self.most) + 1):
-            share *= self.acceptance
+            share *= self.acceptance**self.together
             tokens += share
             seconds = drafts * self.draft.value + (self.closing.value or 0.0)
             best = max(best, tokens / (seconds + self.verify.at(drafts + 1)))

@@ -22,7 +22,7 @@ from adaptive.layers import hf_encoder_attention as encoder
 from adaptive.layers.depth import KeysKept
 from adaptive.layers.head_split import HeadSplit
 from adaptive.layers.hf_cache import AdaptiveCacheLayer
-from adaptive.layers.hf_call import Call, inputs_of, is_long, why_stock
+from adaptive.layers.hf_call import Call, attend_all, inputs_of, is_long, why_stock
 from adaptive.layers.hf_mask import make_mask
 from adaptive.layers.hf_prefill import (
     attend_long,
@@ -37,7 +37,6 @@ from adaptive.layers.how import How
 from adaptive.layers.pattern import Pattern
 from adaptive.layers.sparse_attention import attend_whole
 from adaptive.layers.state import ENCODER, STATE, LayerState
-from adaptive.ops import decode_attention
 from adaptive.policy.plan import STOCK
 
 ADAPTIVE = "adaptive"
@@ -274,9 +273,7 @@ def _native(
             state.record.refuse_compiling()
             out = attend_whole(state, inputs, store)
         else:
-            out, _ = decode_attention(
-                inputs.query, inputs.key, inputs.value, mask=inputs.mask, **inputs.options()
-            )
+            out = attend_all(call, inputs, state)
             kv_bytes = 2 * call.key.numel() * call.key.element_size()
             state.count_read(call.key.shape[0] * call.key.shape[2], kv_bytes, 0)
     out = out.transpose(1, 2)

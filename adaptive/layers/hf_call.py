@@ -11,6 +11,7 @@ from adaptive.layers.state import LayerState
 from adaptive.layers.torch_guard import autocast_dtype, why_not_plain
 from adaptive.ops import decode_attention
 from adaptive.ops.decode_attention import DTYPES, MAX_QUERY_TOKENS, supports
+from adaptive.ops.tree_attention import tree_attention
 
 MASK_AXES = 4
 
@@ -66,6 +67,28 @@ def inputs_of(call: Call, tokens: int) -> Inputs:
             key, value = key[:, :, :query_tokens], value[:, :, :query_tokens]
     softcap = call.kwargs.get("softcap") or 0.0
     return Inputs(query, key, value, mask, call.scaling, softcap, causal)
+
+
+def attend_all(call: Call, inputs: Inputs, state: LayerState) -> Tensor:
+    """Attention to every key that the mask, or the tree that it was made of, lets through."""
+    tree = getattr(call.mask, "adaptive_tree", None)
+    if tree is None:
+        out, _ = decode_attention(
+            inputs.query, inputs.key, inputs.value, mask=inputs.mask, **inputs.options()
+        )
+        return out
+    state.count_path("tree")
+    parents, held = tree
+    out, _ = tree_attention(
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        parents,
+        held,
+        scale=inputs.scale,
+        softcap=inputs.softcap,
+    )
+    return out
 
 
 def is_long(call: Call) -> bool:

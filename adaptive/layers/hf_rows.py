@@ -78,7 +78,7 @@ class Rows:
 
     @property
     def even(self) -> bool:
-        """Whether rows alive must stay equally long: logits processors see the batch as one."""
+        """Whether logits processors see the batch as one, so that rows must stay equally long."""
         names = {type(processor).__name__ for processor in self._processors}
         return self.batch > 1 and not names <= _SCORES_ALONE
 
@@ -173,6 +173,10 @@ class Rows:
     def keep(self, chosen: list[list[int]]) -> int:
         """Append tokens to the rows alive, until each ends; return how many were kept."""
         kept = 0
+        alive = [row for row, on in enumerate(self.alive.tolist()) if on]
+        ends = {self._lengths[row] for row in alive}
+        if self.batch > 1 and len(ends) == 1 and len({len(chosen[row]) for row in alive}) == 1:
+            return self._keep_together(chosen, ends.pop())
         for row, tokens in enumerate(chosen):
             for token in tokens:
                 if not self.alive[row]:
@@ -183,6 +187,29 @@ class Rows:
                 done = self._criteria(ids, None)
                 if bool(torch.as_tensor(done).any()):
                     self.alive[row] = False
+        return kept
+
+    def _keep_together(self, chosen: list[list[int]], length: int) -> int:
+        """`keep` for rows alive that are equally long and get equally many tokens."""
+        kept, most = 0, max(map(len, chosen))
+        for place in range(most):
+            if self.all_finished():
+                break
+            if length == self._ids.shape[1]:
+                self._ids = torch.cat([self._ids, self._room(self._ids)], 1)
+            alive = self.alive.tolist()
+            pad = 0 if self._pad is None else int(self._pad)
+            column = [row[place] if on else pad for row, on in zip(chosen, alive, strict=True)]
+            self._ids[:, length] = self._ids.new_tensor(column)
+            length += 1
+            kept += sum(alive)
+            self._lengths = [
+                length if on else n for n, on in zip(self._lengths, alive, strict=True)
+            ]
+            done = torch.as_tensor(self._criteria(self._ids[:, :length], None))
+            self.alive &= ~done.cpu().expand(self.batch)
+            if self._streamer is not None:
+                self._streamer.put(self._ids[:, length - 1].cpu())
         return kept
 
     def end(self) -> None:

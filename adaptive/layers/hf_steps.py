@@ -29,6 +29,7 @@ class Steps:
         rows, passes = self.rows, self.passes
         self.log.calls += 1
         self.keep(rows.choose(passes.prompt(rows.prompt, chunk), []))
+        self.begin()
         try:
             while not rows.all_finished():
                 self.step()
@@ -39,6 +40,9 @@ class Steps:
             self.log.turned_off += self.turned_off()
         passes.finish(rows.longest() - 1 if rows.batch == 1 else passes.slots)
         rows.end()
+
+    def begin(self) -> None:
+        """Look at what the cache turned out to be."""
 
     def step(self) -> None:
         """Make at least one token per row."""
@@ -77,6 +81,7 @@ class DraftSteps(Steps):
         super().__init__(passes, rows, log)
         self.policy = policy
         self.length = DraftLength(fixed=policy.draft, most=MAX_DRAFT)
+        self.together = False
         skip = policy.skip or ((), ())
         self.skips: Skips = (frozenset(skip[0]), frozenset(skip[1]))
         self.confidences: list[Tensor] = []
@@ -85,6 +90,18 @@ class DraftSteps(Steps):
     def turned_off(self) -> int:
         """How often drafting was given up."""
         return self.length.turned_off
+
+    def begin(self) -> None:
+        """Decide whether rows go together.
+
+        Rows that accept different numbers of drafts leave gaps in the cache, and every later pass
+        has a mask for them. That pays for who asks for drafts, not for who leaves it to us; and
+        windows count slots, so that there must be no gaps.
+        """
+        rows = self.rows
+        must = rows.even or self.passes.windowed or self.policy.draft is None
+        self.together = rows.batch > 1 and must
+        self.length.together = rows.batch if self.together else 1
 
     def step(self) -> None:
         """Draft, check and keep; or a plain step where drafts do not pay."""
@@ -113,7 +130,8 @@ class DraftSteps(Steps):
             ids.append(token)
             drawn.append((confidence, chances))
             reach = reach * torch.tensor(expected)
-            average = float(reach[rows.alive].mean())
+            alive = reach[rows.alive]
+            average = float(alive.prod() if self.together else alive.mean())
             if not length.wants(len(drawn), average, most):
                 break
         if not length.keeps(len(drawn), average):
@@ -155,8 +173,7 @@ class DraftSteps(Steps):
         accepted, chosen = rows.verify(logits, ids[:, 1:], chances)
         length.verify.add(drafts + 1, perf_counter() - begun)
         self.log.verify_seconds += perf_counter() - start
-        if rows.even or (passes.windowed and rows.batch > 1):
-            # Windows count slots, so rows must not have gaps: all go as far as the slowest.
+        if self.together:
             accepted = accepted.clamp(max=int(accepted[rows.alive_on(accepted.device)].min()))
             chosen = [row[:n] for row, n in zip(chosen, (accepted + 1).tolist(), strict=True)]
         kept = torch.where(rows.alive_on(accepted.device), accepted + 1, 1)

@@ -20,7 +20,10 @@ class TreeSteps(Steps):
         """Learn the prompt's successors."""
         super().__init__(passes, rows, log)
         self.table = table
+        self.together = rows.batch > 1  # as drafts whose number is left to us: no gaps
         self.size = TreeSize(most=MAX_DRAFT)
+        if self.together:
+            self.size.trials = 2  # a tree for each of many rows costs too much to try for long
         held = [None] * rows.batch if passes.mask is None else passes.mask.tolist()
         for ids, mask in zip(rows.prompt.tolist(), held, strict=True):
             seen = ids if mask is None else [t for t, on in zip(ids, mask, strict=True) if on]
@@ -47,13 +50,13 @@ class TreeSteps(Steps):
             logits = self.plain(self.size.plain)
             self._learn(last, logits)
             return
-        ids, depths, ancestors = _tensors(trees, last, nodes)
+        ids, parents, depths, ancestors = _tensors(trees, last, nodes)
         begun = perf_counter()
-        logits = self.passes.tree(ids, depths, ancestors)
+        logits = self.passes.tree(ids, parents, depths, ancestors)
         paths, chosen = self.rows.walk(logits, trees, room)
         self._learn(ids, logits, [len(tree.tokens) for tree in trees])
         alive = self.rows.alive.tolist()
-        if self.rows.even:
+        if self.together:
             least = min(len(path) for path, on in zip(paths, alive, strict=True) if on)
             paths = [path[:least] for path in paths]
             chosen = [tokens[: least + 1] for tokens in chosen]
@@ -107,13 +110,15 @@ def _first(tree: Tree, nodes: int) -> Tree:
     return Tree(tree.tokens[:nodes], tree.parents[:nodes])
 
 
-def _tensors(trees: list[Tree], last: Tensor, nodes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, depths and ancestors of the last tokens and the trees, filled up to ``nodes``.
+def _tensors(trees: list[Tree], last: Tensor, nodes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ids, parents, depths and ancestors of the last tokens and the trees, filled up to ``nodes``.
 
     What fills a smaller tree up hangs below the last token and is never walked to.
     """
     batch = len(trees)
     ids = last.repeat(1, nodes + 1)
+    parents = torch.zeros(batch, nodes + 1, dtype=torch.long)
+    parents[:, 0] = -1
     depths = torch.ones(batch, nodes + 1, dtype=torch.long)
     depths[:, 0] = 0
     ancestors = torch.eye(nodes + 1, dtype=torch.bool).repeat(batch, 1, 1)
@@ -122,6 +127,8 @@ def _tensors(trees: list[Tree], last: Tensor, nodes: int) -> tuple[Tensor, Tenso
         count = len(tree.tokens)
         if count:
             ids[row, 1 : count + 1] = torch.tensor(tree.tokens, device=ids.device)
+            parents[row, 1 : count + 1] = torch.tensor(tree.parents) + 1
             depths[row, 1 : count + 1] = torch.tensor(tree.depths())
             ancestors[row, 1 : count + 1, 1 : count + 1] = torch.tensor(tree.ancestors())
-    return ids, depths.to(last.device), ancestors.to(last.device)
+    device = last.device
+    return ids, parents.to(device), depths.to(device), ancestors.to(device)

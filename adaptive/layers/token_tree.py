@@ -139,6 +139,7 @@ class TreeSize:
 
     Attributes:
         most: The most nodes.
+        trials: Steps with a tree before it is judged.
         verify: Seconds of a pass over a number of rows.
         plain: Seconds of a step without a tree.
         gained: Tokens of a step with a tree.
@@ -147,6 +148,7 @@ class TreeSize:
     """
 
     most: int
+    trials: int = OFF_STEPS // 2
     verify: Line = field(default_factory=Line)
     plain: Average = field(default_factory=Average)
     gained: Average = field(default_factory=Average)
@@ -161,7 +163,7 @@ class TreeSize:
         if self.off:
             self.off -= 1
             return self.off == 0
-        if self.gained.value is None or self.gained.weight < OFF_STEPS // 2:
+        if self.gained.value is None or self.gained.weight < self.trials:
             return True
         rate = self.gained.value / self.verify.at(self.verify.rows / self.verify.weight)
         if rate * self.plain.value > GAIN:
