@@ -20,6 +20,7 @@ ROW_FIELDS: dict[str, frozenset[str]] = {
     "early_exit": frozenset({"criterion", "threshold", "exits", "mean_depth", "tasks"}),
     "quality_prefill": frozenset({"policy", "choice", "context", "scores_share", "tasks"}),
     "prompts": frozenset({"model", "tokens", "dtype", "threads", "layers", "variants"}),
+    "speculation_shape": frozenset({"what", "text", "exit_layer", "variants"}),
     "speculation": frozenset({"what", "text", "batch", "variants"}),
     "quality": frozenset({"policy", "budget", "context", "kv_read_share", "tasks"}),
     "block_transformer": frozenset(
@@ -32,6 +33,7 @@ VARIANT_FIELDS: dict[str, frozenset[str]] = {
     "modules": frozenset({"us", "us_min", "clean", "dropped", "error"}),
     "encoders": frozenset({"ms", "ms_min", "clean", "dropped", "error", "computed_share"}),
     "models": frozenset({"ms", "ms_min", "clean", "dropped", "error", "argmax_agreement"}),
+    "speculation_shape": frozenset({"ms", "clean", "speedup", "by_bytes"}),
     "speculation": frozenset({"ms", "clean", "speedup", "same_tokens"}),
     "prompts": frozenset({"ms", "ms_min", "clean", "dropped", "error", "speedup"}),
     "block_transformer": frozenset(

@@ -242,7 +242,8 @@ def main() -> int:
     options = arguments().parse_args()
     torch.set_num_threads(options.threads)
     settings = {k: v for k, v in vars(options).items() if k not in ("json", "chart")}
-    recorder = Recorder("speculation", options.json, settings)
+    kind = "speculation_shape" if options.part == ["shape"] else "speculation"
+    recorder = Recorder(kind, options.json, settings)
     for part in options.part:
         try:
             PARTS[part](options, recorder)

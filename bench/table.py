@@ -155,7 +155,7 @@ TABLES: dict[str, tuple[str, Callable[[Document], str]]] = {
     "quality": ("quality", quality_table),
     "quality_prefill": ("quality_prefill", quality_prefill_table),
     "speculation": ("speculation", speculation_table),
-    "speculation_forced": ("speculation", forced_table),
+    "speculation_forced": ("speculation_shape", forced_table),
     "sparse_models": ("models", sparse_models_table),
     "sparse_ops": ("ops", sparse_ops_table),
 }

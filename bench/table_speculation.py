@@ -8,10 +8,10 @@ _FIXED = re.compile(r"exit \d+, \d+")
 
 
 def speculation_table(document: Document) -> str:
-    """Per text or batch: the best fixed length, adaptive lengths and trees, against exact."""
+    """Per text: the best fixed length, adaptive lengths and trees, against exact."""
     rows = []
     for row in document["rows"]:
-        if row["what"] not in ("lab", "batch"):
+        if row["what"] != "lab":
             continue
         variants = row["variants"]
         fixed = [(v["speedup"], name) for name, v in variants.items() if _FIXED.fullmatch(name)]
@@ -22,7 +22,7 @@ def speculation_table(document: Document) -> str:
         steps = tree["steps"] + tree["plain_steps"]
         rows.append(
             [
-                f"{row['text']}, batch {row['batch']}",
+                row["text"],
                 *cells,
                 f"{best[1]}: {best[0]:.2f}x",
                 f"{tree['speedup']:.2f}x, {steps} passes",
@@ -33,7 +33,7 @@ def speculation_table(document: Document) -> str:
     settings = document["settings"]
     return (
         render(header, rows)
-        + f"\n\nLab model, prompts of 384 tokens (batch: 256), {settings['tokens']} new tokens, "
+        + f"\n\nLab model, prompts of 384 tokens, {settings['tokens']} new tokens, "
         + "every variant's tokens equal to those of the exact path; median CPU time, "
         + f"{settings['threads']} thread. "
         + machine_line(document)
