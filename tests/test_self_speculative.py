@@ -177,7 +177,7 @@ def test_a_stop_token_inside_a_draft_ends_the_row(draft):
         assert torch.equal(made, want)
 
 
-@pytest.mark.parametrize("policy", FORMS, ids=str)
+@pytest.mark.parametrize("policy", FORMS[:2], ids=str)
 def test_sampling_follows_the_models_distribution(policy):
     """Chi-square of the fifth and sixth token over many rows of one prompt."""
     model, rows = drafting("llama", vocab_size=16), 2000

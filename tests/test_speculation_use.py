@@ -143,6 +143,7 @@ def test_no_drafts_where_they_do_not_pay():
         ({"prompt_lookup_num_tokens": 3}, "prompt lookup drafts already"),
         ({"cache_implementation": "static"}, "StaticLayer"),
         ({"use_cache": False}, "use_cache=True"),
+        ({"position_ids": torch.arange(3, 23)[None]}, "position_ids must count the tokens"),
         ({"token_type_ids": torch.zeros(1, 20, dtype=torch.long)}, "token_type_ids"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

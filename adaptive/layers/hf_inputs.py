@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -40,8 +41,22 @@ def cache_and_mask(
         problem = f"model arguments {', '.join(unknown)} are not supported"
     if input_ids.shape[1] == 0:
         problem = "it needs input_ids; inputs_embeds alone are not supported"
+    if _moves_tokens(model_kwargs, input_ids.shape[1]):
+        problem = "position_ids must count the tokens that attention_mask holds"
     if problem:
         raise NotImplementedError(f"adaptive: {policy}: {problem}")
     assert cache is not None
     mask: Tensor | None = model_kwargs.get("attention_mask")
     return cache, None if mask is None or bool(mask.all()) else mask.long()
+
+
+def _moves_tokens(model_kwargs: dict[str, Any], tokens: int) -> bool:
+    """Whether the caller gives tokens other positions than their places, padding left out."""
+    given, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
+    if given is None:
+        return False
+    if mask is None:
+        mask = torch.ones(1, tokens, dtype=torch.long, device=given.device)
+    places = (mask.cumsum(-1) - 1)[:, -given.shape[-1] :]
+    held = mask[:, -given.shape[-1] :].bool()
+    return bool(((given != places) & held).any())

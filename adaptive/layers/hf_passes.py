@@ -215,6 +215,7 @@ class Passes:
     def finish(self, slots: int) -> None:
         """Leave the cache as plain decoding would: ``slots`` at most, windows trimmed."""
         self.crop(slots)
+        self._states = []
         for layer in self.cache.layers:
             if isinstance(layer, AdaptiveSlidingLayer):
                 layer.record_past = False

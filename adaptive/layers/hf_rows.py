@@ -176,7 +176,7 @@ class Rows:
         alive = [row for row, on in enumerate(self.alive.tolist()) if on]
         ends = {self._lengths[row] for row in alive}
         if self.batch > 1 and len(ends) == 1 and len({len(chosen[row]) for row in alive}) == 1:
-            return self._keep_together(chosen, ends.pop())
+            return self._keep_together(chosen, ends.pop(), len(chosen[alive[0]]))
         for row, tokens in enumerate(chosen):
             for token in tokens:
                 if not self.alive[row]:
@@ -189,18 +189,18 @@ class Rows:
                     self.alive[row] = False
         return kept
 
-    def _keep_together(self, chosen: list[list[int]], length: int) -> int:
-        """`keep` for rows alive that are equally long and get equally many tokens."""
-        kept, most = 0, max(map(len, chosen))
-        for place in range(most):
+    def _keep_together(self, chosen: list[list[int]], length: int, tokens: int) -> int:
+        """`keep` for rows alive that are ``length`` long and get ``tokens`` tokens."""
+        kept = 0
+        for place in range(tokens):
             if self.all_finished():
                 break
             if length == self._ids.shape[1]:
                 self._ids = torch.cat([self._ids, self._room(self._ids)], 1)
             alive = self.alive.tolist()
-            pad = 0 if self._pad is None else int(self._pad)
-            column = [row[place] if on else pad for row, on in zip(chosen, alive, strict=True)]
-            self._ids[:, length] = self._ids.new_tensor(column)
+            column = [row[place] for row, on in zip(chosen, alive, strict=True) if on]
+            # A finished row stays: it may be longer, if it went ahead.
+            self._ids[self.alive_on(self._ids.device), length] = self._ids.new_tensor(column)
             length += 1
             kept += sum(alive)
             self._lengths = [

@@ -34,7 +34,7 @@ class Steps:
             while not rows.all_finished():
                 self.step()
         except BaseException:
-            passes.abandon()  # Ctrl-C in the middle of a draft leaves no trace of it
+            passes.finish(passes.slots)  # Ctrl-C in the middle of a draft leaves no trace of it
             raise
         finally:
             self.log.turned_off += self.turned_off()
@@ -173,22 +173,24 @@ class DraftSteps(Steps):
         accepted, chosen = rows.verify(logits, ids[:, 1:], chances)
         length.verify.add(drafts + 1, perf_counter() - begun)
         self.log.verify_seconds += perf_counter() - start
+        right = accepted
         if self.together:
             accepted = accepted.clamp(max=int(accepted[rows.alive_on(accepted.device)].min()))
             chosen = [row[:n] for row, n in zip(chosen, (accepted + 1).tolist(), strict=True)]
         kept = torch.where(rows.alive_on(accepted.device), accepted + 1, 1)
         passes.accept(kept, int(kept.max()))
-        self._learn(accepted, drafts)
+        self._learn(right.tolist(), accepted.tolist(), drafts)
         self.keep(chosen)
 
-    def _learn(self, accepted: Tensor, drafts: int) -> None:
+    def _learn(self, right: list[int], accepted: list[int], drafts: int) -> None:
+        """Count a check: drafts that were right, and those that were kept, of each row."""
         log, alive = self.log, self.rows.alive.tolist()
         log.steps += 1
         log.lengths[drafts] = log.lengths.get(drafts, 0) + 1
-        for row, right in enumerate(accepted.tolist()):
+        for row, (first, kept) in enumerate(zip(right, accepted, strict=True)):
             if not alive[row]:
                 continue
             log.drafted += drafts
-            log.accepted += right
-            for i in range(min(right + 1, drafts)):
-                self.length.learn(float(self.confidences[i][row]), i < right)
+            log.accepted += kept
+            for i in range(min(first + 1, drafts)):
+                self.length.learn(float(self.confidences[i][row]), i < first)
