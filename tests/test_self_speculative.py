@@ -159,7 +159,8 @@ class OneDraft(LogitsProcessor):
 )
 def test_logits_processors_see_every_draft(batch, options):
     model, inputs = model_of("llama"), padded(batch=batch)
-    want = plain(model, inputs, **options)
+    # Chunks of a padded prompt get other positions from transformers 4.57 itself; ours do not.
+    want = plain(model, inputs, **({} if "prefill_chunk_size" in options else options))
     for policy in FORMS:
         made, _ = speculated(model, inputs, policy=policy, **options)
         assert torch.equal(made, want)
