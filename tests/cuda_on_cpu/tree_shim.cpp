@@ -1,10 +1,10 @@
 // The CUDA entry points of tree_attention, compiled for the CPU and callable through ctypes.
 
-#include "tree_attention.h"
-
 #include <cstdint>
 #include <cstdio>
 #include <stdexcept>
+
+#include "tree_attention.h"
 
 extern "C" {
 
