@@ -1,29 +1,16 @@
 """What tests of early exit share: models, policies, and what they make."""
 
 from models import greedy
-from speculation_cases import drafting
+from speculation_cases import TOKENS, model_of, plain
 from transformers import DynamicCache
 
 import adaptive
 
-TOKENS = 20
-MODELS = {}
+__all__ = ["FILLS", "SOME", "TOKENS", "cache_after", "exited", "model_of", "never", "plain"]
+
 FILLS = ("deferred", "copy", "project")
 SOME = {"layers": (1, 2, 3), "criterion": "agreement"}
 """Leaves the random models at several depths, whatever the scale of their logits."""
-
-
-def model_of(case):
-    """A model of the case, made once."""
-    if case not in MODELS:
-        MODELS[case] = drafting(case)
-    return MODELS[case]
-
-
-def plain(model, inputs, tokens=TOKENS, **options):
-    """What the patched model makes without exits."""
-    with adaptive.patch(model):
-        return greedy(model, inputs, tokens, **options)
 
 
 def exited(model, inputs, tokens=TOKENS, *, policy, **options):
