@@ -96,9 +96,9 @@ class TestVerify:
         assert model.training
 
     def test_sees_a_wrong_kernel(self, model, monkeypatch):
-        from adaptive.layers import hf_attention
+        from adaptive.layers import hf_call
 
-        right = hf_attention.decode_attention
+        right = hf_call.decode_attention
 
         class Wrong:
             native = right.native
@@ -107,7 +107,7 @@ class TestVerify:
                 out, lse = right(query, key, value, **options)
                 return -5 * out, lse
 
-        monkeypatch.setattr(hf_attention, "decode_attention", Wrong())
+        monkeypatch.setattr(hf_call, "decode_attention", Wrong())
         result = adaptive.patch(model).verify(token_ids(), new_tokens=6)
         assert result.token_agreement < 1
         assert result.first_disagreement is not None
