@@ -171,3 +171,33 @@ def test_return_dict_has_sequences_and_the_cache():
         made = greedy(model, token_ids(1), return_dict_in_generate=True)
     assert torch.equal(made.sequences, plain(model, token_ids(1), 8))
     assert made.past_key_values.get_seq_length() == 20 + 8 - 1
+
+
+def test_what_drafts_cost_is_known_in_the_next_call():
+    model = model_of("llama")
+    with adaptive.patch(model, adaptive.SelfSpeculative(exit_layer=2)) as patched:
+        first = greedy(model, token_ids(1), TOKENS)
+        record = patched._record
+        length = record.draft_sizes[1]
+        measured, checked = length.plain.weight, length._checked
+        assert measured >= 1  # the first call had to make a token without drafts
+        length._right, length.hits = length._checked, list(length.trials)  # all drafts were right
+        length.plain.value, length.plain.weight, length.off = 1e3, 9.0, 0  # plain steps are slow
+        patched.reset_stats()
+        assert torch.equal(greedy(model, token_ids(1), TOKENS), first)
+        assert record.speculation.plain_steps <= 1  # the last token may have no room for a draft
+        assert record.draft_sizes[1] is length
+        assert length._checked > checked
+        greedy(model, token_ids(2), TOKENS)
+        assert sorted(record.draft_sizes) == [1, 2]  # of other batches it knows nothing yet
+
+
+def test_giving_up_is_counted_once_whatever_the_number_of_calls():
+    model = model_of("llama")
+    with adaptive.patch(model, adaptive.SelfSpeculative(exit_layer=2)) as patched:
+        greedy(model, token_ids(1), TOKENS)
+        patched._record.draft_sizes[1].turned_off = 7
+        patched.reset_stats()
+        patched._record.draft_sizes[1].plain.value = 1e3  # nothing is given up now
+        greedy(model, token_ids(1), TOKENS)
+        assert patched._record.speculation.turned_off == 0

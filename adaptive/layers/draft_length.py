@@ -17,11 +17,21 @@ DECAY = 0.995
 
 SMOOTHING = 0.1
 OUTLIER = 5.0
-"""A time that many times the average is the machine's, not the model's."""
+"""A time that many times the average is the machine's, not the model's, unless it keeps coming."""
+
+MOST_OUTLIERS = 2
+"""Outliers in a row that are left out: the next one says that passes take longer now."""
 
 OFF_STEPS, MOST_OFF_STEPS = 16, 256
 SETTLED = 2.0
 """Values after which an average is trusted enough to call another value an outlier."""
+
+PLAIN_FIRST, PLAIN_EVERY = 2, 64
+"""Steps without drafts before the first with some, and every how many steps one is timed anew.
+
+One time is not enough: the first pass of a process is slow, and drafts that are compared with it
+would seem to pay for ever.
+"""
 
 FIRST_DRAFTS = 2
 """Drafts of the first step, which tells what passes cost."""
@@ -36,6 +46,7 @@ class Average:
 
     value: float | None = None
     weight: float = 0.0
+    outliers: int = 0
 
     def add(self, value: float) -> None:
         """Take in a value."""
@@ -43,7 +54,11 @@ class Average:
             self.value, self.weight = value, 1.0
             return
         if self.weight > SETTLED and value > OUTLIER * self.value:
-            return
+            self.outliers += 1
+            if self.outliers <= MOST_OUTLIERS:
+                return
+            self.weight = 0.0
+        self.outliers = 0
         self.weight += 1.0
         share = max(SMOOTHING, 1.0 / self.weight)
         self.value += share * (value - self.value)
@@ -58,11 +73,16 @@ class Line:
     seconds: float = 0.0
     rows_squared: float = 0.0
     product: float = 0.0
+    outliers: int = 0
 
     def add(self, rows: int, seconds: float) -> None:
         """Take in the time of one pass."""
         if self.weight > SETTLED and seconds > OUTLIER * self.at(rows):
-            return
+            self.outliers += 1
+            if self.outliers <= MOST_OUTLIERS:
+                return
+            self.weight = self.rows = self.seconds = self.rows_squared = self.product = 0.0
+        self.outliers = 0
         for name, value in (
             ("weight", 1.0),
             ("rows", rows),
@@ -118,8 +138,13 @@ class DraftLength:
     off: int = 0
     turned_off: int = 0
     _pause: int = OFF_STEPS
+    _since: int = 0
     _right: float = 2.0
     _checked: float = 3.0
+
+    def begin(self) -> None:
+        """Keep what was learned for another call, whose text may be easier."""
+        self.off = min(self.off, OFF_STEPS)
 
     def accepts(self, confidence: float) -> float:
         """Expected share of right drafts among those with this confidence."""
@@ -168,8 +193,10 @@ class DraftLength:
 
     def _begins(self, most: int) -> bool:
         """Whether this step speculates at all."""
-        if self.plain.value is None:
-            return False  # measure one step without drafts first
+        self._since += 1
+        if self.plain.value is None or self.plain.weight < PLAIN_FIRST or self._since > PLAIN_EVERY:
+            self._since = 0
+            return False
         if self.off:
             self.off -= 1
             return self.off == 0  # then look again whether it pays by now

@@ -62,9 +62,9 @@ def speculate(
     rows = Rows(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
     steps: Steps
     if policy.tree:
-        steps = TreeSteps(passes, rows, record.successors, record.speculation)
+        steps = TreeSteps(passes, rows, record.successors, record.draft_sizes, record.speculation)
     else:
-        steps = DraftSteps(policy, passes, rows, record.speculation)
+        steps = DraftSteps(policy, passes, rows, record.draft_sizes, record.speculation)
     steps.run(generation_config.prefill_chunk_size)
     if not generation_config.return_dict_in_generate:
         return rows.sequences()

@@ -28,6 +28,7 @@ class Steps:
         """Read the prompt, ``chunk`` tokens at a time, and decode."""
         rows, passes = self.rows, self.passes
         self.log.calls += 1
+        turned_off = self.turned_off()
         self.keep(rows.choose(passes.prompt(rows.prompt, chunk), []))
         self.begin()
         try:
@@ -37,7 +38,7 @@ class Steps:
             passes.finish(passes.slots)  # Ctrl-C in the middle of a draft leaves no trace of it
             raise
         finally:
-            self.log.turned_off += self.turned_off()
+            self.log.turned_off += self.turned_off() - turned_off
         passes.finish(rows.longest() - 1 if rows.batch == 1 else passes.slots)
         rows.end()
 
@@ -49,7 +50,7 @@ class Steps:
         raise NotImplementedError
 
     def turned_off(self) -> int:
-        """How often drafting was given up."""
+        """How often drafting was given up, in all calls."""
         raise NotImplementedError
 
     def plain(self, seconds: Average) -> Tensor:
@@ -75,12 +76,19 @@ class DraftSteps(Steps):
     """Drafts by a part of the layers."""
 
     def __init__(
-        self, policy: SelfSpeculative, passes: Passes, rows: Rows, log: SpeculationLog
+        self,
+        policy: SelfSpeculative,
+        passes: Passes,
+        rows: Rows,
+        learned: dict[int, DraftLength],
+        log: SpeculationLog,
     ) -> None:
-        """Know the policy, too."""
+        """Know the policy, too, and what earlier calls learned of its drafts, by rows."""
         super().__init__(passes, rows, log)
         self.policy = policy
-        self.length = DraftLength(fixed=policy.draft, most=MAX_DRAFT)
+        new = DraftLength(fixed=policy.draft, most=MAX_DRAFT)
+        self.length = learned.setdefault(rows.batch, new)
+        self.length.begin()
         self.together = False
         skip = policy.skip or ((), ())
         self.skips: Skips = (frozenset(skip[0]), frozenset(skip[1]))
@@ -88,7 +96,7 @@ class DraftSteps(Steps):
         self.head = draft_head(passes.model, policy.draft_vocabulary)
 
     def turned_off(self) -> int:
-        """How often drafting was given up."""
+        """How often drafting was given up, in all calls."""
         return self.length.turned_off
 
     def begin(self) -> None:

@@ -16,21 +16,30 @@ from adaptive.policy.self_speculative import MAX_DRAFT
 class TreeSteps(Steps):
     """Drafts by a table of successors; see `token_tree`."""
 
-    def __init__(self, passes: Passes, rows: Rows, table: Successors, log: SpeculationLog) -> None:
-        """Learn the prompt's successors."""
+    def __init__(
+        self,
+        passes: Passes,
+        rows: Rows,
+        table: Successors,
+        learned: dict[int, TreeSize],
+        log: SpeculationLog,
+    ) -> None:
+        """Learn the prompt's successors; know what earlier calls learned of sizes, by rows."""
         super().__init__(passes, rows, log)
         self.table = table
         self.together = rows.batch > 1  # as drafts whose number is left to us: no gaps
-        self.size = TreeSize(most=MAX_DRAFT)
+        new = TreeSize(most=MAX_DRAFT)
         if self.together:
-            self.size.trials = 2  # a tree for each of many rows costs too much to try for long
+            new.trials = 2  # a tree for each of many rows costs too much to try for long
+        self.size = learned.setdefault(rows.batch, new)
+        self.size.begin()
         held = [None] * rows.batch if passes.mask is None else passes.mask.tolist()
         for ids, mask in zip(rows.prompt.tolist(), held, strict=True):
             seen = ids if mask is None else [t for t, on in zip(ids, mask, strict=True) if on]
             table.read(seen)
 
     def turned_off(self) -> int:
-        """How often trees were given up."""
+        """How often trees were given up, in all calls."""
         return self.size.turned_off
 
     def step(self) -> None:

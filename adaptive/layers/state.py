@@ -86,6 +86,7 @@ class PatchRecord:
         depth: Which layers the pass now running runs; None where no policy needs that.
         speculation: What self-speculation did; None without it.
         successors: The table that trees are drafted from; None without them.
+        draft_sizes: How many drafts or nodes pay, learned over all calls, by rows of the batch.
         exits: What early exit did; None without it.
         encoder_exits: Which sequences go on in an encoder; None where no policy lets them leave.
         encoder_exit_log: What became of them; None likewise.
@@ -123,6 +124,7 @@ class PatchRecord:
     depth: Any = None
     speculation: SpeculationLog | None = None
     successors: Any = None
+    draft_sizes: dict[int, Any] = field(default_factory=dict)
     exits: ExitLog | None = None
     encoder_exits: Any = None
     encoder_exit_log: EncoderExitLog | None = None

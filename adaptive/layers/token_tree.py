@@ -13,7 +13,15 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from adaptive.layers.draft_length import GAIN, MOST_OFF_STEPS, OFF_STEPS, Average, Line
+from adaptive.layers.draft_length import (
+    GAIN,
+    MOST_OFF_STEPS,
+    OFF_STEPS,
+    PLAIN_EVERY,
+    PLAIN_FIRST,
+    Average,
+    Line,
+)
 
 WIDTH = 8
 """Successors that are kept of a token."""
@@ -155,10 +163,17 @@ class TreeSize:
     off: int = 0
     turned_off: int = 0
     _pause: int = OFF_STEPS
+    _since: int = 0
+
+    def begin(self) -> None:
+        """Keep what was learned for another call, whose text may repeat itself more."""
+        self.off = min(self.off, OFF_STEPS)
 
     def wants(self) -> bool:
         """Whether to check a tree in this step."""
-        if self.plain.value is None:
+        self._since += 1
+        if self.plain.value is None or self.plain.weight < PLAIN_FIRST or self._since > PLAIN_EVERY:
+            self._since = 0
             return False
         if self.off:
             self.off -= 1

@@ -4,13 +4,13 @@ import random
 
 import pytest
 
-from adaptive.layers.draft_length import BINS, DraftLength, Line
+from adaptive.layers.draft_length import BINS, Average, DraftLength, Line
 
 
-def simulate(share, draft_s, verify_s, plain_s, steps=600, seed=1, confidence=None):
+def simulate(share, draft_s, verify_s, plain_s, steps=600, seed=1, confidence=None, length=None):
     """Run the controller against drafts right with probability ``share``; tokens per second."""
     rng = random.Random(seed)
-    length = DraftLength(fixed=None, most=15)
+    length = length or DraftLength(fixed=None, most=15)
     tokens, seconds, drafted = 0, 0.0, []
     for _ in range(steps):
         if not length.wants(0, 1.0, 15):
@@ -103,3 +103,31 @@ def test_one_number_of_rows_says_nothing_of_the_slope():
         line.add(4, 1.0)
     assert line.slope == 0.0
     assert line.at(9) == pytest.approx(1.0)
+
+
+def test_longer_passes_are_believed_after_three():
+    average, line = Average(), Line()
+    for _ in range(10):
+        average.add(1.0)
+        line.add(4, 1.0)
+    for _ in range(2):
+        average.add(50.0)
+        line.add(4, 50.0)
+    assert average.value == 1.0
+    assert line.at(4) == pytest.approx(1.0)
+    average.add(50.0)
+    line.add(4, 50.0)
+    assert average.value == 50.0
+    assert line.at(4) == pytest.approx(50.0)
+
+
+def test_what_was_learned_makes_short_calls_as_good_as_the_best_length():
+    def verify_s(rows):
+        return 0.8 + 0.02 * rows
+
+    _, _, length = simulate(0.8, 0.3, verify_s, plain_s=1.0, steps=60)
+    rates = []
+    for seed in range(40):
+        length.begin()
+        rates.append(simulate(0.8, 0.3, verify_s, 1.0, steps=20, seed=seed, length=length)[0])
+    assert sum(rates) / len(rates) > 0.95 * best_fixed(0.8, 0.3, verify_s)
