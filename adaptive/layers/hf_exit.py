@@ -90,9 +90,9 @@ class _Decoder:
         rows, passes, log = self.rows, self.passes, self.log
         log.calls += 1
         logits = passes.prompt(rows.prompt, chunk)
-        log.tokens += rows.keep(rows.choose(logits, []))
         start = perf_counter()
         try:
+            log.tokens += rows.keep(rows.choose(logits, []))
             while not rows.all_finished():
                 self._step()
             if keeps_cache:

@@ -83,6 +83,11 @@ class Rows:
         return self.batch > 1 and not names <= _SCORES_ALONE
 
     @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn."""
+        return self._sample
+
+    @property
     def searches(self) -> bool:
         """Whether the next token is the one with the largest logit, and nothing more is asked."""
         return not self._sample and not len(self._processors)
@@ -99,6 +104,8 @@ class Rows:
             ``[batch, vocabulary]``, or nothing for greedy search.
         """
         scores = self._scores(logits[:, -1], drafted)
+        if self._sample:  # a short vocabulary may hold nothing that processors allow: then any
+            scores = scores.masked_fill(scores.isneginf().all(-1, keepdim=True), 0.0)
         chances = scores.softmax(-1)
         drawn = torch.multinomial(chances, 1) if self._sample else None
         token = scores.argmax(-1, keepdim=True) if drawn is None else drawn

@@ -36,6 +36,7 @@ def speculate(
     streamer: Any = None,
     *,
     policy: SelfSpeculative,
+    keeps_cache: bool,
     **model_kwargs: Any,
 ) -> Any:
     """Decode until every row is finished.
@@ -49,6 +50,7 @@ def speculate(
         synced_gpus: Refused if True: ranks would make different numbers of passes.
         streamer: Gets each token that is kept; `generate` has given it the prompt.
         policy: What to do.
+        keeps_cache: Whether the caller holds the cache, so that it must have no gaps.
         model_kwargs: As `generate` prepared them; what has no meaning here is refused.
 
     Returns:
@@ -60,13 +62,13 @@ def speculate(
     cache, mask = cache_and_mask("SelfSpeculative", input_ids, model_kwargs, synced_gpus)
     passes = Passes(model, model.get_submodule(record.base), record.depth, cache, mask)
     rows = Rows(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+    as_dict = bool(generation_config.return_dict_in_generate)
     steps: Steps
     if policy.tree:
         steps = TreeSteps(passes, rows, record.successors, record.speculation)
     else:
-        steps = DraftSteps(policy, passes, rows, record.speculation)
+        keeps_cache = keeps_cache or as_dict
+        steps = DraftSteps(policy, passes, rows, record.speculation, keeps_cache)
     steps.run(generation_config.prefill_chunk_size)
-    if not generation_config.return_dict_in_generate:
-        return rows.sequences()
     made: Any = rows.sequences()
-    return GenerateDecoderOnlyOutput(sequences=made, past_key_values=cache)
+    return GenerateDecoderOnlyOutput(sequences=made, past_key_values=cache) if as_dict else made
