@@ -30,8 +30,8 @@ def test_a_cache_holds_no_token_that_the_caller_did_not_get(policy):
     with adaptive.patch(model, *chosen):
         for tokens in range(21, 30):
             cache = DynamicCache(config=model.config)
+            options = {"past_key_values": cache, "stopping_criteria": [StopsAt(tokens)]}
             with pytest.raises(KeyboardInterrupt):
-                options = {"past_key_values": cache, "stopping_criteria": [StopsAt(tokens)]}
                 greedy(model, token_ids(1), 20, **options)
             assert {layer.get_seq_length() for layer in cache.layers} == {tokens - 1}
 
@@ -44,8 +44,8 @@ def test_an_interrupt_leaves_windows_that_are_trimmed():
     ):
         for tokens in (21, 25):
             cache = DynamicCache(config=model.config)
+            options = {"past_key_values": cache, "stopping_criteria": [StopsAt(tokens)]}
             with adaptive.patch(model, chosen), pytest.raises(KeyboardInterrupt):
-                options = {"past_key_values": cache, "stopping_criteria": [StopsAt(tokens)]}
                 greedy(model, token_ids(1), **options)
             assert not any(layer.record_past for layer in cache.layers)
 
@@ -123,3 +123,37 @@ def test_a_forward_that_someone_else_set_is_not_dropped(module):
     for policy in policies:
         with pytest.raises(adaptive.UnsupportedModel, match="forward of its own"):
             adaptive.patch(model, policy)
+
+
+def stretched(case):
+    """A model whose angles depend on the last position of a pass, beyond 24 tokens."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    options = {"max_position_embeddings": 24}
+    if case == "phi3":
+        rope = {"type": "longrope", "rope_type": "longrope", "rope_theta": 10000.0}
+        rope |= {"short_factor": [1.0] * 16, "long_factor": [4.0] * 16}
+        options = {"max_position_embeddings": 96, "original_max_position_embeddings": 24}
+    return drafting(case, rope_scaling=rope, **options)
+
+
+@pytest.mark.parametrize("case", ["llama", "phi3"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        *(adaptive.SelfSpeculative(**form) for form in FORMS),
+        adaptive.EarlyExit(layers=(2,), threshold=1.01),
+    ],
+    ids=lambda policy: type(policy).__name__,
+)
+def test_angles_that_depend_on_the_pass_are_refused_where_they_change(case, policy):
+    model, inputs = stretched(case), padded(batch=2)
+    short, long = plain(model, inputs, 4), token_ids(1, 30)
+    adaptive.patch(model, policy)
+    with adaptive.patched(model) as patched:
+        assert torch.equal(greedy(model, inputs, 4), short)
+        with pytest.raises(NotImplementedError, match="must stay within 24 tokens, got up to 25"):
+            greedy(model, inputs, 5)
+        with patched.disabled():
+            assert greedy(model, inputs, 5).shape == (2, 25)
+        if case == "phi3":  # all tokens are turned by the angles for many
+            assert greedy(model, long, 6).shape == (1, 36)

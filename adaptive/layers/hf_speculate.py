@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from adaptive.layers.hf_inputs import cache_and_mask
+from adaptive.layers.hf_inputs import cache_and_mask, refuse_moving_angles
 from adaptive.layers.hf_passes import Passes
 from adaptive.layers.hf_rows import Rows
 from adaptive.layers.hf_steps import DraftSteps, Steps
@@ -26,7 +26,7 @@ from adaptive.policy import SelfSpeculative
 
 
 @torch.no_grad()
-def speculate(
+def speculate(  # noqa: PLR0913 - the signature that transformers calls
     model: Any,
     input_ids: Tensor,
     logits_processor: Any,
@@ -60,6 +60,8 @@ def speculate(
     record: PatchRecord = model.__dict__[RECORD]
     assert record.speculation is not None
     cache, mask = cache_and_mask("SelfSpeculative", input_ids, model_kwargs, synced_gpus)
+    most = generation_config.max_length
+    refuse_moving_angles("SelfSpeculative", model.config, input_ids, mask, most)
     passes = Passes(model, model.get_submodule(record.base), record.depth, cache, mask)
     rows = Rows(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
     as_dict = bool(generation_config.return_dict_in_generate)
