@@ -19,6 +19,14 @@ _SCORES_ALONE = {
 }
 """Processors that look at nothing but a row's scores."""
 
+_ROWS_ALONE = {
+    "EosTokenCriteria",
+    "MaxLengthCriteria",
+    "MaxTimeCriteria",
+    "StopStringCriteria",
+}
+"""Criteria that say the same of a row whatever the others are."""
+
 
 class Rows:
     """Tokens of each row, which may have different lengths.
@@ -78,9 +86,11 @@ class Rows:
 
     @property
     def even(self) -> bool:
-        """Whether logits processors see the batch as one, so that rows must stay equally long."""
+        """Whether processors, criteria or a streamer see the batch as one, rows equally long."""
         names = {type(processor).__name__ for processor in self._processors}
-        return self.batch > 1 and not names <= _SCORES_ALONE
+        criteria = {type(criterion).__name__ for criterion in self._criteria}
+        alone = names <= _SCORES_ALONE and criteria <= _ROWS_ALONE and self._streamer is None
+        return self.batch > 1 and not alone
 
     @property
     def samples(self) -> bool:
