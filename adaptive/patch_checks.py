@@ -62,6 +62,8 @@ def generation_problems(
             found.append(f"{name}.draft_vocabulary needs an LM head that is a plain nn.Linear")
         elif getattr(policy, "skip", None) and len(survey.mlps) != len(survey.layers):
             found.append(f"{name}.skip does not fit: some layers have no MLP that is known")
+        else:
+            found += _own_forwards(root, name, [*survey.layers, *survey.mlps])
     return found
 
 
@@ -69,9 +71,17 @@ def _exit_problems(root: nn.Module, survey: Survey) -> list[str]:
     """Why sequences cannot leave the model's layers early."""
     if not is_encoder(survey):
         return ["EncoderExit does not fit: it is for encoders of transformers, and this is none"]
+    return _own_forwards(root, "EncoderExit", survey.layers)
+
+
+def _own_forwards(root: nn.Module, policy: str, modules: Sequence[str]) -> list[str]:
+    """Why layers cannot be left out: the first whose forward would be replaced, and is no class's.
+
+    accelerate and others wrap forwards; to call the class's instead would drop what they do.
+    """
     return [
-        f"EncoderExit does not fit: {name!r} has a forward of its own, set by someone else"
-        for name in survey.layers
+        f"{policy} does not fit: {name!r} has a forward of its own, set by someone else"
+        for name in modules
         if own_forward(root.get_submodule(name)) is not None
     ][:1]
 

@@ -148,7 +148,7 @@ class DraftLength:
 
     def accepts(self, confidence: float) -> float:
         """Expected share of right drafts among those with this confidence."""
-        b = min(int(confidence * BINS), BINS - 1)
+        b = _bin(confidence)
         return self.hits[b] / self.trials[b]
 
     @property
@@ -158,7 +158,7 @@ class DraftLength:
 
     def learn(self, confidence: float, right: bool) -> None:
         """Take in whether a checked draft was right."""
-        b = min(int(confidence * BINS), BINS - 1)
+        b = _bin(confidence)
         self.hits[b] = self.hits[b] * DECAY + right
         self.trials[b] = self.trials[b] * DECAY + 1
         self._right = self._right * DECAY + right
@@ -226,3 +226,8 @@ class DraftLength:
             seconds = drafts * self.draft.value + (self.closing.value or 0.0)
             best = max(best, tokens / (seconds + self.verify.at(drafts + 1)))
         return best
+
+
+def _bin(confidence: float) -> int:
+    """Where a confidence is counted; with the least of all, if logits of NaN left none."""
+    return min(int(confidence * BINS), BINS - 1) if confidence > 0 else 0

@@ -10,7 +10,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from adaptive.layers.exit_criterion import Judge
 from adaptive.layers.exit_log import ExitLog
 from adaptive.layers.hf_exit_passes import AT_ONCE, ExitPasses
-from adaptive.layers.hf_inputs import cache_and_mask
+from adaptive.layers.hf_inputs import cache_and_mask, refuse_moving_angles
 from adaptive.layers.hf_rows import Rows
 from adaptive.layers.state import RECORD, PatchRecord
 from adaptive.policy import EarlyExit
@@ -53,6 +53,8 @@ def exit_early(  # noqa: PLR0913 - the signature that transformers calls
     record: PatchRecord = model.__dict__[RECORD]
     assert record.exits is not None
     cache, mask = cache_and_mask("EarlyExit", input_ids, model_kwargs, synced_gpus)
+    most = generation_config.max_length
+    refuse_moving_angles("EarlyExit", model.config, input_ids, mask, most)
     base = model.get_submodule(record.base)
     passes = ExitPasses(model, base, record.depth, cache, mask, policy.layers, record.exits)
     rows = Rows(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
@@ -90,9 +92,9 @@ class _Decoder:
         rows, passes, log = self.rows, self.passes, self.log
         log.calls += 1
         logits = passes.prompt(rows.prompt, chunk)
-        log.tokens += rows.keep(rows.choose(logits, []))
         start = perf_counter()
         try:
+            log.tokens += rows.keep(rows.choose(logits, []))
             while not rows.all_finished():
                 self._step()
             if keeps_cache:

@@ -141,7 +141,7 @@ class ExitPasses(Passes):
         layers: Sequence[Any] = self.cache.layers
         self.slots = min(self.slots, *(int(layer.get_seq_length()) for layer in layers))
         self._waiting, self._ids = {}, []
-        super().abandon()
+        self.finish(self.slots)
 
     def _forget(self, left: int) -> None:
         del self._waiting[left]

@@ -60,3 +60,39 @@ def _moves_tokens(model_kwargs: dict[str, Any], tokens: int) -> bool:
     places = (mask.cumsum(-1) - 1)[:, -given.shape[-1] :]
     held = mask[:, -given.shape[-1] :].bool()
     return bool(((given != places) & held).any())
+
+
+def refuse_moving_angles(
+    policy: str, config: Any, input_ids: Tensor, mask: Tensor | None, most: int
+) -> None:
+    """Raise if some tokens would be rotated by other angles than in plain decoding.
+
+    Two kinds of rotary embeddings turn a token by angles that depend on the last position of its
+    pass. In a pass for several tokens those are not the angles that each gets in a pass of its own.
+
+    Args:
+        policy: Name of the policy, for errors.
+        config: Of the model.
+        input_ids: The prompt, ``[batch, tokens]``.
+        mask: Which slots hold tokens, ``[batch, tokens]``; None: all do.
+        most: The most tokens that a row may come to, padding included.
+
+    Raises:
+        NotImplementedError: They might, for so many tokens.
+    """
+    tokens = input_ids.shape[1]
+    longest = tokens if mask is None else int(mask.sum(-1).max())
+    most -= tokens - longest
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for rope in (given, *(each for each in given.values() if isinstance(each, dict))):
+        kind = rope.get("rope_type", rope.get("type"))
+        limit = config.max_position_embeddings
+        if kind == "longrope":  # one set of angles up to there, and another for all that is longer
+            of_model = getattr(config, "original_max_position_embeddings", None)
+            limit = rope.get("original_max_position_embeddings", of_model or limit)
+        if (kind == "longrope" and longest <= limit < most) or (kind == "dynamic" and limit < most):
+            raise NotImplementedError(
+                f"adaptive: {policy}: prompt and new tokens must stay within {limit} tokens, got "
+                f"up to {most}: angles of rope_type={kind!r} depend on the longest of a pass; use "
+                "`with patched.disabled():` for that call"
+            )

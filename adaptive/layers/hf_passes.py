@@ -207,11 +207,6 @@ class Passes:
             layer.drop_last(max(int(layer.get_seq_length()) - slots, 0))
         self._shallow = min(self._shallow, slots)
 
-    def abandon(self) -> None:
-        """Make the cache what it was before the step now running."""
-        self.crop(self.slots)
-        self._states = []
-
     def finish(self, slots: int) -> None:
         """Leave the cache as plain decoding would: ``slots`` at most, windows trimmed."""
         self.crop(slots)

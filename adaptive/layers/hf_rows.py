@@ -19,6 +19,14 @@ _SCORES_ALONE = {
 }
 """Processors that look at nothing but a row's scores."""
 
+_ROWS_ALONE = {
+    "EosTokenCriteria",
+    "MaxLengthCriteria",
+    "MaxTimeCriteria",
+    "StopStringCriteria",
+}
+"""Criteria that say the same of a row whatever the others are."""
+
 
 class Rows:
     """Tokens of each row, which may have different lengths.
@@ -78,9 +86,16 @@ class Rows:
 
     @property
     def even(self) -> bool:
-        """Whether logits processors see the batch as one, so that rows must stay equally long."""
+        """Whether processors, criteria or a streamer see the batch as one, rows equally long."""
         names = {type(processor).__name__ for processor in self._processors}
-        return self.batch > 1 and not names <= _SCORES_ALONE
+        criteria = {type(criterion).__name__ for criterion in self._criteria}
+        alone = names <= _SCORES_ALONE and criteria <= _ROWS_ALONE and self._streamer is None
+        return self.batch > 1 and not alone
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn."""
+        return self._sample
 
     @property
     def searches(self) -> bool:
@@ -99,6 +114,8 @@ class Rows:
             ``[batch, vocabulary]``, or nothing for greedy search.
         """
         scores = self._scores(logits[:, -1], drafted)
+        if self._sample:  # a short vocabulary may hold nothing that processors allow: then any
+            scores = scores.masked_fill(scores.isneginf().all(-1, keepdim=True), 0.0)
         chances = scores.softmax(-1)
         drawn = torch.multinomial(chances, 1) if self._sample else None
         token = scores.argmax(-1, keepdim=True) if drawn is None else drawn

@@ -23,24 +23,37 @@ class Steps:
         self.passes = passes
         self.rows = rows
         self.log = log
+        self.together = False
 
     def run(self, chunk: int | None) -> None:
         """Read the prompt, ``chunk`` tokens at a time, and decode."""
         rows, passes = self.rows, self.passes
         self.log.calls += 1
         turned_off = self.turned_off()
-        self.keep(rows.choose(passes.prompt(rows.prompt, chunk), []))
-        self.begin()
+        logits = passes.prompt(rows.prompt, chunk)
         try:
+            self.keep(rows.choose(logits, []))
+            self.begin()
             while not rows.all_finished():
                 self.step()
         except BaseException:
-            passes.finish(passes.slots)  # Ctrl-C in the middle of a draft leaves no trace of it
+            passes.finish(self._kept_slots())  # Ctrl-C in a draft leaves no trace of it
             raise
         finally:
             self.log.turned_off += self.turned_off() - turned_off
-        passes.finish(rows.longest() - 1 if rows.batch == 1 else passes.slots)
+        passes.finish(self._kept_slots())
         rows.end()
+
+    def _kept_slots(self) -> int:
+        """Slots of the tokens that rows have, as after plain decoding: the last was seen by none.
+
+        Rows that end, or are interrupted, inside of what a check accepted have fewer tokens than
+        slots.
+        """
+        rows, slots = self.rows, self.passes.slots
+        if rows.batch > 1 and not self.together:
+            return slots  # there are gaps, and slots are not places of tokens
+        return min(slots, max(rows.longest() - 1, rows.prompt.shape[1]))
 
     def begin(self) -> None:
         """Look at what the cache turned out to be."""
@@ -82,14 +95,15 @@ class DraftSteps(Steps):
         rows: Rows,
         learned: dict[int, DraftLength],
         log: SpeculationLog,
+        keeps_cache: bool,
     ) -> None:
-        """Know the policy, too, and what earlier calls learned of its drafts, by rows."""
+        """Know the policy, what earlier calls learned by rows, and whether the cache is kept."""
         super().__init__(passes, rows, log)
         self.policy = policy
+        self.keeps_cache = keeps_cache
         new = DraftLength(fixed=policy.draft, most=MAX_DRAFT)
         self.length = learned.setdefault(rows.batch, new)
         self.length.begin()
-        self.together = False
         skip = policy.skip or ((), ())
         self.skips: Skips = (frozenset(skip[0]), frozenset(skip[1]))
         self.confidences: list[Tensor] = []
@@ -104,10 +118,11 @@ class DraftSteps(Steps):
 
         Rows that accept different numbers of drafts leave gaps in the cache, and every later pass
         has a mask for them. That pays for who asks for drafts, not for who leaves it to us; and
-        windows count slots, so that there must be no gaps.
+        windows count slots, so that there must be no gaps. Nor may a caller get a cache with gaps,
+        who does not know where they are.
         """
-        rows = self.rows
-        must = rows.even or self.passes.windowed or self.policy.draft is None
+        rows, policy = self.rows, self.policy
+        must = rows.even or self.passes.windowed or self.keeps_cache or policy.draft is None
         self.together = rows.batch > 1 and must
         self.length.together = rows.batch if self.together else 1
 
@@ -142,7 +157,8 @@ class DraftSteps(Steps):
             average = float(alive.prod() if self.together else alive.mean())
             if not length.wants(len(drawn), average, most):
                 break
-        if not length.keeps(len(drawn), average):
+        # A drawn token is always checked: to drop it for its confidence would favour others.
+        if not rows.samples and not length.keeps(len(drawn), average):
             self.log.dropped += 1
             ids.pop()
             drawn.pop()
