@@ -1,0 +1,105 @@
+"""Attention to first tokens whose positions are counted within what is kept.
+
+StreamingLLM (Xiao et al. 2023, arXiv:2309.17453, section 3.2) gives the tokens that it keeps the
+positions 0, 1, 2, ... Between a query and its window that changes no distance; only the first
+tokens move up to the window. Cached keys have their rotation in them already, and stay as they are:
+it is the query that is turned back, by as many positions as lie between, when it looks at them.
+"""
+
+import torch
+from torch import Tensor
+
+from adaptive.layers.pattern import Pattern
+from adaptive.layers.rotation import Rotation
+from adaptive.layers.sparse_attention import Inputs
+from adaptive.ops import decode_attention
+from adaptive.ops.decode_attention import MAX_QUERY_TOKENS
+
+PIECE = 512
+"""Query tokens of a long call that are turned at once: float32 copies of them stay in cache."""
+
+
+def add_sinks(  # noqa: PLR0913
+    rotation: Rotation,
+    inputs: Inputs,
+    pattern: Pattern,
+    window: int,
+    sinks: int,
+    near: tuple[Tensor, Tensor],
+    dropped: Tensor | None = None,
+    kv_heads: Tensor | None = None,
+) -> Tensor:
+    """Join attention to a window with attention to the sinks before it.
+
+    Args:
+        rotation: Of the layer.
+        inputs: The queries of local heads; keys and values.
+        pattern: Where the sequences in ``key`` begin and end.
+        window: Tokens that a query sees, its own included.
+        sinks: First tokens of each sequence that it sees besides.
+        near: Output and log-sum-exp of attention to the window alone.
+        dropped: Tokens of each row that are missing between its sinks and its window, ``[batch]``.
+        kv_heads: Numbers of the local heads among those of ``key``; None: all are.
+
+    Returns:
+        ``[batch, heads, query_tokens, head_dim]``, float32.
+    """
+    query, key, value = inputs[:3]
+    queries = query.shape[2]
+    places, starts, ends = pattern.limits(len(query), queries, query.device)
+    away = places - starts - (sinks + window - 1)
+    away = (away if dropped is None else away + dropped[:, None]).clamp(min=0)
+    slots, owners = _slots(pattern, sinks, query.device)
+    seen = None
+    if pattern.offsets is not None or pattern.tokens - queries - sinks + 1 < window:
+        mine = (owners[:, None] == starts[..., None]) & (ends > starts)[..., None]
+        seen = (mine & (places[..., None] - slots[:, None] >= window))[:, None]
+    first = (key[:, :, :sinks], value[:, :, :sinks])
+    if pattern.offsets is not None:
+        index = slots[:, None, :, None].expand(*key.shape[:2], -1, key.shape[3])
+        first = (key.gather(2, index), value.gather(2, index))
+    if kv_heads is not None:
+        first = (first[0][:, kv_heads], first[1][:, kv_heads])
+    if queries <= MAX_QUERY_TOKENS:
+        turned = rotation.turn(query, -away).to(query.dtype)
+        far = decode_attention(
+            turned, *first, mask=seen, scale=inputs.scale, softcap=inputs.softcap, causal=False
+        )
+        return _merged(near, far)
+    out = torch.empty_like(near[0], dtype=torch.float32)
+    for begin in range(0, queries, PIECE):
+        rows = slice(begin, begin + PIECE)
+        # A product with a few keys: PyTorch's own is as fast as any, and takes float32 queries.
+        far = decode_attention.reference(
+            rotation.turn(query[:, :, rows], -away[:, rows]),
+            *first,
+            mask=None if seen is None else seen[:, :, rows],
+            scale=inputs.scale,
+            softcap=inputs.softcap,
+            causal=False,
+        )
+        out[:, :, rows] = _merged((near[0][:, :, rows], near[1][:, :, rows]), far)
+    return out
+
+
+def _slots(pattern: Pattern, sinks: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Places of the sinks of all sequences of a row, and where the sequence of each begins.
+
+    Returns:
+        Two int64 tensors ``[batch or 1, sequences * sinks]``; empty sequences begin at -1.
+    """
+    first = torch.arange(sinks, device=device)
+    if pattern.offsets is None:
+        return first[None], torch.zeros_like(first)[None]
+    cuts = pattern.offsets.long()
+    starts = cuts[:, :-1]
+    slots = (starts[..., None] + first).flatten(1).clamp(max=pattern.tokens - 1)
+    owners = torch.where(cuts.diff(dim=1) > 0, starts, -1)
+    return slots, owners.repeat_interleave(sinks, 1)
+
+
+def _merged(near: tuple[Tensor, Tensor], far: tuple[Tensor, Tensor]) -> Tensor:
+    """Attention to two disjoint sets of keys as if they were one."""
+    share = torch.sigmoid(far[1] - near[1])
+    share = torch.where(far[1] == -torch.inf, 0, share)[..., None]  # also where both see nothing
+    return torch.lerp(near[0].float(), far[0], share)
