@@ -19,7 +19,7 @@ PIECE = 512
 """Query tokens of a long call that are turned at once: float32 copies of them stay in cache."""
 
 
-def add_sinks(  # noqa: PLR0913
+def add_sinks(
     rotation: Rotation,
     inputs: Inputs,
     pattern: Pattern,
