@@ -6,7 +6,6 @@ import pytest
 import torch
 from models import CONFIGS, greedy, make, padded, token_ids
 from rebased_reference import Reference, powers
-from transformers import StaticCache
 
 import adaptive
 from adaptive.adapters import FAMILIES
@@ -192,7 +191,7 @@ def test_layers_without_positions_have_nothing_to_turn():
 
 
 @torch.no_grad()
-def test_copies_beams_rollbacks_and_other_caches():
+def test_copies_beams_and_rollbacks():
     model = make("llama")
     ids, mask, places = given("plain")
     with adaptive.patch(model, rebased(16, 2)):
@@ -206,9 +205,6 @@ def test_copies_beams_rollbacks_and_other_caches():
         lookup = greedy(model, ids[:1], 12, prompt_lookup_num_tokens=4, eos_token_id=1)
         assert torch.equal(lookup, greedy(model, ids[:1], 12, eos_token_id=1))
         assert greedy(model, padded(tokens=60), 12, num_beams=3).shape == tokens.shape
-        with pytest.raises(NotImplementedError, match=r"80 tokens.*\(mask\)"):
-            cache = StaticCache(config=model.config, max_cache_len=80)
-            model(ids[:, :60], past_key_values=cache)
 
 
 @torch.no_grad()
@@ -238,91 +234,6 @@ def test_sixteen_bits_are_as_close_as_the_original():
             ours = fed(model, ids, mask, places, CUTS[1])[0]
             errors.append((ours.float() - truth).pow(2).mean().sqrt())
     assert errors[1] < 1.5 * errors[0]
-
-
-DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
-LONG = {
-    "rope_type": "longrope",
-    "rope_theta": 10000.0,
-    "short_factor": [1.0] * 16,
-    "long_factor": [2.0] * 16,
-}
-
-
-@pytest.mark.parametrize(
-    ("case", "fields", "words"),
-    [
-        ("gpt2", {}, "no module of it has the frequencies of a rotary embedding"),
-        ("llama", {"dynamic": DYNAMIC}, "self_attn depend on the length of the text"),
-        (
-            "phi3",
-            {"dynamic": LONG, "original_max_position_embeddings": 64},
-            "self_attn depend on the length of the text",
-        ),
-        ("smollm3", {"no_rope_layers": [0, 0]}, "none of these layers rotates its keys"),
-    ],
-)
-def test_models_that_cannot_are_refused_and_left_as_they_are(case, fields, words):
-    fields = dict(fields)
-    if "dynamic" in fields:
-        kinds = fields.pop("dynamic")
-        if not hasattr(make("llama").config, "rope_parameters"):
-            kinds = {k: v for k, v in kinds.items() if k != "rope_theta"}
-            if case == "phi3":
-                kinds["type"] = kinds.pop("rope_type")
-            fields["rope_scaling"] = kinds
-        else:
-            fields["rope_parameters"] = kinds
-    model, ids = make(case, **fields), token_ids()
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    stock = model(ids).logits
-    support = adaptive.check(model, rebased())
-    assert not support.ok
-    assert words in support.problems[0]
-    with pytest.raises(adaptive.UnsupportedModel, match=words):
-        adaptive.patch(model, rebased())
-    for name, buffer in model.named_buffers():
-        assert torch.equal(buffer, before[name])
-    assert torch.equal(model(ids).logits, stock)
-    with adaptive.patch(model, adaptive.LocalAttention(window=8, sinks=3)):
-        pass
-
-
-def test_a_rotation_that_is_not_the_models_is_refused():
-    model = make("llama")
-    table = model.model.rotary_emb.inv_freq
-    table.data = table.data.clone()
-    hook = model.model.rotary_emb.register_forward_hook(
-        lambda module, args, out: (out[0], -out[1])  # turns the other way
-    )
-    assert "differ by more than a rotation" in adaptive.check(model, rebased()).problems[0]
-    hook.remove()
-    assert adaptive.check(model, rebased()).ok
-    model.config.attention_dropout = 0.0
-    model.model.layers[0].register_forward_hook(
-        lambda module, args, out: torch.nn.functional.dropout(out, 0.5, module.training)
-    )
-    problems = adaptive.check(model.train(), rebased()).problems
-    assert "call model.eval() first" in problems[0]
-    assert adaptive.check(model.eval(), rebased()).ok
-
-
-def test_what_only_stock_can_do_is_refused_where_something_is_dropped():
-    model, ids = make("llama", implementation="eager"), token_ids(tokens=40)
-    holes = torch.ones_like(ids)
-    holes[0, 10] = 0
-    with adaptive.patch(model, rebased()) as patched:
-        short = model(ids[:, :11]).logits
-        short.sum().backward()
-        assert patched.report().layers[0].stock_calls == {"gradient": 1}
-        with pytest.raises(NotImplementedError, match=r"12 tokens, more than the 11 .*gradient"):
-            model(ids[:, :12])
-        with torch.no_grad():
-            close(model(ids[:, :11]).logits, short)
-            with pytest.raises(NotImplementedError, match="output_attentions"):
-                model(ids, output_attentions=True)
-            with pytest.raises(NotImplementedError, match=r"\(mask\)"):
-                model(ids, attention_mask=holes, use_cache=False)
 
 
 @torch.no_grad()

@@ -48,11 +48,11 @@ def measure(
     if not known:
         return {}, "no module of it has the frequencies of a rotary embedding (a buffer 'inv_freq')"
     near = _keys(root, model, NEAR)
+    candidates = _candidates(known)  # layers that rotate alike share one
     found = {}
     for layer in layers:
         if _still(near[layer]):
             continue
-        candidates = _candidates(known, near[layer].shape[-1])
         fitting = [each for each in candidates if _fits(each, near[layer], NEAR)]
         if not fitting:
             also = "; call model.eval() first, dropout may be why" if root.training else ""
@@ -93,13 +93,8 @@ def _frequencies(model: nn.Module) -> list[Tensor]:
     return found
 
 
-def _candidates(known: Sequence[Tensor], head_dim: int) -> list[Rotation]:
-    return [
-        Rotation(frequencies, interleaved)
-        for frequencies in known
-        if 2 * len(frequencies) <= head_dim
-        for interleaved in (False, True)
-    ]
+def _candidates(known: Sequence[Tensor]) -> list[Rotation]:
+    return [Rotation(one, interleaved) for one in known for interleaved in (False, True)]
 
 
 @torch.no_grad()
@@ -130,8 +125,10 @@ def _still(keys: Tensor) -> bool:
 
 def _fits(rotation: Rotation, keys: Tensor, places: Sequence[int]) -> bool:
     """Whether a layer's keys at ``places``, the first of them 0, are rotations of the first."""
+    if 2 * len(rotation.frequencies) > keys.shape[3]:
+        return False
     return all(
-        _close(rotation.turn(keys[:1], torch.full((1, keys.shape[2]), place))[0], keys[i], place)
+        _close(rotation.turn(keys[:1], rotation.angles(torch.tensor([[place]])))[0], keys[i], place)
         for i, place in enumerate(places)
     )
 

@@ -145,7 +145,10 @@ def _attend_split(state: LayerState, inputs: Inputs, pattern: Pattern, split: He
     query = inputs.query if split.whole is None else inputs.query[:, chosen]
     keys, values = local.tensors()
     turns = state.rotation is not None
-    if short:
+    if turns and local.settled and queries == 1:  # its window is all that is held last
+        recent = slice(-local.window, None)
+        near = decode_attention(query, keys[:, :, recent], values[:, :, recent], **options)
+    elif short:
         seen = local.seen(queries, sinks=not turns)
         near = decode_attention(query, keys, values, mask=seen, causal=False, **options)
     else:
@@ -162,7 +165,9 @@ def _attend_split(state: LayerState, inputs: Inputs, pattern: Pattern, split: He
     if turns:
         part = inputs._replace(query=query, key=keys, value=values)
         sizes = (local.window, local.sinks)
-        made = add_sinks(state.rotation, part, local.pattern(), *sizes, near, local.missing)
+        made = add_sinks(
+            state.rotation, part, local.pattern(), *sizes, near, local.dropped_between()
+        )
     out[:, chosen] = made.to(out.dtype)
     _count_split(state, inputs, pattern, split)
     return out

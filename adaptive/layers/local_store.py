@@ -36,6 +36,7 @@ class LocalStore:
         starts: Slot of each row's first token, ``[batch]``, int64.
         missing: Tokens that were dropped after each row's sinks, ``[batch]``, int64.
         settled: Whether the sinks of all rows stand in their slots, the first ones.
+        even: If so, and as many tokens are missing in all rows: how many; else None.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class LocalStore:
         self.starts = starts.to(keys.device) + sinks
         self.missing = torch.zeros_like(self.starts)
         self.settled = False
+        self.even: int | None = None
         self.store = KVStore()
         self._keep(keys, values, max(keys.shape[2] - kept_tokens(window), 0), -sinks)
 
@@ -78,6 +80,10 @@ class LocalStore:
     def pattern(self) -> Pattern:
         """The same as a pattern, without offsets where they say nothing."""
         return Pattern(self.store.length, self.window, None if self.settled else self.offsets())
+
+    def dropped_between(self) -> Tensor | int:
+        """Tokens that were dropped after the sinks: of each row, ``[batch, 1]``, or of all."""
+        return self.missing[:, None] if self.even is None else self.even
 
     def seen(self, queries: int, sinks: bool = True) -> Tensor:
         """Which slots the last ``queries`` tokens see, ``[batch, 1, queries, slots]``, bool.
@@ -138,4 +144,6 @@ class LocalStore:
         self.missing += (over - self.starts).clamp(min=0)
         self.starts = (self.starts - over).clamp(min=0)
         self.settled = not bool(self.starts.any())
+        counts = self.missing.tolist() if self.settled else []
+        self.even = counts[0] if len(set(counts)) == 1 else None
         self.dropped += over

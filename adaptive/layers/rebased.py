@@ -6,6 +6,8 @@ tokens move up to the window. Cached keys have their rotation in them already, a
 it is the query that is turned back, by as many positions as lie between, when it looks at them.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ def add_sinks(
     window: int,
     sinks: int,
     near: tuple[Tensor, Tensor],
-    dropped: Tensor | None = None,
+    dropped: Tensor | int = 0,
     kv_heads: Tensor | None = None,
 ) -> Tensor:
     """Join attention to a window with attention to the sinks before it.
@@ -38,7 +40,8 @@ def add_sinks(
         window: Tokens that a query sees, its own included.
         sinks: First tokens of each sequence that it sees besides.
         near: Output and log-sum-exp of attention to the window alone.
-        dropped: Tokens of each row that are missing between its sinks and its window, ``[batch]``.
+        dropped: Tokens that are missing between sinks and window: of each row, ``[batch, 1]``, or
+            of all.
         kv_heads: Numbers of the local heads among those of ``key``; None: all are.
 
     Returns:
@@ -46,39 +49,42 @@ def add_sinks(
     """
     query, key, value = inputs[:3]
     queries = query.shape[2]
-    places, starts, ends = pattern.limits(len(query), queries, query.device)
-    away = places - starts - (sinks + window - 1)
-    away = (away if dropped is None else away + dropped[:, None]).clamp(min=0)
-    slots, owners = _slots(pattern, sinks, query.device)
-    seen = None
-    if pattern.offsets is not None or pattern.tokens - queries - sinks + 1 < window:
+    first = (key[:, :, :sinks], value[:, :, :sinks])
+    even = pattern.offsets is None and isinstance(dropped, int)
+    begin = pattern.tokens - queries
+    if even and begin - sinks + 1 >= window:
+        seen = None
+    else:
+        places, starts, ends = pattern.limits(len(query), queries, query.device)
+        slots, owners = _slots(pattern, sinks, query.device)
         mine = (owners[:, None] == starts[..., None]) & (ends > starts)[..., None]
         seen = (mine & (places[..., None] - slots[:, None] >= window))[:, None]
-    first = (key[:, :, :sinks], value[:, :, :sinks])
-    if pattern.offsets is not None:
-        index = slots[:, None, :, None].expand(*key.shape[:2], -1, key.shape[3])
-        first = (key.gather(2, index), value.gather(2, index))
+        if pattern.offsets is not None:
+            index = slots[:, None, :, None].expand(*key.shape[:2], -1, key.shape[3])
+            first = (key.gather(2, index), value.gather(2, index))
+    last = sinks + window - 1  # the position of a query, once something has been dropped
+    if even:
+        angles = rotation.angles_back(begin + int(dropped) - last, queries, query.device)
+    else:
+        away = places - starts + dropped - last
+        angles = rotation.angles(-away.clamp(min=0))
     if kv_heads is not None:
         first = (first[0][:, kv_heads], first[1][:, kv_heads])
+    options: dict[str, Any] = {"scale": inputs.scale, "softcap": inputs.softcap, "causal": False}
     if queries <= MAX_QUERY_TOKENS:
-        turned = rotation.turn(query, -away).to(query.dtype)
-        far = decode_attention(
-            turned, *first, mask=seen, scale=inputs.scale, softcap=inputs.softcap, causal=False
-        )
-        return _merged(near, far)
+        turned = rotation.turn(query, angles)
+        turned = turned if query.dtype == turned.dtype else turned.to(query.dtype)
+        far = decode_attention(turned, *first, mask=seen, **options)
+        return _merged(near, far, seen is not None)
     out = torch.empty_like(near[0], dtype=torch.float32)
-    for begin in range(0, queries, PIECE):
-        rows = slice(begin, begin + PIECE)
+    for start in range(0, queries, PIECE):
+        rows = slice(start, start + PIECE)
+        turned = rotation.turn(query[:, :, rows], (angles[0][:, :, rows], angles[1][:, :, rows]))
         # A product with a few keys: PyTorch's own is as fast as any, and takes float32 queries.
         far = decode_attention.reference(
-            rotation.turn(query[:, :, rows], -away[:, rows]),
-            *first,
-            mask=None if seen is None else seen[:, :, rows],
-            scale=inputs.scale,
-            softcap=inputs.softcap,
-            causal=False,
+            turned, *first, mask=None if seen is None else seen[:, :, rows], **options
         )
-        out[:, :, rows] = _merged((near[0][:, :, rows], near[1][:, :, rows]), far)
+        out[:, :, rows] = _merged((near[0][:, :, rows], near[1][:, :, rows]), far, True)
     return out
 
 
@@ -98,8 +104,11 @@ def _slots(pattern: Pattern, sinks: int, device: torch.device) -> tuple[Tensor, 
     return slots, owners.repeat_interleave(sinks, 1)
 
 
-def _merged(near: tuple[Tensor, Tensor], far: tuple[Tensor, Tensor]) -> Tensor:
+def _merged(
+    near: tuple[Tensor, Tensor], far: tuple[Tensor, Tensor], some_see_nothing: bool
+) -> Tensor:
     """Attention to two disjoint sets of keys as if they were one."""
     share = torch.sigmoid(far[1] - near[1])
-    share = torch.where(far[1] == -torch.inf, 0, share)[..., None]  # also where both see nothing
-    return torch.lerp(near[0].float(), far[0], share)
+    if some_see_nothing:  # far, and then perhaps near, which would be NaN
+        share = torch.where(far[1] == -torch.inf, 0, share)
+    return torch.lerp(near[0].float(), far[0], share[..., None])
