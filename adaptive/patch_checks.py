@@ -9,8 +9,8 @@ from torch import nn
 from adaptive.layers.changes import own_forward
 from adaptive.layers.state import ENCODER
 from adaptive.layers.survey import Survey
-from adaptive.policy import EncoderExit, Plan, Policy
-from adaptive.policy.plan import DENSE, GLOBAL_LOCAL, STOCK
+from adaptive.policy import EncoderExit, LocalAttention, Plan, Policy
+from adaptive.policy.plan import DENSE, GLOBAL_LOCAL, LOCAL, STOCK
 
 
 def modes_of(policy: Policy | Plan) -> set[str]:
@@ -40,6 +40,13 @@ def plan_problems(survey: Survey, modes: set[str]) -> list[str]:
             "its cache; plain PyTorch modules can only be exact"
         ]
     return []
+
+
+def turned_layers(plan: Plan) -> list[int]:
+    """Layers with heads that see tokens at other positions than those of the text."""
+    if not any(isinstance(policy, LocalAttention) and policy.turns for policy in plan.policies):
+        return []
+    return [layer for layer, row in enumerate(plan.rows) if LOCAL in row]
 
 
 def generation_problems(

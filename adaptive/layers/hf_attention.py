@@ -170,6 +170,8 @@ def _attend(call: Call) -> Attended:
     reason = _why_stock(call, state, pattern, reduced)
     if reduced:
         _refuse_unreadable(reason)
+    elif reason is not None:
+        local_heads.refuse_stock(state, reason, tokens)
     if torch.compiler.is_compiling():
         return _native(call, state, layer, pattern) if reason is None else _stock(call, state.how)
 

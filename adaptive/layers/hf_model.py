@@ -112,6 +112,8 @@ def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
     """Make the changes: one config copy per distinct config, and two hooks on the base module."""
     hf_attention.register()
     set_up(record)
+    for layer, rotation in (survey.extra or {}).items():
+        record.states[layer].rotation = rotation
     original: Any = root.config
     name = hf_attention.NAMES[original._attn_implementation]
     ask_for(root, record.log, name)

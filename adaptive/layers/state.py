@@ -177,6 +177,7 @@ class LayerState:
         row: This layer's row of the plan: one mode per KV head.
         how: How a row that skips keys is run; None for one that does not.
         prefill: The policy that long calls of this layer follow; None: they are dense.
+        rotation: How its keys are rotated, where local heads rebase positions; else None.
         native_calls: Calls that a native kernel answered.
         torch_calls: Calls answered with less work, but in PyTorch's operators.
         stock_calls: Calls that the stock implementation answered, by reason.
@@ -201,6 +202,7 @@ class LayerState:
     row: tuple[str, ...]
     how: Any = None
     prefill: Any = None
+    rotation: Any = None
     native_calls: int = 0
     torch_calls: int = 0
     stock_calls: dict[str, int] = field(default_factory=dict)
@@ -277,6 +279,6 @@ class LayerState:
         self.restore(LayerState(record=self.record, site=self.site, row=self.row))
 
 
-_SETTINGS = ("record", "site", "row", "how", "prefill")
+_SETTINGS = ("record", "site", "row", "how", "prefill", "rotation")
 COUNTERS = tuple(f.name for f in fields(LayerState) if f.name not in _SETTINGS)
 """Names of the counters of a LayerState."""
