@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from adaptive.layers.head_copy import HeadCopy
 from adaptive.layers.hf_inputs import cache_and_mask
 from adaptive.layers.hf_passes import Passes
 from adaptive.layers.hf_rows import Rows
@@ -64,7 +65,9 @@ def speculate(
     if policy.tree:
         steps = TreeSteps(passes, rows, record.successors, record.speculation)
     else:
-        steps = DraftSteps(policy, passes, rows, record.speculation)
+        if policy.draft_head is not None and record.head_copy is None:
+            record.head_copy = HeadCopy()
+        steps = DraftSteps(policy, passes, rows, record.speculation, record.head_copy)
     steps.run(generation_config.prefill_chunk_size)
     if not generation_config.return_dict_in_generate:
         return rows.sequences()

@@ -8,6 +8,7 @@ from torch import Tensor
 from adaptive.layers.depth import Skips
 from adaptive.layers.draft_head import draft_head
 from adaptive.layers.draft_length import Average, DraftLength
+from adaptive.layers.head_copy import HeadCopy
 from adaptive.layers.hf_passes import Passes
 from adaptive.layers.hf_rows import Rows
 from adaptive.layers.speculation_log import SpeculationLog
@@ -75,9 +76,14 @@ class DraftSteps(Steps):
     """Drafts by a part of the layers."""
 
     def __init__(
-        self, policy: SelfSpeculative, passes: Passes, rows: Rows, log: SpeculationLog
+        self,
+        policy: SelfSpeculative,
+        passes: Passes,
+        rows: Rows,
+        log: SpeculationLog,
+        head_copy: HeadCopy | None = None,
     ) -> None:
-        """Know the policy, too."""
+        """Know the policy, too, and where the copy of the head is kept that it may ask for."""
         super().__init__(passes, rows, log)
         self.policy = policy
         self.length = DraftLength(fixed=policy.draft, most=MAX_DRAFT)
@@ -85,7 +91,7 @@ class DraftSteps(Steps):
         skip = policy.skip or ((), ())
         self.skips: Skips = (frozenset(skip[0]), frozenset(skip[1]))
         self.confidences: list[Tensor] = []
-        self.head = draft_head(passes.model, policy.draft_vocabulary)
+        self.head = draft_head(passes.model, policy.draft_vocabulary, head_copy)
 
     def turned_off(self) -> int:
         """How often drafting was given up."""
@@ -149,12 +155,15 @@ class DraftSteps(Steps):
                 return rows.draft(passes.skipping(ids), before)
         if self.head is None:
             return rows.draft(passes.shallow(ids, exit_layer), before)
-        if not rows.searches and self.head.tokens is None:
+        if not rows.searches and not self.head.reduced:
             return rows.draft(passes.shallow(ids, exit_layer), before)
         hidden = passes.hidden(ids, exit_layer)[:, -1]
         if not rows.searches:
-            return rows.draft(self.head.logits(hidden), before)
+            drafted = rows.draft(self.head.logits(hidden), before)
+            self.log.draft_head_bytes = self.head.held_bytes
+            return drafted
         token, confidence = self.head.best(hidden)
+        self.log.draft_head_bytes = self.head.held_bytes
         return token, confidence, confidence[:, None]
 
     def _check(self, ids: Tensor, chances: list[Tensor]) -> None:

@@ -31,7 +31,7 @@ def make_inputs(  # noqa: PLR0913
     return hidden, weight, added, scale, softcap, *scales
 
 
-def outputs(  # noqa: PLR0913
+def outputs(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -72,7 +72,7 @@ def outputs(  # noqa: PLR0913
         {"rows": 1, "width": 576, "vocab": 49152},
     ],
 )
-def exit_confidence(  # noqa: PLR0913
+def exit_confidence(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,

@@ -33,9 +33,7 @@ def quantize_weight(weight: Tensor, group: int = 64) -> tuple[Tensor, Tensor]:
     if weight.dim() != 2:  # noqa: PLR2004
         raise ValueError(f"{start}weight must have 2 dimensions, got shape {list(weight.shape)}")
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(
-            f"{start}weight must be float32 or float16 or bfloat16, got {weight.dtype}"
-        )
+        raise TypeError(f"{start}weight must be float32 or float16 or bfloat16, got {weight.dtype}")
     rows, width = weight.shape
     if group not in GROUPS or width % group != 0:
         rule = f"be 32, 64 or 128 and divide the {width} columns of weight"
@@ -56,4 +54,5 @@ def quantize_weight(weight: Tensor, group: int = 64) -> tuple[Tensor, Tensor]:
 def dequantize_weight(quantized: Tensor, scales: Tensor) -> Tensor:
     """The weight that `quantize_weight` rounded to, float32, ``[out_features, in_features]``."""
     groups = scales.shape[1]
-    return (quantized.float().unflatten(1, (groups, -1)) * scales[..., None]).flatten(1)
+    wide: Tensor = quantized.float().unflatten(1, (groups, -1))
+    return (wide * scales[..., None]).flatten(1)

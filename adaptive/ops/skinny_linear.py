@@ -38,7 +38,7 @@ def widened(weight: Tensor, weight_scales: Tensor | None) -> Tensor:
     return weight.float() if weight_scales is None else dequantize_weight(weight, weight_scales)
 
 
-def make_inputs(  # noqa: PLR0913
+def make_inputs(
     rows: int,
     in_features: int,
     out_features: int,

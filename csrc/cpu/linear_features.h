@@ -69,12 +69,6 @@ class LinearFeatures {
         if (kScaled<E>) f.scales[n] = args_.weight_scales + own * args_.scales_stride;
       }
       int64_t row = 0;
-      if constexpr (kWideTile) {
-        for (; args_.rows - row >= 8; row += 8) {
-          tile<8, N / 2>(f, row);
-          tile<8, N / 2>(second_half(f), row);
-        }
-      }
       for (; args_.rows - row >= 3; row += 4) tile<4>(f, row);
       if (args_.rows - row == 2) tile<2>(f, row);
       if (args_.rows - row == 1) tile<1>(f, row);
@@ -86,8 +80,6 @@ class LinearFeatures {
   static constexpr int kUnit = 2 * S::kWidth;  // elements of one load_pair
   static constexpr int N = kLinearFeatures;
   static constexpr int64_t kAheadUnits = kAheadBytes / (kUnit * sizeof(E));
-  // What int8 weights take to widen is worth sharing among more rows, where registers allow it.
-  static constexpr bool kWideTile = kScaled<E> && S::kAccumulators >= 16;
 
   struct Features {
     int64_t first;
@@ -97,68 +89,55 @@ class LinearFeatures {
     const float* scales[N];
   };
 
-  static Features second_half(const Features& f) {
-    constexpr int kHalf = N / 2;
-    Features half{f.first + kHalf, f.count > kHalf ? f.count - kHalf : 0, {}, {}, {}};
-    for (int n = 0; n < kHalf; ++n) {
-      half.row[n] = f.row[kHalf + n];
-      half.next[n] = f.next[kHalf + n];
-      half.scales[n] = f.scales[kHalf + n];
-    }
-    return half;
-  }
-
-  template <int R, int M = N>
+  template <int R>
   void tile(const Features& f, int64_t row) const {
     if (row == 0) {
-      multiply<R, M, true>(f, row);
+      multiply<R, true>(f, row);
     } else {
-      multiply<R, M, false>(f, row);
+      multiply<R, false>(f, row);
     }
   }
 
-  // R input rows with the first M weight rows. Not inlined: its loop needs every register, whatever
-  // the caller holds.
-  template <int R, int M, bool kFetch>
+  // Not inlined: its loop needs every register, whatever the caller holds.
+  template <int R, bool kFetch>
   __attribute__((noinline)) void multiply(const Features& f, int64_t row) const {
-    Vec sum[R * M];
+    Vec sum[R * N];
 #pragma GCC unroll 32
-    for (int j = 0; j < R * M; ++j) sum[j] = S::zero();
+    for (int j = 0; j < R * N; ++j) sum[j] = S::zero();
     const float* input = input_ + row * width_;
     const int64_t ahead = kAheadUnits < units_ ? kAheadUnits : units_;
     const int64_t turn = kFetch ? units_ - ahead : 0;
     for (int64_t unit = 0; unit < turn; ++unit) {
-      add_products<R, M, kFetch, false>(f, f.row, ahead, input, unit, sum);
+      add_products<R, kFetch, false>(f, f.row, ahead, input, unit, sum);
     }
     for (int64_t unit = turn; unit < units_; ++unit) {
-      add_products<R, M, kFetch, false>(f, f.next, -turn, input, unit, sum);
+      add_products<R, kFetch, false>(f, f.next, -turn, input, unit, sum);
     }
     if constexpr (!kScaled<E>) {
-      if (tail_ != 0) add_products<R, M, kFetch, true>(f, f.next, -turn, input, units_, sum);
+      if (tail_ != 0) add_products<R, kFetch, true>(f, f.next, -turn, input, units_, sum);
     }
-    float out[R * M];
+    float out[R * N];
 #pragma GCC unroll 8
-    for (int j = 0; j < R * M; j += 4) {
+    for (int j = 0; j < R * N; j += 4) {
       S::reduce4(sum[j], sum[j + 1], sum[j + 2], sum[j + 3], out + j);
     }
     const int64_t left = args_.rows - row;
-    const int count = f.count < M ? f.count : M;
     for (int r = 0; r < (left < R ? left : R); ++r) {
-      float* sums = out + r * M;
-      for (int n = 0; args_.bias != nullptr && n < count; ++n) {
+      float* sums = out + r * N;
+      for (int n = 0; args_.bias != nullptr && n < f.count; ++n) {
         sums[n] += bias_of(args_, f.first + n);
       }
-      sink_(row + r, f.first, count, sums);
+      sink_(row + r, f.first, f.count, sums);
     }
   }
 
-  // sum[r * M + n] += input row r * weight row n, over one unit of elements.
-  template <int R, int M, bool kFetch, bool kTail>
+  // sum[r * N + n] += input row r * weight row n, over one unit of elements.
+  template <int R, bool kFetch, bool kTail>
   ADAPTIVE_INLINE void add_products(const Features& f, const E* const* fetch, int64_t ahead,
-                                    const float* input, int64_t unit, Vec (&sum)[R * M]) const {
-    Vec low[M], high[M];
+                                    const float* input, int64_t unit, Vec (&sum)[R * N]) const {
+    Vec low[N], high[N];
 #pragma GCC unroll 8
-    for (int n = 0; n < M; ++n) {
+    for (int n = 0; n < N; ++n) {
       if constexpr (kFetch) prefetch<kUnit, 3>(fetch[n] + (unit + ahead) * kUnit);
       if constexpr (kTail) {
         S::load_pair_tail(f.row[n] + unit * kUnit, tail_, low[n], high[n]);
@@ -171,14 +150,14 @@ class LinearFeatures {
         high[n] = S::mul(high[n], scale);
       }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const Vec input_low = S::load(input + r * width_ + unit * kUnit);
       const Vec input_high = S::load(input + r * width_ + unit * kUnit + S::kWidth);
 #pragma GCC unroll 8
-      for (int n = 0; n < M; ++n) {
-        sum[r * M + n] = S::fma(input_low, low[n], sum[r * M + n]);
-        sum[r * M + n] = S::fma(input_high, high[n], sum[r * M + n]);
+      for (int n = 0; n < N; ++n) {
+        sum[r * N + n] = S::fma(input_low, low[n], sum[r * N + n]);
+        sum[r * N + n] = S::fma(input_high, high[n], sum[r * N + n]);
       }
     }
   }
