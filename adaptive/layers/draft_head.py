@@ -1,4 +1,4 @@
-"""The LM head of a draft: its best token and how sure it is, among all tokens or few, or in int8."""
+"""The LM head of a draft: its best token and how sure it is; of fewer tokens, or in 8 bits."""
 
 import torch
 from torch import Tensor, nn

@@ -49,7 +49,7 @@ def make_inputs(
     device: str,
     seed: int = 0,
 ) -> tuple[Any, ...]:
-    """Random arguments, drawn so that results are of the order of 1; int8 weights with ``group``."""
+    """Random arguments whose results are of the order of 1; with ``group``, of int8 weights."""
     rng = torch.Generator().manual_seed(seed)
 
     def draw(*sizes: int) -> Tensor:
