@@ -90,7 +90,7 @@ BAD_WEIGHTS = {
     "rank 1": ((torch.ones(64),), ValueError, r"weight must have 2 dim.*\[64\]"),
     "float64": ((torch.ones(2, 64).double(),), TypeError, "weight must be float32 or .*float64"),
     "group 48": ((torch.ones(2, 96), 48), ValueError, "group must be 32, 64 or 128 .*got 48"),
-    "group too wide": ((torch.ones(2, 96), 64), ValueError, "divide the 96 columns.*got 64"),
+    "group too wide": ((torch.ones(2, 96), 64), ValueError, ".*divide the 96 columns.*got 64"),
 }
 
 
