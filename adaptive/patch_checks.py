@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from adaptive.layers.changes import own_forward
+from adaptive.layers.head_copy import can_copy
 from adaptive.layers.state import ENCODER
 from adaptive.layers.survey import Survey
 from adaptive.policy import EncoderExit, LocalAttention, Plan, Policy
@@ -65,8 +66,11 @@ def generation_problems(
             found.append(f"{name} does not fit: it needs a decoder of transformers")
         elif not survey.base or not hasattr(root, "generate"):
             found.append(f"{name} needs a model that generates (...ForCausalLM), not a bare one")
-        elif getattr(policy, "draft_vocabulary", None) and not _has_plain_head(root):
-            found.append(f"{name}.draft_vocabulary needs an LM head that is a plain nn.Linear")
+        elif (needs := _needs_plain_head(policy)) and not _has_plain_head(root):
+            found.append(f"{name}.{needs} needs an LM head that is a plain nn.Linear")
+        elif needs == "draft_head" and not can_copy(width := _head_width(root)):
+            rule = f"an LM head whose width is a multiple of 32, got {width}"
+            found.append(f"{name}.draft_head needs {rule}")
         elif getattr(policy, "skip", None) and len(survey.mlps) != len(survey.layers):
             found.append(f"{name}.skip does not fit: some layers have no MLP that is known")
         else:
@@ -91,6 +95,16 @@ def _own_forwards(root: nn.Module, policy: str, modules: Sequence[str]) -> list[
         for name in modules
         if own_forward(root.get_submodule(name)) is not None
     ][:1]
+
+
+def _needs_plain_head(policy: Policy | Plan) -> str:
+    """The field of the policy that takes the LM head apart; "" if none does."""
+    fields = ("draft_head", "draft_vocabulary")
+    return next((field for field in fields if getattr(policy, field, None)), "")
+
+
+def _head_width(root: nn.Module) -> int:
+    return int(root.get_output_embeddings().weight.shape[1])  # type: ignore[operator]
 
 
 def _has_plain_head(root: nn.Module) -> bool:

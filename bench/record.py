@@ -21,6 +21,7 @@ ROW_FIELDS: dict[str, frozenset[str]] = {
     "quality_prefill": frozenset({"policy", "choice", "context", "scores_share", "tasks"}),
     "prompts": frozenset({"model", "tokens", "dtype", "threads", "layers", "variants"}),
     "speculation_shape": frozenset({"what", "text", "exit_layer", "variants"}),
+    "speculation_head": frozenset({"what", "text", "draft", "exit_layer", "variants"}),
     "speculation": frozenset({"what", "text", "batch", "variants"}),
     "quality": frozenset({"policy", "budget", "context", "kv_read_share", "tasks"}),
     "block_transformer": frozenset(
@@ -34,6 +35,7 @@ VARIANT_FIELDS: dict[str, frozenset[str]] = {
     "encoders": frozenset({"ms", "ms_min", "clean", "dropped", "error", "computed_share"}),
     "models": frozenset({"ms", "ms_min", "clean", "dropped", "error", "argmax_agreement"}),
     "speculation_shape": frozenset({"ms", "clean", "speedup", "by_bytes"}),
+    "speculation_head": frozenset({"ms", "clean", "speedup", "against_whole", "head_bytes"}),
     "speculation": frozenset({"ms", "clean", "speedup", "same_tokens"}),
     "prompts": frozenset({"ms", "ms_min", "clean", "dropped", "error", "speedup"}),
     "block_transformer": frozenset(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from adaptive.layers.head_copy import HeadCopy
 from adaptive.layers.hf_inputs import cache_and_mask, refuse_moving_angles
 from adaptive.layers.hf_passes import Passes
 from adaptive.layers.hf_rows import Rows
@@ -69,10 +70,9 @@ def speculate(  # noqa: PLR0913 - the signature that transformers calls
     if policy.tree:
         steps = TreeSteps(passes, rows, record.successors, record.draft_sizes, record.speculation)
     else:
-        keeps_cache = keeps_cache or as_dict
-        steps = DraftSteps(
-            policy, passes, rows, record.draft_sizes, record.speculation, keeps_cache
-        )
+        if policy.draft_head is not None and record.head_copy is None:
+            record.head_copy = HeadCopy()
+        steps = DraftSteps(policy, passes, rows, record, keeps_cache or as_dict)
     steps.run(generation_config.prefill_chunk_size)
     made: Any = rows.sequences()
     return GenerateDecoderOnlyOutput(sequences=made, past_key_values=cache) if as_dict else made

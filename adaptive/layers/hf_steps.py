@@ -8,9 +8,11 @@ from torch import Tensor
 from adaptive.layers.depth import Skips
 from adaptive.layers.draft_head import draft_head
 from adaptive.layers.draft_length import Average, DraftLength
+from adaptive.layers.head_copy import HeadCopy
 from adaptive.layers.hf_passes import Passes
 from adaptive.layers.hf_rows import Rows
 from adaptive.layers.speculation_log import SpeculationLog
+from adaptive.layers.state import PatchRecord
 from adaptive.policy import SelfSpeculative
 from adaptive.policy.self_speculative import MAX_DRAFT
 
@@ -93,21 +95,21 @@ class DraftSteps(Steps):
         policy: SelfSpeculative,
         passes: Passes,
         rows: Rows,
-        learned: dict[int, DraftLength],
-        log: SpeculationLog,
+        record: PatchRecord,
         keeps_cache: bool,
     ) -> None:
-        """Know the policy, what earlier calls learned by rows, and whether the cache is kept."""
-        super().__init__(passes, rows, log)
+        """Know the policy, what earlier calls learned, and whether the cache outlives this one."""
+        assert record.speculation is not None  # the policy has made it
+        super().__init__(passes, rows, record.speculation)
         self.policy = policy
         self.keeps_cache = keeps_cache
         new = DraftLength(fixed=policy.draft, most=MAX_DRAFT)
-        self.length = learned.setdefault(rows.batch, new)
+        self.length = record.draft_sizes.setdefault(rows.batch, new)
         self.length.begin()
         skip = policy.skip or ((), ())
         self.skips: Skips = (frozenset(skip[0]), frozenset(skip[1]))
         self.confidences: list[Tensor] = []
-        self.head = draft_head(passes.model, policy.draft_vocabulary)
+        self.head = draft_head(passes.model, policy.draft_vocabulary, record.head_copy)
 
     def turned_off(self) -> int:
         """How often drafting was given up, in all calls."""
@@ -173,12 +175,15 @@ class DraftSteps(Steps):
                 return rows.draft(passes.skipping(ids), before)
         if self.head is None:
             return rows.draft(passes.shallow(ids, exit_layer), before)
-        if not rows.searches and self.head.tokens is None:
+        if not rows.searches and not self.head.reduced:
             return rows.draft(passes.shallow(ids, exit_layer), before)
         hidden = passes.hidden(ids, exit_layer)[:, -1]
         if not rows.searches:
-            return rows.draft(self.head.logits(hidden), before)
+            drafted = rows.draft(self.head.logits(hidden), before)
+            self.log.draft_head_bytes = self.head.held_bytes
+            return drafted
         token, confidence = self.head.best(hidden)
+        self.log.draft_head_bytes = self.head.held_bytes
         return token, confidence, confidence[:, None]
 
     def _check(self, ids: Tensor, chances: list[Tensor]) -> None:

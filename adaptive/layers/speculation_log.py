@@ -23,6 +23,7 @@ class SpeculationLog:
         draft_seconds: Time in drafts.
         verify_seconds: Time in checks.
         plain_seconds: Time in steps without drafts.
+        draft_head_bytes: What the copy of the LM head takes that drafts were made with.
     """
 
     calls: int = 0
@@ -37,6 +38,7 @@ class SpeculationLog:
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     plain_seconds: float = 0.0
+    draft_head_bytes: int = 0
 
     @property
     def acceptance(self) -> float | None:
@@ -61,4 +63,6 @@ class SpeculationLog:
             f"self-speculation: {self.tokens} tokens; {self.steps} checks of {drafts:.1f} drafts, "
             f"{self.acceptance:.0%} accepted; {self.plain_steps} plain steps"
         )
+        if self.draft_head_bytes:
+            line += f"; int8 draft head of {self.draft_head_bytes / 2**20:.1f} MiB"
         return line + (f"; given up {self.turned_off} times" if self.turned_off else "")

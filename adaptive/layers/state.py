@@ -85,6 +85,7 @@ class PatchRecord:
         eager_only: What of the plan needs more than a compiled graph can do; "" if nothing.
         depth: Which layers the pass now running runs; None where no policy needs that.
         speculation: What self-speculation did; None without it.
+        head_copy: The LM head in 8 bits that drafts are made with; None without it.
         successors: The table that trees are drafted from; None without them.
         draft_sizes: How many drafts or nodes pay, learned over all calls, by rows of the batch.
         exits: What early exit did; None without it.
@@ -123,6 +124,7 @@ class PatchRecord:
     eager_only: str = ""
     depth: Any = None
     speculation: SpeculationLog | None = None
+    head_copy: Any = None
     successors: Any = None
     draft_sizes: dict[int, Any] = field(default_factory=dict)
     exits: ExitLog | None = None

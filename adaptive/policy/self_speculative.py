@@ -43,6 +43,9 @@ class SelfSpeculative(Policy):
             None: all. Tokenizers number frequent tokens first, and the LM head is most of what a
             draft of a small model with a large vocabulary reads. What is never drafted can still
             be generated.
+        draft_head: With ``exit_layer``: "int8" drafts with a copy of the LM head, or of the rows
+            that ``draft_vocabulary`` leaves of it, in 8 bits per weight. It is kept while the model
+            is patched, and costs half of a 16-bit head to read. None: the head itself.
         tree: Draft a tree of up to 15 tokens from what was seen; its size follows what pays.
     """
 
@@ -53,6 +56,7 @@ class SelfSpeculative(Policy):
     skip: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     draft: int | None = None
     draft_vocabulary: int | None = None
+    draft_head: str | None = None
     tree: bool = False
 
     def __post_init__(self) -> None:
@@ -61,9 +65,12 @@ class SelfSpeculative(Policy):
         if self.draft is not None and self.draft > MAX_DRAFT:
             raise refused(self, "draft", f"be at most {MAX_DRAFT}", self.draft)
         check_count(self, "draft_vocabulary", 1, optional=True)
-        if self.draft_vocabulary is not None and self.exit_layer is None:
-            rule = "be None without exit_layer, whose drafts alone have a head of their own"
-            raise refused(self, "draft_vocabulary", rule, self.draft_vocabulary)
+        if self.draft_head not in (None, "int8"):
+            raise refused(self, "draft_head", 'be "int8" or None', self.draft_head)
+        for name in ("draft_vocabulary", "draft_head"):
+            if getattr(self, name) is not None and self.exit_layer is None:
+                rule = "be None without exit_layer, whose drafts alone have a head of their own"
+                raise refused(self, name, rule, getattr(self, name))
         check_flag(self, "tree")
         ways = [self.exit_layer is not None, self.skip is not None, self.tree]
         if sum(ways) != 1:
