@@ -19,6 +19,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from adaptive.layers.hf_inputs import cache_and_mask
 from adaptive.layers.hf_passes import Passes
 from adaptive.layers.hf_rows import Rows
+from adaptive.layers.hf_search_steps import SearchSteps
 from adaptive.layers.hf_steps import DraftSteps, Steps
 from adaptive.layers.hf_tree_steps import TreeSteps
 from adaptive.layers.state import RECORD, PatchRecord
@@ -63,6 +64,8 @@ def speculate(
     steps: Steps
     if policy.tree:
         steps = TreeSteps(passes, rows, record.successors, record.speculation)
+    elif policy.searches:
+        steps = SearchSteps(policy, passes, rows, record.speculation, record.skip_search)
     else:
         steps = DraftSteps(policy, passes, rows, record.speculation)
     steps.run(generation_config.prefill_chunk_size)

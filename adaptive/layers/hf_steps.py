@@ -82,7 +82,7 @@ class DraftSteps(Steps):
         self.policy = policy
         self.length = DraftLength(fixed=policy.draft, most=MAX_DRAFT)
         self.together = False
-        skip = policy.skip or ((), ())
+        skip = policy.given or ((), ())
         self.skips: Skips = (frozenset(skip[0]), frozenset(skip[1]))
         self.confidences: list[Tensor] = []
         self.head = draft_head(passes.model, policy.draft_vocabulary)

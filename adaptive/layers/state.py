@@ -85,6 +85,7 @@ class PatchRecord:
         eager_only: What of the plan needs more than a compiled graph can do; "" if nothing.
         depth: Which layers the pass now running runs; None where no policy needs that.
         speculation: What self-speculation did; None without it.
+        skip_search: What a search for skip sets knows; None without one.
         successors: The table that trees are drafted from; None without them.
         exits: What early exit did; None without it.
         encoder_exits: Which sequences go on in an encoder; None where no policy lets them leave.
@@ -122,6 +123,7 @@ class PatchRecord:
     eager_only: str = ""
     depth: Any = None
     speculation: SpeculationLog | None = None
+    skip_search: Any = None
     successors: Any = None
     exits: ExitLog | None = None
     encoder_exits: Any = None
