@@ -173,7 +173,7 @@ class Passes:
             )
 
     def whole(self, ids: Tensor) -> Tensor:
-        """Logits of all layers, ``[batch, tokens, vocabulary]``, after what drafts left is dropped."""
+        """Logits of all layers, ``[batch, tokens, vocabulary]``, without what drafts left."""
         self.crop(self.slots)
         tokens = ids.shape[1]
         steps = torch.arange(tokens, device=ids.device)

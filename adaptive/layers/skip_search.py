@@ -29,7 +29,7 @@ Rate = Callable[[float, float], float]
 TIME_SHARE = 0.1
 """Of the time of decoding that a search takes at most."""
 
-BAYES_EVERY = 3
+BAYES_EVERY = 2
 """Every so manieth candidate is proposed by the process; SWIFT's 25th is for hundreds of them."""
 
 OPTIMISM = 1.0
@@ -48,7 +48,7 @@ SWIFT_RATIO = 0.45
 RATIOS = (0.15, 0.7)
 """Shares of the modules that candidates leave out, where none is given."""
 
-PATIENCE, MOST_TRIALS = 60, 300
+PATIENCE, MOST_TRIALS = 40, 120
 """Candidates without a better one, and in all, after which the search ends."""
 
 LEAST_COST = 0.05
@@ -110,6 +110,7 @@ class SkipSearch:
     _since_better: int = 0
     _speedup: float = 0.0
     _expected: float = 0.0
+    _fitted: GaussianProcess | None = None
 
     def __post_init__(self) -> None:
         self.modules = [*((0, i) for i in self.attention), *((1, i) for i in self.mlp)]
@@ -185,7 +186,8 @@ class SkipSearch:
     def _choose(self, rate: Rate) -> None:
         """Find the tried set that promises most."""
         known = list(self.trials)
-        means, _ = self._process().at(self._rows(known))
+        self._fitted = self._process()
+        means, _ = self._fitted.at(self._rows(known))
         values = [
             rate(min(max(mean, 0.0), 1.0), self.cost(chosen))
             for mean, chosen in zip(means, known, strict=True)
@@ -239,7 +241,8 @@ class SkipSearch:
         pool = [chosen for chosen in dict.fromkeys(pool) if chosen not in self.trials]
         if not pool:
             return self._draw()
-        means, deviations = self._process().at(self._rows(pool))
+        assert self._fitted is not None
+        means, deviations = self._fitted.at(self._rows(pool))
         bounds = [
             rate(min(max(mean + OPTIMISM * deviation, 0.0), 1.0), self.cost(chosen))
             for mean, deviation, chosen in zip(means, deviations, pool, strict=True)
