@@ -22,6 +22,7 @@ ROW_FIELDS: dict[str, frozenset[str]] = {
     "prompts": frozenset({"model", "tokens", "dtype", "threads", "layers", "variants"}),
     "speculation_shape": frozenset({"what", "text", "exit_layer", "variants"}),
     "speculation": frozenset({"what", "text", "batch", "variants"}),
+    "skip_search": frozenset({"what", "text", "batch", "found", "variants"}),
     "quality": frozenset({"policy", "budget", "context", "kv_read_share", "tasks"}),
     "block_transformer": frozenset(
         {"model", "batch", "prompt_tokens", "new_tokens", "threads", "variants", "speedup"}
@@ -35,6 +36,7 @@ VARIANT_FIELDS: dict[str, frozenset[str]] = {
     "models": frozenset({"ms", "ms_min", "clean", "dropped", "error", "argmax_agreement"}),
     "speculation_shape": frozenset({"ms", "clean", "speedup", "by_bytes"}),
     "speculation": frozenset({"ms", "clean", "speedup", "same_tokens"}),
+    "skip_search": frozenset({"ms", "clean", "speedup", "same_tokens"}),
     "prompts": frozenset({"ms", "ms_min", "clean", "dropped", "error", "speedup"}),
     "block_transformer": frozenset(
         {"batch", "kv_bytes", "prefill_s", "decode_tokens_per_s", "tokens_per_s", "error"}
