@@ -3,8 +3,8 @@
 The lab model on three kinds of text. "search": a search that starts from nothing with each call,
 its time included, with another seed each time; "draws alone": the same without the Gaussian
 process; "found sets": what a search over several calls found, given as ready sets; "every second
-layer": SWIFT's first candidate, not searched at all. Every call's tokens are proved equal to those
-of the exact path.
+layer": SWIFT's first candidate, not searched at all. Where no number of drafts is named it follows
+what pays. Every call's tokens are proved equal to those of the exact path.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from bench.speculation import LAB, PAD, texts
 from bench.timing import interleave, speedup
 
 SEARCH = adaptive.SelfSpeculative(skip="search")
-EVERY_SECOND = adaptive.SelfSpeculative(skip=((1, 3, 5), (1, 3, 5)))
+EVERY_SECOND = adaptive.SelfSpeculative(skip=((1, 3, 5), (1, 3, 5)), draft=6)
 CALLS = 4
 """Calls of `generate` in which the ready sets are found."""
 
@@ -74,7 +74,7 @@ def find(model: Any, ids: Tensor, tokens: int) -> tuple[Any, list[Any]]:
     """The sets that a search over several calls finds, and the log of each call."""
     own = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     own.generation_config.eos_token_id = None
-    logs = []
+    logs: list[Any] = []
     with adaptive.patch(own, SEARCH) as patched:
         for _ in range(CALLS):
             patched.reset_stats()
@@ -95,7 +95,8 @@ def measure(model: Any, ids: Tensor, options: argparse.Namespace) -> dict[str, A
         "search": SEARCH,
         "draws alone": SEARCH,
         "found sets": adaptive.SelfSpeculative(skip=found.skip),
-        "every second layer": EVERY_SECOND,
+        "found sets, 6 drafts": adaptive.SelfSpeculative(skip=found.skip, draft=6),
+        "every second layer, 6 drafts": EVERY_SECOND,
     }
     runs, logs = calls(model, ids, options.tokens, policies)
     want = runs["exact"]()
