@@ -118,9 +118,14 @@ class SearchSteps(DraftSteps):
         self._adopted = True
 
     def _learn(self, right: list[int], accepted: list[int], drafts: int) -> None:
-        """Count a check, as evidence on the set, too."""
+        """Count a check, as evidence on the set, too.
+
+        Where the number of drafts follows their confidence only the first of a step counts: the
+        others were made because they were likely right.
+        """
         super()._learn(right, accepted, drafts)
         alive = self.rows.alive.tolist()
-        first = [n for n, on in zip(right, alive, strict=True) if on]
-        checked = sum(min(n + 1, drafts) for n in first)
-        self.search.confirm(self.search.best, sum(first), checked)
+        most = drafts if self.policy.draft is not None else min(drafts, 1)
+        found = [min(n, most) for n, on in zip(right, alive, strict=True) if on]
+        checked = sum(min(n + 1, most) for n in found)
+        self.search.confirm(self.search.best, sum(found), checked)
