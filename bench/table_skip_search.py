@@ -27,8 +27,8 @@ def skip_search_table(document: Document) -> str:
     settings = document["settings"]
     return (
         render(["text", *_COLUMNS.values(), "candidates", "exact path"], rows)
-        + f"\n\nLab model, prompts of {settings['prompt']} tokens, {settings['tokens']} new tokens, "
-        + "all tokens equal to those of the exact path; a search begins with its call, "
+        + f"\n\nLab model, prompts of {settings['prompt']} tokens, {settings['tokens']} new ones, "
+        + "all equal to those of the exact path; a search begins with its call, "
         + f"its time included; median CPU time, {settings['threads']} thread. "
         + machine_line(document)
     )

@@ -146,9 +146,11 @@ class SkipSearch:
         return max(1.0 - saved, LEAST_COST) * self.overhead
 
     def propose(self, rate: Rate) -> Chosen:
-        """The next candidate."""
+        """The next candidate; one that seems good enough comes again until that is sure."""
         if self.tried == 0:
             return self._every_second()
+        if self.best is not None and self._seems_enough(self.best):
+            return self.best
         if self.bayes_every and self.tried >= FIRST_DRAWS and self.tried % self.bayes_every == 0:
             return self._bayesian(rate)
         return self._draw()
@@ -197,9 +199,8 @@ class SkipSearch:
 
     def _stop(self) -> None:
         assert self.best is not None
-        most = SWIFT_RATIO if self.ratio is None else self.ratio
-        sure = self.matchness >= ENOUGH and self.trials[self.best].seen >= ENOUGH_TOKENS
-        if sure and len(self.best) >= self._count(most):
+        sure = self.trials[self.best].seen >= ENOUGH_TOKENS
+        if sure and self._seems_enough(self.best):
             self.finished = GOOD
         elif self._since_better >= PATIENCE:
             self.finished = SETTLED
@@ -207,6 +208,11 @@ class SkipSearch:
             self.finished = SPENT
         if self.finished and self._speedup <= GAIN:
             self.finished = NONE_PAYS
+
+    def _seems_enough(self, chosen: Chosen) -> bool:
+        """Whether the best set is right so often, and so large, that a search can end with it."""
+        ratio = SWIFT_RATIO if self.ratio is None else self.ratio
+        return self.matchness >= ENOUGH and len(chosen) >= self._count(ratio)
 
     def _count(self, ratio: float) -> int:
         return min(max(round(ratio * len(self.modules)), 1), len(self.modules))
