@@ -130,3 +130,19 @@ def test_a_process_of_one_value_expects_it_everywhere():
     process = GaussianProcess(one, torch.tensor([0.7], dtype=torch.float64), noise)
     means, _ = process.at(torch.zeros(1, 4, dtype=torch.float64))
     assert means[0] == pytest.approx(0.7)
+
+
+def test_what_seems_good_enough_comes_again_until_it_is_sure():
+    search = SkipSearch(MIDDLE, MIDDLE, ratio=0.2)
+    search.shares = (0.07, 0.05)
+    first = search.propose(rate)
+    search.score(first, 16, 16, rate)
+    while not search.finished:
+        assert search.propose(rate) == first
+        search.score(first, 16, 16, rate)
+    assert search.finished == skip_search.GOOD
+    assert search.trials[first].seen == skip_search.ENOUGH_TOKENS
+    unsure = SkipSearch(MIDDLE, MIDDLE, ratio=0.2)
+    unsure.score(first, 16, 16, rate)
+    unsure.score(first, 8, 16, rate)
+    assert unsure.propose(rate) != first
