@@ -23,6 +23,7 @@ ROW_FIELDS: dict[str, frozenset[str]] = {
     "speculation_shape": frozenset({"what", "text", "exit_layer", "variants"}),
     "speculation_head": frozenset({"what", "text", "draft", "exit_layer", "variants"}),
     "speculation": frozenset({"what", "text", "batch", "variants"}),
+    "skip_search": frozenset({"what", "text", "batch", "found", "variants"}),
     "quality": frozenset({"policy", "budget", "context", "kv_read_share", "tasks"}),
     "block_transformer": frozenset(
         {"model", "batch", "prompt_tokens", "new_tokens", "threads", "variants", "speedup"}
@@ -37,6 +38,7 @@ VARIANT_FIELDS: dict[str, frozenset[str]] = {
     "speculation_shape": frozenset({"ms", "clean", "speedup", "by_bytes"}),
     "speculation_head": frozenset({"ms", "clean", "speedup", "against_whole", "head_bytes"}),
     "speculation": frozenset({"ms", "clean", "speedup", "same_tokens"}),
+    "skip_search": frozenset({"ms", "clean", "speedup", "same_tokens"}),
     "prompts": frozenset({"ms", "ms_min", "clean", "dropped", "error", "speedup"}),
     "block_transformer": frozenset(
         {"batch", "kv_bytes", "prefill_s", "decode_tokens_per_s", "tokens_per_s", "error"}

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class Depth:
         keys_only: Whether layers that run only add keys and values to the cache, and pass the
             hidden states on.
         skips: Modules that give zeros instead of running.
+        seconds: Time in attention and in MLPs so far; None: not measured.
     """
 
     layers: int
@@ -52,6 +54,7 @@ class Depth:
     leaving: Tensor | None = None
     keys_only: bool = False
     skips: Skips = (frozenset(), frozenset())
+    seconds: list[float] | None = None
 
     @contextmanager
     def run(self, begin: int, end: int, entering: Tensor | None = None) -> Iterator[None]:
@@ -71,6 +74,15 @@ class Depth:
             yield
         finally:
             self.skips = (frozenset(), frozenset())
+
+    @contextmanager
+    def timing(self) -> Iterator[list[float]]:
+        """Measure the time in attention and in MLPs inside the block."""
+        self.seconds = [0.0, 0.0]
+        try:
+            yield self.seconds
+        finally:
+            self.seconds = None
 
     def take(self) -> Tensor:
         """Return what the last layer of the pass gave, and forget it."""
@@ -153,7 +165,13 @@ class SublayerForward(ModuleForward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, or return zeros of the shape of its input."""
         if self.index not in self.depth.skips[self.kind]:
-            return self._run(None, args, kwargs)
+            seconds = self.depth.seconds
+            if seconds is None:
+                return self._run(None, args, kwargs)
+            start = perf_counter()
+            out = self._run(None, args, kwargs)
+            seconds[self.kind] += perf_counter() - start
+            return out
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         return self._as_returned(torch.zeros_like(hidden))
 

@@ -13,6 +13,7 @@ from adaptive.layers import depth
 from adaptive.layers.exit_log import ExitLog
 from adaptive.layers.hf_exit import exit_early
 from adaptive.layers.hf_speculate import speculate
+from adaptive.layers.skip_search import SkipSearch
 from adaptive.layers.speculation_log import SpeculationLog
 from adaptive.layers.state import PatchRecord
 from adaptive.layers.survey import Survey
@@ -84,6 +85,9 @@ def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
     attention = tuple(site.name for site in survey.sites)
     skips = isinstance(policy, SelfSpeculative) and policy.skip is not None
     sublayers = (attention, survey.mlps) if skips else ((), ())
+    if isinstance(policy, SelfSpeculative) and policy.searches:
+        attention_layers, mlp_layers = policy.candidates(record.plan)
+        record.skip_search = SkipSearch(attention_layers, mlp_layers, policy.skip_ratio)
     if isinstance(policy, SelfSpeculative) and policy.tree:
         record.successors = Successors()
     record.depth = depth.install(root, record, survey.layers, sublayers)

@@ -1,12 +1,13 @@
 """What `generate` hands to a decoding loop: the cache and the mask, or why the loop cannot run."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from adaptive.layers.hf_passes import why_no_cache
+from adaptive.layers.hf_cache import AdaptiveCacheLayer
 
 _KNOWN = {
     "attention_mask",
@@ -34,7 +35,7 @@ def cache_and_mask(
     """
     cache = model_kwargs.get("past_key_values")
     unknown = sorted(k for k, v in model_kwargs.items() if k not in _KNOWN and v is not None)
-    problem = why_no_cache(cache)
+    problem = _why_no_cache(cache)
     if synced_gpus:
         problem = "synced_gpus=True would need the same number of passes on every GPU"
     if unknown:
@@ -96,3 +97,23 @@ def refuse_moving_angles(
                 f"up to {most}: angles of rope_type={kind!r} depend on the longest of a pass; use "
                 "`with patched.disabled():` for that call"
             )
+
+
+def _why_no_cache(cache: object) -> str | None:
+    """Say why tokens cannot be taken back from a cache; None if they can."""
+    if not isinstance(cache, Cache):
+        return "it needs use_cache=True"
+    if getattr(cache, "offloading", False):
+        return "an offloaded cache cannot be taken back from"
+    layers: Sequence[Any] = cache.layers
+    for layer in layers:
+        if isinstance(layer, AdaptiveCacheLayer):
+            continue
+        if type(layer) is DynamicLayer and layer.get_seq_length() == 0:
+            continue  # it is taken over when the prompt runs
+        if type(layer) is DynamicSlidingWindowLayer and layer.get_seq_length() == 0:
+            continue
+        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+            return "the cache holds tokens of a pass without this patch; start with a new one"
+        return f"tokens cannot be taken back from a {type(layer).__name__}; use a DynamicCache"
+    return None

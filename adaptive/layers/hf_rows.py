@@ -70,6 +70,10 @@ class Rows:
         alive = self.alive.tolist()
         return self._most - max(n for n, on in zip(self._lengths, alive, strict=True) if on)
 
+    def tokens_at(self, places: Tensor) -> Tensor:
+        """Tokens of each row at these places of it, ``[batch, places]``; any behind its end."""
+        return self._ids.gather(1, places.clamp(max=self._ids.shape[1] - 1))
+
     def last(self) -> Tensor:
         """The last token of each row, ``[batch, 1]``."""
         ends = torch.tensor(self._lengths, device=self._ids.device) - 1

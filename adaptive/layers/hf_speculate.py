@@ -20,6 +20,7 @@ from adaptive.layers.head_copy import HeadCopy
 from adaptive.layers.hf_inputs import cache_and_mask, refuse_moving_angles
 from adaptive.layers.hf_passes import Passes
 from adaptive.layers.hf_rows import Rows
+from adaptive.layers.hf_search_steps import SearchSteps
 from adaptive.layers.hf_steps import DraftSteps, Steps
 from adaptive.layers.hf_tree_steps import TreeSteps
 from adaptive.layers.state import RECORD, PatchRecord
@@ -69,6 +70,8 @@ def speculate(  # noqa: PLR0913 - the signature that transformers calls
     steps: Steps
     if policy.tree:
         steps = TreeSteps(passes, rows, record.successors, record.draft_sizes, record.speculation)
+    elif policy.searches:
+        steps = SearchSteps(policy, passes, rows, record, keeps_cache or as_dict)
     else:
         if policy.draft_head is not None and record.head_copy is None:
             record.head_copy = HeadCopy()

@@ -8,7 +8,6 @@ from torch import Tensor
 from adaptive.layers.depth import Skips
 from adaptive.layers.draft_head import draft_head
 from adaptive.layers.draft_length import Average, DraftLength
-from adaptive.layers.head_copy import HeadCopy
 from adaptive.layers.hf_passes import Passes
 from adaptive.layers.hf_rows import Rows
 from adaptive.layers.speculation_log import SpeculationLog
@@ -106,7 +105,7 @@ class DraftSteps(Steps):
         new = DraftLength(fixed=policy.draft, most=MAX_DRAFT)
         self.length = record.draft_sizes.setdefault(rows.batch, new)
         self.length.begin()
-        skip = policy.skip or ((), ())
+        skip = policy.given or ((), ())
         self.skips: Skips = (frozenset(skip[0]), frozenset(skip[1]))
         self.confidences: list[Tensor] = []
         self.head = draft_head(passes.model, policy.draft_vocabulary, record.head_copy)

@@ -86,6 +86,7 @@ class PatchRecord:
         depth: Which layers the pass now running runs; None where no policy needs that.
         speculation: What self-speculation did; None without it.
         head_copy: The LM head in 8 bits that drafts are made with; None without it.
+        skip_search: What a search for skip sets knows; None without one.
         successors: The table that trees are drafted from; None without them.
         draft_sizes: How many drafts or nodes pay, learned over all calls, by rows of the batch.
         exits: What early exit did; None without it.
@@ -125,6 +126,7 @@ class PatchRecord:
     depth: Any = None
     speculation: SpeculationLog | None = None
     head_copy: Any = None
+    skip_search: Any = None
     successors: Any = None
     draft_sizes: dict[int, Any] = field(default_factory=dict)
     exits: ExitLog | None = None
