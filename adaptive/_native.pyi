@@ -35,6 +35,7 @@ def decode_attention(
     scale: float | None = None,
     softcap: float = 0.0,
     causal: bool = True,
+    cache_rows: Tensor | None = None,
 ) -> int: ...
 def exit_confidence(
     tokens: Tensor,

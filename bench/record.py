@@ -18,6 +18,7 @@ ROW_FIELDS: dict[str, frozenset[str]] = {
     "models": frozenset({"model", "context", "dtype", "threads", "kv_bytes", "variants"}),
     "prefill": frozenset({"heads", "tokens", "dtype", "threads", "variants", "split_ms"}),
     "early_exit": frozenset({"criterion", "threshold", "exits", "mean_depth", "tasks"}),
+    "early_exit_rows": frozenset({"model", "criterion", "threshold", "exits", "variants"}),
     "quality_prefill": frozenset({"policy", "choice", "context", "scores_share", "tasks"}),
     "prompts": frozenset({"model", "tokens", "dtype", "threads", "layers", "variants"}),
     "speculation_shape": frozenset({"what", "text", "exit_layer", "variants"}),

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from adaptive.layers import hf_adopt, hf_attention, hf_generate
 from adaptive.layers.correction import correct, note_pass
 from adaptive.layers.hf_config import ask_for
+from adaptive.layers.hf_layer_rows import LayerRows
 from adaptive.layers.hf_windows import own_windows
 from adaptive.layers.how import set_up
 from adaptive.layers.state import PatchRecord
@@ -198,6 +199,7 @@ def _uses_cache(base: nn.Module, kwargs: dict[str, Any]) -> bool:
 
 def _held(layer: Any) -> tuple[str, int, int]:
     """Return class name, bytes allocated and bytes in use of one cache layer."""
+    layer = layer.whole if isinstance(layer, LayerRows) else layer
     name = type(layer).__name__
     if hasattr(layer, "held_bytes"):
         return name, layer.held_bytes(), layer.used_bytes()

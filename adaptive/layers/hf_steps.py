@@ -103,7 +103,7 @@ class DraftSteps(Steps):
         self.policy = policy
         self.keeps_cache = keeps_cache
         new = DraftLength(fixed=policy.draft, most=MAX_DRAFT)
-        self.length = record.draft_sizes.setdefault(rows.batch, new)
+        self.length: DraftLength = record.draft_sizes.setdefault(rows.batch, new)
         self.length.begin()
         skip = policy.given or ((), ())
         self.skips: Skips = (frozenset(skip[0]), frozenset(skip[1]))

@@ -22,7 +22,7 @@ __device__ __forceinline__ Source<T> cache_rows(const DecodeAttentionArgs& a, co
                                                 int which) {
   const void* base = which ? a.value : a.key;
   const int64_t(&stride)[3] = which ? a.value_stride : a.key_stride;
-  return {static_cast<const T*>(base) + share.batch * stride[0] + share.kv_head * stride[1],
+  return {static_cast<const T*>(base) + share.cache_row * stride[0] + share.kv_head * stride[1],
           stride[2]};
 }
 
