@@ -182,7 +182,7 @@ class RowPasses(Passes):
         """Leave in the cache what every layer holds of every row, and forget who waits."""
         self.slots = int(self._ran.min())
         self._ran[:] = self.slots
-        super().abandon()
+        self.finish(self.slots)
 
     def _run(
         self, begin: int, end: int, rows: Tensor | None, start: int, head: bool | None
