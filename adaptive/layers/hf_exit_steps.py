@@ -196,7 +196,7 @@ class AloneSteps(ExitSteps):
                 )
                 self.compare(logits[asked.to(logits.device)], whole)
         if deferred:
-            held = passes.unsettled == WINDOW_BACKLOG and passes.windowed
+            held = passes.unsettled >= WINDOW_BACKLOG and passes.windowed
             if passes.backlog == AT_ONCE or held:
                 passes.catch_up()
         elif self.policy.kv == COPY:
