@@ -10,7 +10,7 @@ from adaptive.layers.changes import own_forward
 from adaptive.layers.head_copy import can_copy
 from adaptive.layers.state import ENCODER
 from adaptive.layers.survey import Survey
-from adaptive.policy import EncoderExit, LocalAttention, Plan, Policy
+from adaptive.policy import EncoderExit, Exact, LocalAttention, Plan, Policy
 from adaptive.policy.plan import DENSE, GLOBAL_LOCAL, LOCAL, STOCK
 
 
@@ -56,6 +56,8 @@ def generation_problems(
     """Why the model cannot generate as the policies say."""
     found = []
     every = [p for each in policies for p in (each.policies if isinstance(each, Plan) else (each,))]
+    if survey.exact_only and (names := [type(p).__name__ for p in every if type(p) is not Exact]):
+        return [f"{', '.join(names)} does not fit {survey.family}: {survey.exact_only}"]
     for policy in every:
         if isinstance(policy, EncoderExit):
             found += _exit_problems(root, survey)

@@ -14,6 +14,7 @@ from adaptive import _native
 from adaptive.errors import PatchConflict
 from adaptive.layers.hf_linear import LinearForward
 from adaptive.layers.report import Report, report
+from adaptive.layers.sparse_ffn import SparseFfnForward
 from adaptive.layers.state import ENCODER, RECORD, STATE, PatchRecord
 from adaptive.layers.verify import Verification, verify, verify_encoder
 from adaptive.policy import Plan
@@ -119,6 +120,7 @@ class Patched:
         self._require_active("verify")
         record = self._record
         before, states = copy.copy(record), [copy.copy(state) for state in record.states]
+        before.switch = copy.copy(record.switch)  # which holds a counter, too
         start = _native.calls()
         self.reset_stats()
         enabled, record.enabled = record.enabled, True  # inside disabled(), too
@@ -175,7 +177,7 @@ class Patched:
 def _is_touched(module: nn.Module) -> bool:
     known = module.__dict__
     marked = STATE in known or RECORD in known
-    return marked or isinstance(known.get("forward"), LinearForward)
+    return marked or isinstance(known.get("forward"), LinearForward | SparseFfnForward)
 
 
 def _minus(calls: dict[str, int], other: dict[str, int], sign: int = -1) -> dict[str, int]:
