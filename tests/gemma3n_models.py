@@ -1,10 +1,9 @@
 """A tiny random Gemma 3n: two layers with sparse FFNs, two that share keys and values."""
 
 import torch
+from models import PAD, VOCABULARY
 from transformers import AutoModelForCausalLM
 from transformers.models.gemma3n.configuration_gemma3n import Gemma3nTextConfig
-
-from models import PAD, VOCABULARY
 
 SPARSE_LAYERS = 2
 FIELDS = {

@@ -166,7 +166,7 @@ BAD = {
     "neurons of down": ((A, X, UP, DOWN[1:]), ValueError, "down must have size 50 in dimension 0"),
     "width of up": ((A, X, UP[:, :56], DOWN), ValueError, "up must have size 64 in dimension 1"),
     "24 features": (
-        (A, X[:, :24], UP[:, :24], DOWN), ValueError, r"input must have a multiple of 8.*\[2, 24\]"),
+        (A, X[:, :24], UP[:, :24], DOWN), ValueError, r"input must have a multiple.*\[2, 24\]"),
     "36 out": ((A, X, UP, DOWN[:, :36]), ValueError, r"down must have a multiple of 8.*\[50, 36\]"),
     "rank 1": ((A[0], X, UP, DOWN), ValueError, r"activations must have 2 dimensions.*\[50\]"),
     "float64": ((A.double(), X.double(), UP, DOWN), TypeError, "activations must be float32 or"),
