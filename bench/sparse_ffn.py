@@ -70,7 +70,8 @@ def forms(mlp: Any, x: Tensor) -> tuple[dict[str, Callable[[], Tensor]], Tensor,
         weighed = activations.index_select(1, active) * functional.linear(
             rows, up.index_select(0, active)
         )
-        return (weighed @ down.index_select(0, active)).view(x.shape)
+        made: Tensor = weighed @ down.index_select(0, active)
+        return made.view(x.shape)
 
     activations = ours.activations(mlp, rows)
     wide = [t.double() for t in (activations, rows, up, down)]

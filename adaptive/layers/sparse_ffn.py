@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from adaptive.layers.changes import ChangeLog
 from adaptive.layers.fingerprint import source_of
-from adaptive.ops import sparse_row_ffn
+from adaptive.ops.sparse_row_ffn import sparse_row_ffn
 
 _MIB = 1 << 20
 
@@ -99,11 +99,8 @@ class SparseFfnForward:
         """Return what the FFN's own forward does, of the active neurons alone where that pays."""
         ffn: Any = self._ffn()
         assert ffn is not None  # it is what calls
-        if (
-            torch.compiler.is_compiling()
-            or not self.switch.on
-            or not self.takes(ffn, hidden_states)
-        ):
+        stock = torch.compiler.is_compiling() or not self.switch.on
+        if stock or not self.takes(ffn, hidden_states):
             return type(ffn).forward(ffn, hidden_states)  # type: ignore[no-any-return]
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         activations = self.activations(ffn, rows)

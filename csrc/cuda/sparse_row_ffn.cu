@@ -27,6 +27,7 @@ struct SparseProblem {
   SparseRowFfnArgs args;
   bool wide_input, wide_up, wide_down;  // rows start on 16-byte boundaries
   float* sums;                          // [parts, rows, out_features]
+  int64_t parts;
 };
 
 /// The neurons of a block that some row needs.
@@ -155,7 +156,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 __global__ void __launch_bounds__(kThreads) add_parts(const __grid_constant__ SparseProblem p) {
   const SparseRowFfnArgs& a = p.args;
-  const int64_t size = a.rows * a.out_features, parts = a.parts(kNeurons);
+  const int64_t size = a.rows * a.out_features, parts = p.parts;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= size) return;
   float sum = 0.0f;
@@ -179,10 +180,13 @@ bool on_boundary(const void* base, int64_t stride, int64_t element_bytes) {
 
 template <class T>
 void launch(const SparseRowFfnArgs& a, float* sums, Stream stream) {
-  const SparseProblem p{a, on_boundary(a.input, a.input_stride, sizeof(T)),
+  const SparseProblem p{a,
+                        on_boundary(a.input, a.input_stride, sizeof(T)),
                         on_boundary(a.up, a.up_stride, sizeof(T)),
-                        on_boundary(a.down, a.down_stride, sizeof(T)), sums};
-  const dim3 parts(static_cast<unsigned>(a.parts(kNeurons)));
+                        on_boundary(a.down, a.down_stride, sizeof(T)),
+                        sums,
+                        a.parts(kNeurons)};
+  const dim3 parts(static_cast<unsigned>(p.parts));
   if (a.neurons > 0 && a.rows == 1) {
     simt::launch<multiply_active<T, 1>>("sparse_row_ffn", parts, dim3(kThreads), 0, stream, p);
   } else if (a.neurons > 0) {

@@ -132,7 +132,7 @@ def test_refusals_name_the_argument(sparse_ffn):
 
 MUTANTS = {
     "a neuron beyond the last": ("&& neuron < a.neurons", "&& neuron <= a.neurons"),
-    "places of the warp alone": ("for (int w = 0; w < warp; ++w) place", "for (; false;) place"),
+    "places of the warp alone": ("w < warp;", "w < 0;"),
     "the last warp not counted": (
         "w < kNeurons / kLanes; ++w) listed", "w < kNeurons / kLanes - 1; ++w) listed"),
     "no barrier before places": (
