@@ -52,7 +52,7 @@ def install(root: nn.Module, record: PatchRecord) -> None:
     names = [name for name, module in root.named_modules() if _gains(module)]
     if not names:
         return
-    record.sparse_ffn = SparseFfnLog(layers=len(names))
+    record.switch.sparse_ffn = SparseFfnLog(layers=len(names))
     for name in names:
         forward = Gemma3nForward(root.get_submodule(name), record.switch)
         record.log.set(root, name, "forward", forward)

@@ -206,7 +206,7 @@ def report(model: str, record: PatchRecord, native_calls: dict[str, int]) -> Rep
         speculation=copy.deepcopy(record.speculation),
         exits=copy.deepcopy(record.exits),
         encoder_exit=copy.deepcopy(record.encoder_exit_log),
-        sparse_ffn=held_bytes(record.sparse_ffn, record.log),
+        sparse_ffn=held_bytes(record.switch.sparse_ffn, record.log),
     )
 
 

@@ -58,7 +58,7 @@ class Switch:
     """Whether a patch is at work; what a module may hold of it without reaching the whole model."""
 
     on: bool = True
-    sparse_ffn: SparseFfnLog | None = None  # what FFNs of few active neurons did; None without one
+    sparse_ffn: SparseFfnLog | None = None  # what FFNs of few active neurons did, if there are any
 
 
 @dataclass(kw_only=True)
@@ -104,7 +104,6 @@ class PatchRecord:
         "speculation",
         "exits",
         "encoder_exit_log",
-        "sparse_ffn",
     )
 
     policies: tuple[Policy, ...]
@@ -145,15 +144,6 @@ class PatchRecord:
     def enabled(self, on: bool) -> None:
         self.switch.on = on
 
-    @property
-    def sparse_ffn(self) -> SparseFfnLog | None:
-        """As `Switch` says."""
-        return self.switch.sparse_ffn
-
-    @sparse_ffn.setter
-    def sparse_ffn(self, log: SparseFfnLog | None) -> None:
-        self.switch.sparse_ffn = log
-
     def note(self, text: str) -> None:
         """Count something that the report should say."""
         if torch.compiler.is_compiling():
@@ -177,11 +167,12 @@ class PatchRecord:
         self.forward_seconds = 0.0
         self.native_start = dict(native_calls)
         self.notes = {}
-        self.speculation = self.speculation and SpeculationLog()
-        self.exits = self.exits and ExitLog(layers=self.exits.layers)
-        self.sparse_ffn = self.sparse_ffn and SparseFfnLog(layers=self.sparse_ffn.layers)
-        if log := self.encoder_exit_log:
-            self.encoder_exit_log = EncoderExitLog(layers=log.layers)
+        if (ffns := self.switch.sparse_ffn) is not None:
+            self.switch.sparse_ffn = SparseFfnLog(layers=ffns.layers)
+        self.speculation = SpeculationLog() if self.speculation is not None else None
+        self.exits = ExitLog(layers=self.exits.layers) if self.exits is not None else None
+        if self.encoder_exit_log is not None:
+            self.encoder_exit_log = EncoderExitLog(layers=self.encoder_exit_log.layers)
 
 
 @dataclass(slots=True, kw_only=True)
