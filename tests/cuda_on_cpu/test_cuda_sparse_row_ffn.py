@@ -148,7 +148,7 @@ MUTANTS = {
     "input assumed dense": ("row * a.input_stride", "row * a.in_features"),
     "activations assumed dense": (
         "(a.activations) + row * a.activations_stride", "(a.activations) + row * a.neurons"),
-    "activation left out": ("simt::to_float(own[neuron]) * product", "product"),
+    "activation of another neuron": ("own[neuron]", "own[begin]"),
     "weights of other rows": ("listed.weight[i][first + r]", "listed.weight[i][r]"),
     "all rows take part": (
         "if ((listed.rows[i] >> (first + r) & 1) == 0) continue;", ""),
