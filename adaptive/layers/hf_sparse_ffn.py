@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptive.layers.hf_linear import LinearForward, most_rows
+from adaptive.layers.hf_linear import is_plain, most_rows
 from adaptive.layers.sparse_ffn import SparseFfnForward, SparseFfnLog
 from adaptive.layers.state import PatchRecord
 from adaptive.layers.torch_guard import autocast_dtype, why_not_plain
@@ -21,7 +21,6 @@ MIN_SPARSITY = 0.75
 
 _CLASS = "Gemma3nTextMLP", "transformers.models.gemma3n.modeling_gemma3n"
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 class Gemma3nForward(SparseFfnForward):
@@ -73,15 +72,8 @@ def _gains(module: Any) -> bool:
 
 def _is_plain(ffn: Any) -> bool:
     """Whether the projections are linear layers without bias that nobody wrapped or watches."""
-    return all(_is_plain_linear(getattr(ffn, name)) for name in _PROJECTIONS)
-
-
-def _is_plain_linear(linear: Any) -> bool:
-    if type(linear) is not nn.Linear or linear.bias is not None:
-        return False
-    if any(getattr(linear, hooks) for hooks in _HOOKS):
-        return False
-    return isinstance(linear.__dict__.get("forward"), LinearForward | None)
+    linears = [getattr(ffn, name) for name in _PROJECTIONS]
+    return all(is_plain(linear) and linear.bias is None for linear in linears)
 
 
 def _fit(hidden_states: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> bool:

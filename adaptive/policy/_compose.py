@@ -13,6 +13,7 @@ _WHY = {
     frozenset({"EarlyExit", "SelfSpeculative"}): "both decode by passes of their own",
     frozenset({"Quest", "TidalDecode"}): "both choose the keys of the same heads",
     frozenset({"RazorAttention", "StreamingLLM"}): "both choose the window of the same heads",
+    frozenset({"SelfSpeculative", "TokenRouting"}): "both decide what of an FFN runs",
 }
 
 
