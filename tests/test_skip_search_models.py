@@ -149,7 +149,7 @@ def test_modules_that_do_nothing_are_found(monkeypatch):
     model = planted((2, 5), (3, 4))
     policy = adaptive.SelfSpeculative(skip="search", skip_ratio=1 / 3, draft=4)
     with adaptive.patch(model, policy) as patched:
-        for seed in range(4):
+        for seed in range(8):
             greedy(model, token_ids(1, seed=seed), 100)
         log = patched.report().speculation
     assert log.search.skip == ((2, 5), (3, 4))
