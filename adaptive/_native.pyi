@@ -35,6 +35,7 @@ def decode_attention(
     scale: float | None = None,
     softcap: float = 0.0,
     causal: bool = True,
+    cache_rows: Tensor | None = None,
 ) -> int: ...
 def exit_confidence(
     tokens: Tensor,
@@ -47,6 +48,7 @@ def exit_confidence(
     bias: Tensor | None = None,
     scale: float = 1.0,
     softcap: float = 0.0,
+    weight_scales: Tensor | None = None,
 ) -> int: ...
 def gather_attention(
     out: Tensor,
@@ -134,6 +136,7 @@ def skinny_linear(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
+    weight_scales: Tensor | None = None,
 ) -> int: ...
 def sum_tokens(
     sums: Tensor,

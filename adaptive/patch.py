@@ -14,7 +14,13 @@ from adaptive.layers import hf_linear
 from adaptive.layers.fingerprint import fingerprint
 from adaptive.layers.state import RECORD, STATE, LayerState, PatchRecord
 from adaptive.layers.survey import Survey
-from adaptive.patch_checks import generation_problems, is_encoder, modes_of, plan_problems
+from adaptive.patch_checks import (
+    generation_problems,
+    is_encoder,
+    modes_of,
+    plan_problems,
+    turned_layers,
+)
 from adaptive.patched import Patched
 from adaptive.policy import Exact, ModelShape, Plan, Policy
 
@@ -116,8 +122,9 @@ def patch(model: nn.Module, *policies: Policy | Plan, exact_linear: bool = True)
 def check(model: nn.Module, *policies: Policy | Plan) -> Support:
     """Say whether `patch` would work on ``model``, what is missing, and what would help.
 
-    Changes nothing, runs nothing, and does not raise for a model that is not supported, nor for
-    policies or a plan that do not fit it: those are problems that it reports.
+    Changes nothing, runs nothing but a few single tokens for a policy that rebases positions (to
+    measure how the model rotates its keys), and does not raise for a model that is not supported,
+    nor for policies or a plan that do not fit it: those are problems that it reports.
 
     Raises:
         TypeError: An argument is no model, policy or plan; or there is a plan beside others.
@@ -170,6 +177,8 @@ def examine(
             problems = plan_problems(survey, {m for p in policies for m in modes_of(p)})
             problems += generation_problems(root, survey, policies)
             plan = _plan(root, survey.shape, policies) if not problems else None
+            survey, more = _with_rotations(root, survey, plan)
+            problems += more
         except ValueError as misfit:  # a PlanMismatch, or a policy's own
             plan, error = misfit, type(misfit)
             problems = [str(misfit).removeprefix("adaptive: ")]
@@ -242,6 +251,19 @@ def _nothing(root: nn.Module, problem: str) -> Survey:
     kind = getattr(getattr(root, "config", None), "model_type", type(root).__name__)
     shape = ModelShape(model_type=str(kind), heads=(), kv_heads=(), head_dim=())
     return Survey(family="unknown", shape=shape, problems=(problem,))
+
+
+def _with_rotations(root: nn.Module, survey: Survey, plan: Plan | None) -> tuple[Survey, list[str]]:
+    """Add how layers rotate their keys, if the plan must know; also, what is in the way."""
+    layers = turned_layers(plan) if plan is not None else []
+    if not layers:
+        return survey, []
+    from adaptive.layers import hf_rotation
+
+    names = [site.name for site in survey.sites]
+    found, problem = hf_rotation.measure(root, survey.base, names, layers)
+    words = "LocalAttention(positions='rebased') does not fit: "
+    return replace(survey, extra=found), [words + problem] if problem else []
 
 
 def _install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from torch import nn
 
 from adaptive.layers.changes import own_forward
+from adaptive.layers.head_copy import can_copy
 from adaptive.layers.state import ENCODER
 from adaptive.layers.survey import Survey
-from adaptive.policy import EncoderExit, Plan, Policy
-from adaptive.policy.plan import DENSE, GLOBAL_LOCAL, STOCK
+from adaptive.policy import EncoderExit, LocalAttention, Plan, Policy
+from adaptive.policy.plan import DENSE, GLOBAL_LOCAL, LOCAL, STOCK
 
 
 def modes_of(policy: Policy | Plan) -> set[str]:
@@ -42,6 +43,13 @@ def plan_problems(survey: Survey, modes: set[str]) -> list[str]:
     return []
 
 
+def turned_layers(plan: Plan) -> list[int]:
+    """Layers with heads that see tokens at other positions than those of the text."""
+    if not any(isinstance(policy, LocalAttention) and policy.turns for policy in plan.policies):
+        return []
+    return [layer for layer, row in enumerate(plan.rows) if LOCAL in row]
+
+
 def generation_problems(
     root: nn.Module, survey: Survey, policies: Sequence[Policy | Plan]
 ) -> list[str]:
@@ -58,10 +66,15 @@ def generation_problems(
             found.append(f"{name} does not fit: it needs a decoder of transformers")
         elif not survey.base or not hasattr(root, "generate"):
             found.append(f"{name} needs a model that generates (...ForCausalLM), not a bare one")
-        elif getattr(policy, "draft_vocabulary", None) and not _has_plain_head(root):
-            found.append(f"{name}.draft_vocabulary needs an LM head that is a plain nn.Linear")
+        elif (needs := _needs_plain_head(policy)) and not _has_plain_head(root):
+            found.append(f"{name}.{needs} needs an LM head that is a plain nn.Linear")
+        elif needs == "draft_head" and not can_copy(width := _head_width(root)):
+            rule = f"an LM head whose width is a multiple of 32, got {width}"
+            found.append(f"{name}.draft_head needs {rule}")
         elif getattr(policy, "skip", None) and len(survey.mlps) != len(survey.layers):
             found.append(f"{name}.skip does not fit: some layers have no MLP that is known")
+        else:
+            found += _own_forwards(root, name, [*survey.layers, *survey.mlps])
     return found
 
 
@@ -69,11 +82,29 @@ def _exit_problems(root: nn.Module, survey: Survey) -> list[str]:
     """Why sequences cannot leave the model's layers early."""
     if not is_encoder(survey):
         return ["EncoderExit does not fit: it is for encoders of transformers, and this is none"]
+    return _own_forwards(root, "EncoderExit", survey.layers)
+
+
+def _own_forwards(root: nn.Module, policy: str, modules: Sequence[str]) -> list[str]:
+    """Why layers cannot be left out: the first whose forward would be replaced, and is no class's.
+
+    accelerate and others wrap forwards; to call the class's instead would drop what they do.
+    """
     return [
-        f"EncoderExit does not fit: {name!r} has a forward of its own, set by someone else"
-        for name in survey.layers
+        f"{policy} does not fit: {name!r} has a forward of its own, set by someone else"
+        for name in modules
         if own_forward(root.get_submodule(name)) is not None
     ][:1]
+
+
+def _needs_plain_head(policy: Policy | Plan) -> str:
+    """The field of the policy that takes the LM head apart; "" if none does."""
+    fields = ("draft_head", "draft_vocabulary")
+    return next((field for field in fields if getattr(policy, field, None)), "")
+
+
+def _head_width(root: nn.Module) -> int:
+    return int(root.get_output_embeddings().weight.shape[1])  # type: ignore[operator]
 
 
 def _has_plain_head(root: nn.Module) -> bool:

@@ -164,6 +164,7 @@ class Patched:
             )
         self._last = self.report()
         log.undo(self._root)
+        self._record.head_copy = None  # this handle may live on
         return self.model
 
     def _require_active(self, verb: str) -> None:

@@ -146,15 +146,16 @@ def cells(options: argparse.Namespace) -> list[Cell]:
     """Everything to measure, the most wanted first: sizes by sweep, then dtypes."""
     found = []
     for name, op in sorted(OPS.items()):
-        suite = suite_for(op)
-        sweep = suite.cuda_sweep if options.device == "cuda" else suite.sweep
-        for sizes, dtype in product(sweep or op.models, options.dtype):
-            wanted = (
-                options.tokens is None
-                or sizes.get("capacity", sizes.get("tokens")) in options.tokens
-            )
-            if (options.op is None or name in options.op) and wanted:
-                found.append(Cell(op, suite, sizes, dtype))
+        whole = suite_for(op)
+        for suite in (whole, *whole.others):
+            sweep = suite.cuda_sweep if options.device == "cuda" else suite.sweep
+            for sizes, dtype in product(sweep or op.models, options.dtype):
+                wanted = (
+                    options.tokens is None
+                    or sizes.get("capacity", sizes.get("tokens")) in options.tokens
+                ) and (options.group is None or sizes.get("group", 0) in options.group)
+                if (options.op is None or name in options.op) and wanted:
+                    found.append(Cell(op, suite, sizes, dtype))
     return found
 
 
@@ -226,6 +227,7 @@ def arguments() -> argparse.ArgumentParser:
         "--dtype", nargs="+", default=["bfloat16", "float32"], choices=sorted(TOLERANCE)
     )
     parser.add_argument("--tokens", nargs="+", type=int, help="only these cache capacities")
+    parser.add_argument("--group", nargs="+", type=int, help="only int8 weights in these groups")
     parser.add_argument(
         "--threads", nargs="+", type=int, default=sorted({1, torch.get_num_threads()})
     )

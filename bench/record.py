@@ -18,10 +18,13 @@ ROW_FIELDS: dict[str, frozenset[str]] = {
     "models": frozenset({"model", "context", "dtype", "threads", "kv_bytes", "variants"}),
     "prefill": frozenset({"heads", "tokens", "dtype", "threads", "variants", "split_ms"}),
     "early_exit": frozenset({"criterion", "threshold", "exits", "mean_depth", "tasks"}),
+    "early_exit_rows": frozenset({"model", "criterion", "threshold", "exits", "variants"}),
     "quality_prefill": frozenset({"policy", "choice", "context", "scores_share", "tasks"}),
     "prompts": frozenset({"model", "tokens", "dtype", "threads", "layers", "variants"}),
     "speculation_shape": frozenset({"what", "text", "exit_layer", "variants"}),
+    "speculation_head": frozenset({"what", "text", "draft", "exit_layer", "variants"}),
     "speculation": frozenset({"what", "text", "batch", "variants"}),
+    "skip_search": frozenset({"what", "text", "batch", "found", "variants"}),
     "quality": frozenset({"policy", "budget", "context", "kv_read_share", "tasks"}),
     "block_transformer": frozenset(
         {"model", "batch", "prompt_tokens", "new_tokens", "threads", "variants", "speedup"}
@@ -34,7 +37,9 @@ VARIANT_FIELDS: dict[str, frozenset[str]] = {
     "encoders": frozenset({"ms", "ms_min", "clean", "dropped", "error", "computed_share"}),
     "models": frozenset({"ms", "ms_min", "clean", "dropped", "error", "argmax_agreement"}),
     "speculation_shape": frozenset({"ms", "clean", "speedup", "by_bytes"}),
+    "speculation_head": frozenset({"ms", "clean", "speedup", "against_whole", "head_bytes"}),
     "speculation": frozenset({"ms", "clean", "speedup", "same_tokens"}),
+    "skip_search": frozenset({"ms", "clean", "speedup", "same_tokens"}),
     "prompts": frozenset({"ms", "ms_min", "clean", "dropped", "error", "speedup"}),
     "block_transformer": frozenset(
         {"batch", "kv_bytes", "prefill_s", "decode_tokens_per_s", "tokens_per_s", "error"}

@@ -5,7 +5,7 @@ its own ``models`` sizes, so a new op is benchmarked from the day it is declared
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class Suite:
         moved_bytes: Bytes that the op has to move for these arguments; None: all of them.
         place: Puts the arguments where users have them; None: anywhere.
         pick: What of the op's outputs is compared with the truth.
+        others: Suites of the same op for arguments of another kind, measured after this one.
     """
 
     forms: Mapping[str, Form]
@@ -50,6 +51,7 @@ class Suite:
     moved_bytes: Callable[..., int] | None = None
     place: Callable[..., tuple[Any, ...]] | None = None
     pick: Callable[[Any], Tensor] = first
+    others: "Sequence[Suite]" = ()
 
     def moved(self, arguments: Sequence[object], result: Tensor) -> int:
         """Bytes read and written by one call."""
@@ -142,12 +144,13 @@ def suite_for(op: Op[..., Any]) -> Suite:
     """The op's suite, or one that compares it with its own reference."""
     from bench.stock_draft import SUITES as DRAFT  # which use this module
     from bench.stock_exit import SUITES as EXIT
+    from bench.stock_int8 import SUITES as INT8
     from bench.stock_linear import SUITES as LINEAR
     from bench.stock_local import SUITES as LOCAL
     from bench.stock_sparse import SUITES as SPARSE
 
     if op.name in (suites := {**SUITES, **SPARSE, **LINEAR, **LOCAL, **EXIT, **DRAFT}):
-        return suites[op.name]
+        return replace(suites[op.name], others=INT8.get(op.name, ()))
     return Suite(
         forms={"reference": lambda *a: first(op.reference(*a))}, truth=_as_double(op.reference)
     )

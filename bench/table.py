@@ -16,6 +16,7 @@ from bench.record import load
 from bench.table_encoders import encoder_exit_table, encoders_quality_table, encoders_table
 from bench.table_local import local_ops_table, prompts_table
 from bench.table_prefill import prefill_table, quality_prefill_table
+from bench.table_skip_search import skip_search_table
 from bench.table_sparse import quality_table, sparse_models_table, sparse_ops_table
 from bench.table_speculation import forced_table, speculation_table
 from bench.table_zoo import block_transformer_table
@@ -154,6 +155,7 @@ TABLES: dict[str, tuple[str, Callable[[Document], str]]] = {
     "prompts": ("prompts", prompts_table),
     "quality": ("quality", quality_table),
     "quality_prefill": ("quality_prefill", quality_prefill_table),
+    "skip_search": ("skip_search", skip_search_table),
     "speculation": ("speculation", speculation_table),
     "speculation_forced": ("speculation_shape", forced_table),
     "sparse_models": ("models", sparse_models_table),

@@ -79,6 +79,24 @@ const int32_t* check_lengths(const Check& check, const TensorView& lengths, int6
   return values;
 }
 
+const int64_t* check_cache_rows(const Check& check, const TensorView& rows, int64_t batch,
+                                int64_t cache_batch, const TensorView& like) {
+  check.tensor(rows, "cache_rows", 1);
+  check.same_device(rows, "cache_rows", like);
+  check.dtype(rows, "cache_rows", {DType::kInt64});
+  check.size(rows, "cache_rows", 0, batch);
+  check.last_contiguous(rows, "cache_rows");
+  const int64_t* values = rows.data<int64_t>();
+  if (rows.tensor.device.type != dlpack::kCpu) return values;  // the CUDA kernel looks itself
+  for (int64_t row = 0; row < batch; ++row) {
+    if (values[row] < 0 || values[row] >= cache_batch) {
+      check.fail(PyExc_IndexError, ("cache_rows[" + std::to_string(row) + "]").c_str(),
+                 "be in 0.." + std::to_string(cache_batch - 1), std::to_string(values[row]));
+    }
+  }
+  return values;
+}
+
 DecodeAttentionArgs attention_args(const Check& check, const AttentionInputs& inputs) {
   const TensorView &query = inputs.query, &key = inputs.key;
   check.tensor(query, "query", 4);
@@ -98,7 +116,9 @@ DecodeAttentionArgs attention_args(const Check& check, const AttentionInputs& in
     check.fail(PyExc_ValueError, "query", "have at most 16 query tokens", check.shape(query));
   }
   check_head_dim(check, query, "query");
-  check.size(key, "key", 0, args.batch);
+  const bool chosen = inputs.cache_rows != nullptr && inputs.cache_rows->given();
+  args.cache_batch = chosen ? key.size(0) : args.batch;
+  check.size(key, "key", 0, args.cache_batch);
   check.size(key, "key", 3, args.head_dim);
   if (inputs.value != nullptr) {
     for (int axis = 0; axis < 4; ++axis) check.size(*inputs.value, "value", axis, key.size(axis));
@@ -113,6 +133,10 @@ DecodeAttentionArgs attention_args(const Check& check, const AttentionInputs& in
   args.softcap = check_softcap(check, inputs.softcap);
 
   args.lengths = check_lengths(check, inputs.lengths, args.batch, args.capacity, query);
+  if (chosen) {
+    args.cache_rows =
+        check_cache_rows(check, *inputs.cache_rows, args.batch, args.cache_batch, query);
+  }
   if (inputs.mask.given()) {
     check.tensor(inputs.mask, "mask", -1);
     check.same_device(inputs.mask, "mask", query);

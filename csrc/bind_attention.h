@@ -29,6 +29,7 @@ struct AttentionInputs {
   pybind11::handle scale;
   pybind11::handle softcap;
   pybind11::handle causal;
+  const TensorView* cache_rows = nullptr;  // of decode_attention alone
 };
 
 /// Checks them, and fills all of DecodeAttentionArgs but out, lse and workspace.
@@ -56,6 +57,11 @@ void check_head_dim(const Check& check, const TensorView& view, const char* name
 /// Checks `lengths` and returns its data; null if it is not given.
 const int32_t* check_lengths(const Check& check, const TensorView& lengths, int64_t batch,
                              int64_t capacity, const TensorView& like);
+
+/// Checks `rows`, [batch] in 0..cache_batch - 1 (on CUDA the kernel looks for itself), and returns
+/// its data.
+const int64_t* check_cache_rows(const Check& check, const TensorView& rows, int64_t batch,
+                                int64_t cache_batch, const TensorView& like);
 
 /// Where rows are cut into sequences.
 struct Cuts {

@@ -15,10 +15,10 @@ namespace py = pybind11;
 int64_t decode_attention(const TensorView& out, const TensorView& lse, const TensorView& workspace,
                          const TensorView& query, const TensorView& key, const TensorView& value,
                          const TensorView& lengths, const TensorView& mask, py::handle scale,
-                         py::handle softcap, py::handle causal) {
+                         py::handle softcap, py::handle causal, const TensorView& cache_rows) {
   const Check check("decode_attention");
-  DecodeAttentionArgs args =
-      attention_args(check, {query, key, &value, lengths, mask, scale, softcap, causal});
+  DecodeAttentionArgs args = attention_args(
+      check, {query, key, &value, lengths, mask, scale, softcap, causal, &cache_rows});
   set_attention_outputs(check, &out, lse, query, args);
   if (lse.numel() == 0) return 0;
   return launch(
@@ -37,7 +37,7 @@ void bind_decode_attention(py::module_& m) {
   m.def("decode_attention", &decode_attention, py::arg("out"), py::arg("lse"), py::arg("workspace"),
         py::arg("query"), py::arg("key"), py::arg("value"), py::arg("lengths") = py::none(),
         py::arg("mask") = py::none(), py::arg("scale") = py::none(), py::arg("softcap") = 0.0,
-        py::arg("causal") = true);
+        py::arg("causal") = true, py::arg("cache_rows") = py::none());
 }
 
 }  // namespace adaptive

@@ -21,10 +21,10 @@ float* float_output(const Check& check, const TensorView& output, const char* na
 int64_t exit_confidence(const TensorView& tokens, const TensorView& top, const TensorView& lse,
                         const TensorView& entropy, const TensorView& workspace,
                         const TensorView& hidden, const TensorView& weight, const TensorView& bias,
-                        py::handle scale, py::handle softcap) {
+                        py::handle scale, py::handle softcap, const TensorView& weight_scales) {
   const Check check("exit_confidence");
   ExitConfidenceArgs args{};
-  args.linear = linear_args(check, hidden, "hidden", weight, bias);
+  args.linear = linear_args(check, hidden, "hidden", weight, bias, weight_scales);
   if (args.linear.out_features == 0) {
     check.fail(PyExc_ValueError, "weight", "have a row for each token of a vocabulary",
                check.shape(weight));
@@ -58,7 +58,8 @@ int64_t exit_confidence(const TensorView& tokens, const TensorView& top, const T
 void bind_exit_confidence(py::module_& m) {
   m.def("exit_confidence", &exit_confidence, py::arg("tokens"), py::arg("top"), py::arg("lse"),
         py::arg("entropy"), py::arg("workspace"), py::arg("hidden"), py::arg("weight"),
-        py::arg("bias") = py::none(), py::arg("scale") = 1.0, py::arg("softcap") = 0.0);
+        py::arg("bias") = py::none(), py::arg("scale") = 1.0, py::arg("softcap") = 0.0,
+        py::arg("weight_scales") = py::none());
 }
 
 }  // namespace adaptive

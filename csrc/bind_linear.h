@@ -10,6 +10,7 @@ namespace adaptive {
 
 /// Checks them, messages calling the input `name`, and fills all of SkinnyLinearArgs but out.
 SkinnyLinearArgs linear_args(const Check& check, const TensorView& input, const char* name,
-                             const TensorView& weight, const TensorView& bias);
+                             const TensorView& weight, const TensorView& bias,
+                             const TensorView& weight_scales);
 
 }  // namespace adaptive

@@ -10,12 +10,36 @@ namespace {
 
 namespace py = pybind11;
 
-constexpr int64_t kMaxRows = 16, kMinFeatures = 32, kFeatureStep = 8;
+constexpr int64_t kMaxRows = 16, kMinFeatures = 32, kFeatureStep = 8, kMinGroup = 32;
+
+/// Fills in how int8 weights are scaled; `args` knows the sizes of the layer.
+void scale_weight(const Check& check, const TensorView& weight, const TensorView& scales,
+                  SkinnyLinearArgs& args) {
+  const char* name = "weight_scales";
+  check.dtype(weight, "weight", {DType::kInt8});
+  check.tensor(scales, name, 2);
+  check.dtype(scales, name, {DType::kFloat32});
+  check.same_device(scales, name, weight);
+  check.size(scales, name, 0, args.out_features);
+  const int64_t groups = scales.size(1);
+  const int64_t group = groups > 0 ? args.in_features / groups : 0;
+  if (group < kMinGroup || (group & (group - 1)) != 0 || group * groups != args.in_features) {
+    check.fail(PyExc_ValueError, name,
+               "have one column for each group of 32, 64 or another power of two of the " +
+                   std::to_string(args.in_features) + " features",
+               check.shape(scales));
+  }
+  check.last_contiguous(scales, name);
+  args.weight_scales = scales.data<float>();
+  args.scales_stride = scales.stride(0);
+  args.group = group;
+}
 
 }  // namespace
 
 SkinnyLinearArgs linear_args(const Check& check, const TensorView& input, const char* name,
-                             const TensorView& weight, const TensorView& bias) {
+                             const TensorView& weight, const TensorView& bias,
+                             const TensorView& weight_scales) {
   check.tensor(input, name, 2);
   check.tensor(weight, "weight", 2);
   SkinnyLinearArgs args{};
@@ -31,7 +55,11 @@ SkinnyLinearArgs linear_args(const Check& check, const TensorView& input, const 
                check.shape(input));
   }
   check.size(weight, "weight", 1, args.in_features);
-  check.dtype(weight, "weight", {args.dtype});
+  if (weight_scales.given()) {
+    scale_weight(check, weight, weight_scales, args);
+  } else {
+    check.dtype(weight, "weight", {args.dtype});
+  }
   check.same_device(weight, "weight", input);
   check.last_contiguous(input, name);
   check.last_contiguous(weight, "weight");
@@ -53,9 +81,10 @@ SkinnyLinearArgs linear_args(const Check& check, const TensorView& input, const 
 namespace {
 
 int64_t skinny_linear(const TensorView& out, const TensorView& workspace, const TensorView& input,
-                      const TensorView& weight, const TensorView& bias) {
+                      const TensorView& weight, const TensorView& bias,
+                      const TensorView& weight_scales) {
   const Check check("skinny_linear");
-  SkinnyLinearArgs args = linear_args(check, input, "input", weight, bias);
+  SkinnyLinearArgs args = linear_args(check, input, "input", weight, bias, weight_scales);
   check.tensor(out, "out", 2);
   check.size(out, "out", 0, args.rows);
   check.size(out, "out", 1, args.out_features);
@@ -74,7 +103,7 @@ int64_t skinny_linear(const TensorView& out, const TensorView& workspace, const 
 
 void bind_skinny_linear(py::module_& m) {
   m.def("skinny_linear", &skinny_linear, py::arg("out"), py::arg("workspace"), py::arg("input"),
-        py::arg("weight"), py::arg("bias") = py::none());
+        py::arg("weight"), py::arg("bias") = py::none(), py::arg("weight_scales") = py::none());
 }
 
 }  // namespace adaptive

@@ -11,6 +11,6 @@ namespace adaptive {
 
 using Stream = CUstream_st*;
 
-enum class DType : int32_t { kFloat32, kFloat16, kBfloat16, kBool, kInt32, kInt64 };
+enum class DType : int32_t { kFloat32, kFloat16, kBfloat16, kBool, kInt32, kInt64, kInt8 };
 
 }  // namespace adaptive

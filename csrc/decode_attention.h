@@ -8,7 +8,8 @@
 // if causality admits it (s <= length[b] - query_tokens + t) and if the mask does not exclude it.
 // In a token tree (parents is given; tree_attention.h) ancestry takes the place of causality.
 // A query without any key gives zeros and lse = -inf. Keys that no query of a row may see are never
-// read, so whatever lies in unused slots (NaN too) has no effect.
+// read, so whatever lies in unused slots (NaN too) has no effect. With cache_rows, row b of the
+// query reads row cache_rows[b] of key and value; lengths and mask go with the query.
 
 #pragma once
 
@@ -22,14 +23,15 @@ namespace adaptive {
 /// key, value and out is contiguous. `group` is heads / kv_heads.
 struct DecodeAttentionArgs {
   const void* query;       // [batch, heads, query_tokens, head_dim], dtype
-  const void* key;         // [batch, kv_heads, capacity, head_dim], dtype
-  const void* value;       // [batch, kv_heads, capacity, head_dim], dtype
+  const void* key;         // [cache_batch, kv_heads, capacity, head_dim], dtype
+  const void* value;       // [cache_batch, kv_heads, capacity, head_dim], dtype
   const int32_t* lengths;  // [batch], each in 0..capacity; null: all rows are `capacity` long
   const void* mask;        // [batch, heads, query_tokens, capacity], stride 0 broadcasts; or null
   const int64_t* parents;  // [batch, query_tokens], contiguous, each in -1..i-1; null: no tree
-  float* out;              // [batch, heads, query_tokens, head_dim]
-  float* lse;              // [batch, heads, query_tokens], contiguous
-  void* workspace;         // CUDA: partial results of the splits; CPU: null
+  const int64_t* cache_rows;  // [batch], contiguous, each in 0..cache_batch-1; null: row b is b
+  float* out;                 // [batch, heads, query_tokens, head_dim]
+  float* lse;                 // [batch, heads, query_tokens], contiguous
+  void* workspace;            // CUDA: partial results of the splits; CPU: null
   int64_t workspace_bytes;
 
   DType dtype;    // of query, key and value: float32, float16 or bfloat16
@@ -41,7 +43,8 @@ struct DecodeAttentionArgs {
   int64_t kv_heads;
   int64_t query_tokens;  // 1..16
   int64_t capacity;
-  int64_t head_dim;  // 32..256, a multiple of 8
+  int64_t head_dim;     // 32..256, a multiple of 8
+  int64_t cache_batch;  // batch, unless cache_rows is given
 
   int64_t query_stride[3];  // batch, head, token
   int64_t key_stride[3];    // batch, head, token

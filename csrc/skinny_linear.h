@@ -10,7 +10,7 @@ namespace adaptive {
 
 struct SkinnyLinearArgs {
   const void* input;    // [rows, in_features], dtype, last contiguous
-  const void* weight;   // [out_features, in_features], dtype, last contiguous
+  const void* weight;   // [out_features, in_features], dtype or int8, last contiguous
   const void* bias;     // [out_features], dtype, contiguous; null: none
   void* out;            // [rows, out_features], dtype, contiguous
   DType dtype;          // float32, float16 or bfloat16
@@ -19,6 +19,10 @@ struct SkinnyLinearArgs {
   int64_t out_features;
   int64_t input_stride;   // of a row
   int64_t weight_stride;  // of a row
+  // Of int8 weights: one factor for each `group` neighbouring weights of a row. Null: of dtype.
+  const float* weight_scales;  // [out_features, in_features / group], last contiguous
+  int64_t scales_stride;       // of a row
+  int64_t group;               // a power of two from 32 on that divides in_features
 };
 
 namespace cpu {

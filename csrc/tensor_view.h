@@ -69,6 +69,7 @@ inline const char* dtype_name(DType type) {
     case DType::kBool: return "bool";
     case DType::kInt32: return "int32";
     case DType::kInt64: return "int64";
+    case DType::kInt8: return "int8";
   }
   return "?";
 }
@@ -82,6 +83,7 @@ inline bool has_dtype(const TensorView& view, DType type) {
     case DType::kBool: return code == dlpack::kBool && bits == 8;
     case DType::kInt32: return code == dlpack::kInt && bits == 32;
     case DType::kInt64: return code == dlpack::kInt && bits == 64;
+    case DType::kInt8: return code == dlpack::kInt && bits == 8;
   }
   return false;
 }

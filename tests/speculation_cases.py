@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from models import CONFIGS, greedy, make
+from models import CONFIGS, PAD, greedy, make
 
 import adaptive
 
@@ -52,3 +52,32 @@ def speculated(model, inputs, tokens=TOKENS, *, policy, **options):
     with adaptive.patch(model, adaptive.SelfSpeculative(**policy)) as patched:
         made = greedy(model, inputs, tokens, **options)
         return made, patched.report().speculation
+
+
+def check_sampling(policy, tokens):
+    """Chi-square of the last two of ``tokens`` tokens over many rows of one prompt; the log."""
+    model, rows = drafting("llama", vocab_size=16), 2000
+    prompt = torch.randint(3, 16, (1, 24), generator=torch.Generator().manual_seed(2))
+    counts = []
+    for chosen in ([], [adaptive.SelfSpeculative(**policy)]):
+        torch.manual_seed(11)
+        with adaptive.patch(model, *chosen) as patched:
+            made = model.generate(
+                prompt.repeat(rows, 1),
+                max_new_tokens=tokens,
+                do_sample=True,
+                temperature=3.0,
+                top_k=0,
+                pad_token_id=PAD,
+                eos_token_id=None,
+            )
+            log = patched.report().speculation
+        pairs = made[:, -2] * 16 + made[:, -1]
+        counts.append(torch.bincount(pairs, minlength=256).double())
+    ours, theirs = counts
+    often = ours + theirs >= 10
+    statistic = ((ours - theirs) ** 2 / (ours + theirs))[often].sum()
+    degrees = int(often.sum()) - 1
+    assert degrees > 20
+    assert statistic < degrees + 4 * (2 * degrees) ** 0.5  # four standard deviations
+    return log

@@ -4,8 +4,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import CONFIGS, PAD, greedy, padded, token_ids
-from speculation_cases import FORMS, LAYERS, TOKENS, drafting, model_of, plain, speculated
+from models import CONFIGS, greedy, padded, token_ids
+from speculation_cases import (
+    FORMS,
+    LAYERS,
+    TOKENS,
+    check_sampling,
+    drafting,
+    model_of,
+    plain,
+    speculated,
+)
 from transformers import DynamicCache, LogitsProcessor
 
 import adaptive
@@ -180,29 +189,5 @@ def test_a_stop_token_inside_a_draft_ends_the_row(draft):
 
 @pytest.mark.parametrize("policy", FORMS[:2], ids=str)
 def test_sampling_follows_the_models_distribution(policy):
-    """Chi-square of the fifth and sixth token over many rows of one prompt."""
-    model, rows = drafting("llama", vocab_size=16), 2000
-    prompt = torch.randint(3, 16, (1, 24), generator=torch.Generator().manual_seed(2))
-    counts = []
-    for chosen in ([], [adaptive.SelfSpeculative(**policy)]):
-        torch.manual_seed(11)
-        with adaptive.patch(model, *chosen) as patched:
-            made = model.generate(
-                prompt.repeat(rows, 1),
-                max_new_tokens=6,
-                do_sample=True,
-                temperature=3.0,
-                top_k=0,
-                pad_token_id=PAD,
-                eos_token_id=None,
-            )
-            if chosen:
-                assert 0.01 < patched.report().speculation.acceptance < 0.999
-        pairs = made[:, -2] * 16 + made[:, -1]
-        counts.append(torch.bincount(pairs, minlength=256).double())
-    ours, theirs = counts
-    often = ours + theirs >= 10
-    statistic = ((ours - theirs) ** 2 / (ours + theirs))[often].sum()
-    degrees = int(often.sum()) - 1
-    assert degrees > 20
-    assert statistic < degrees + 4 * (2 * degrees) ** 0.5  # four standard deviations
+    log = check_sampling(policy, tokens=6)
+    assert 0.01 < log.acceptance < 0.999

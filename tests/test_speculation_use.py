@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
+    GenerationConfig,
     LogitsProcessor,
     StaticCache,
     StoppingCriteria,
@@ -155,6 +156,29 @@ def test_what_cannot_be_done_is_refused_by_name(options, words):
             greedy(model, token_ids(1), **options)
         with patched.disabled():
             greedy(model, token_ids(1), 2)
+
+
+@pytest.mark.parametrize("field", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 3}], ids=str)
+def test_a_configuration_is_looked_at_however_it_is_given(field):
+    model = model_of("llama")
+    config = GenerationConfig(max_new_tokens=4, pad_token_id=0, **field)
+    adaptive.patch(model, adaptive.SelfSpeculative(exit_layer=2))
+    with adaptive.patched(model):
+        for args, given in (((config,), {}), ((), {"generation_config": config})):
+            with pytest.raises(NotImplementedError, match=next(iter(field))):
+                model.generate(token_ids(1), *args, **given)
+
+
+def test_arguments_by_position_are_heeded():
+    model = model_of("llama")
+    config = GenerationConfig(max_new_tokens=30, do_sample=False, pad_token_id=0)
+    want = plain(model, token_ids(1), 30, stopping_criteria=[After()])
+    adaptive.patch(model, adaptive.SelfSpeculative(exit_layer=2, draft=6))
+    with adaptive.patched(model):
+        made = model.generate(token_ids(1), config, None, [After()])
+        with pytest.raises(TypeError, match="multiple values"):
+            model.generate(token_ids(1), config, generation_config=config)
+    assert torch.equal(made, want)
 
 
 def test_a_static_cache_given_by_hand_is_refused():

@@ -7,9 +7,10 @@ works for every family, and a pass that runs all layers is the stock pass.
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -41,6 +42,8 @@ class Depth:
         keys_only: Whether layers that run only add keys and values to the cache, and pass the
             hidden states on.
         skips: Modules that give zeros instead of running.
+        seconds: Time in attention and in MLPs so far; None: not measured.
+        clock: What that is measured by.
     """
 
     layers: int
@@ -52,6 +55,8 @@ class Depth:
     leaving: Tensor | None = None
     keys_only: bool = False
     skips: Skips = (frozenset(), frozenset())
+    seconds: list[float] | None = None
+    clock: Callable[[], float] = perf_counter
 
     @contextmanager
     def run(self, begin: int, end: int, entering: Tensor | None = None) -> Iterator[None]:
@@ -71,6 +76,16 @@ class Depth:
             yield
         finally:
             self.skips = (frozenset(), frozenset())
+
+    @contextmanager
+    def timing(self, clock: Callable[[], float]) -> Iterator[list[float]]:
+        """Measure the time in attention and in MLPs inside the block, in seconds of ``clock``."""
+        self.clock = clock
+        self.seconds = [0.0, 0.0]
+        try:
+            yield self.seconds
+        finally:
+            self.seconds = None
 
     def take(self) -> Tensor:
         """Return what the last layer of the pass gave, and forget it."""
@@ -153,7 +168,13 @@ class SublayerForward(ModuleForward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, or return zeros of the shape of its input."""
         if self.index not in self.depth.skips[self.kind]:
-            return self._run(None, args, kwargs)
+            seconds = self.depth.seconds
+            if seconds is None:
+                return self._run(None, args, kwargs)
+            start = self.depth.clock()
+            out = self._run(None, args, kwargs)
+            seconds[self.kind] += self.depth.clock() - start
+            return out
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         return self._as_returned(torch.zeros_like(hidden))
 

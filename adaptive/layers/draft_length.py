@@ -8,10 +8,14 @@ sides are measured while decoding: how often a draft of a given confidence was r
 passes take.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 BINS = 8
 PRIOR_TRIALS = 4.0
+ADOPTED_TRIALS = 8.0
+"""How many trials the expected acceptance of other drafts counts."""
+
 DECAY = 0.995
 """How much a trial of acceptance counts after one more."""
 
@@ -148,7 +152,7 @@ class DraftLength:
 
     def accepts(self, confidence: float) -> float:
         """Expected share of right drafts among those with this confidence."""
-        b = min(int(confidence * BINS), BINS - 1)
+        b = _bin(confidence)
         return self.hits[b] / self.trials[b]
 
     @property
@@ -158,11 +162,20 @@ class DraftLength:
 
     def learn(self, confidence: float, right: bool) -> None:
         """Take in whether a checked draft was right."""
-        b = min(int(confidence * BINS), BINS - 1)
+        b = _bin(confidence)
         self.hits[b] = self.hits[b] * DECAY + right
         self.trials[b] = self.trials[b] * DECAY + 1
         self._right = self._right * DECAY + right
         self._checked = self._checked * DECAY + 1
+
+    def adopt(self, acceptance: float, draft_s: float) -> None:
+        """Begin anew with other drafts, of which that acceptance and time are expected."""
+        self.hits = [ADOPTED_TRIALS * acceptance] * BINS
+        self.trials = [ADOPTED_TRIALS] * BINS
+        self._right, self._checked = ADOPTED_TRIALS * acceptance, ADOPTED_TRIALS
+        self.draft = Average()
+        self.draft.add(draft_s)
+        self.off, self._pause = 0, OFF_STEPS
 
     def wants(self, made: int, reach: float, most: int) -> bool:
         """Whether to make one more draft.
@@ -219,10 +232,30 @@ class DraftLength:
         """Expected tokens per second with the best constant number of drafts."""
         if self.draft.value is None or self.verify.weight == 0:
             return 0.0
+        return self.rate(self.acceptance, self.draft.value, range(1, min(most, self.most) + 1))
+
+    def promise(self, acceptance: float, draft_s: float) -> float:
+        """Expected tokens per second with drafts of that acceptance and time."""
+        lengths = range(1, self.most + 1) if self.fixed is None else [self.fixed]
+        return self.rate(acceptance, draft_s, lengths)
+
+    def rate(self, acceptance: float, draft_s: float, lengths: Sequence[int]) -> float:
+        """Expected tokens per second with the best of some numbers of drafts.
+
+        Until a check was measured it is thought to take as long as a step without drafts.
+        """
         share, tokens, best = 1.0, 1.0, 0.0
-        for drafts in range(1, min(most, self.most) + 1):
-            share *= self.acceptance**self.together
+        known = self.verify.weight > 0
+        for drafts in range(1, max(lengths, default=0) + 1):
+            share *= acceptance**self.together
             tokens += share
-            seconds = drafts * self.draft.value + (self.closing.value or 0.0)
-            best = max(best, tokens / (seconds + self.verify.at(drafts + 1)))
+            if drafts in lengths:
+                check = self.verify.at(drafts + 1) if known else self.plain.value or 0.0
+                seconds = drafts * draft_s + (self.closing.value or 0.0) + check
+                best = max(best, tokens / seconds)
         return best
+
+
+def _bin(confidence: float) -> int:
+    """Where a confidence is counted; with the least of all, if logits of NaN left none."""
+    return min(int(confidence * BINS), BINS - 1) if confidence > 0 else 0

@@ -32,6 +32,10 @@ class Judge:
         self.policy = policy
         self._guesses: list[Tensor] = []
 
+    def keep(self, rows: Tensor) -> None:
+        """Of the rows judged so far go on with some: ``rows``, bool or numbers."""
+        self._guesses = [guesses[rows.to(guesses.device)] for guesses in self._guesses]
+
     def leaves(self, logits: Tensor, before: Tensor, after: Tensor) -> Tensor:
         """Which rows meet the criterion, ``[batch]``.
 

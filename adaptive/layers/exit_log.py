@@ -19,10 +19,12 @@ class ExitLog:
         exits: Tokens of unfinished rows by layers run before they were chosen; prompts left out.
         layer_passes: Calls of layers in those steps and between them, whatever number of tokens
             each was for, with audits and with what exited tokens needed later.
+        layer_tokens: Tokens that those calls were for, over all rows.
         catch_ups: Passes of later layers for exited tokens alone.
         audited: Tokens of exits that the whole model was asked about.
         agreed: Those where it had the same best token.
         seconds: Time in steps, and in what the end of a call needs.
+        row_exits: `exits` of each row of the last call.
     """
 
     layers: int = 0
@@ -32,10 +34,28 @@ class ExitLog:
     exit_steps: int = 0
     exits: dict[int, int] = field(default_factory=dict)
     layer_passes: int = 0
+    layer_tokens: int = 0
     catch_ups: int = 0
     audited: int = 0
     agreed: int = 0
     seconds: float = 0.0
+    row_exits: list[dict[int, int]] = field(default_factory=list)
+
+    def begin_call(self, batch: int) -> None:
+        """Count a call of generate on ``batch`` rows."""
+        self.calls += 1
+        self.row_exits = [{} for _ in range(batch)]
+
+    def count_pass(self, layers: int, tokens: int) -> None:
+        """Count a call of each of some layers, on so many tokens of all rows."""
+        self.layer_passes += layers
+        self.layer_tokens += layers * tokens
+
+    def count_exits(self, ran: int, rows: list[int]) -> None:
+        """Count a token of each of these rows that was chosen after ``ran`` layers."""
+        self.exits[ran] = self.exits.get(ran, 0) + len(rows)
+        for row in rows:
+            self.row_exits[row][ran] = self.row_exits[row].get(ran, 0) + 1
 
     @property
     def mean_depth(self) -> float | None:
@@ -56,8 +76,8 @@ class ExitLog:
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
         derived = {name: getattr(self, name) for name in ("mean_depth", "skipped", "agreement")}
-        exits = {str(ran): tokens for ran, tokens in sorted(self.exits.items())}
-        return {**asdict(self), "exits": exits, **derived}
+        rows = [_json(exits) for exits in self.row_exits]
+        return {**asdict(self), "exits": _json(self.exits), "row_exits": rows, **derived}
 
     def __str__(self) -> str:
         """Return lines for the report."""
@@ -72,3 +92,7 @@ class ExitLog:
         if self.audited:
             line += f"; {self.agreement:.0%} of {self.audited} audited as the whole model"
         return line
+
+
+def _json(exits: dict[int, int]) -> dict[str, int]:
+    return {str(ran): tokens for ran, tokens in sorted(exits.items())}

@@ -38,11 +38,12 @@ def fingerprint(root: nn.Module, shape: ModelShape) -> tuple[tuple[str, str], ..
             digest = hashes.setdefault(part, hashlib.sha256())
             digest.update(f"{own}{tuple(tensor.shape)}".encode())
             if type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point():
-                digest.update(_sample(tensor))
+                digest.update(sample(tensor))
     return tuple((part, digest.hexdigest()[:_DIGITS]) for part, digest in hashes.items())
 
 
-def _sample(tensor: Tensor) -> bytes:
+def sample(tensor: Tensor) -> bytes:
+    """`SAMPLES` elements of the tensor, evenly spread, in bfloat16."""
     count = tensor.numel()
     places = torch.arange(min(SAMPLES, count), device=tensor.device) * count
     flat = tensor.detach().reshape(-1)[places // max(min(SAMPLES, count), 1)]

@@ -22,7 +22,15 @@ from adaptive.layers import hf_encoder_attention as encoder
 from adaptive.layers.depth import KeysKept
 from adaptive.layers.head_split import HeadSplit
 from adaptive.layers.hf_cache import AdaptiveCacheLayer
-from adaptive.layers.hf_call import Call, attend_all, inputs_of, is_long, why_stock
+from adaptive.layers.hf_call import (
+    Call,
+    attend_all,
+    gathered,
+    inputs_of,
+    is_long,
+    rows_of,
+    why_stock,
+)
 from adaptive.layers.hf_mask import make_mask
 from adaptive.layers.hf_prefill import (
     attend_long,
@@ -168,8 +176,9 @@ def _attend(call: Call) -> Attended:
         block_sparse.refuse_compiling(state, tokens)
     pattern = None if torch.compiler.is_compiling() else pattern_of(call, tokens)
     reason = _why_stock(call, state, pattern, reduced)
-    if reduced:
-        _refuse_unreadable(reason)
+    _refuse_unreadable(state, reason, reduced, tokens)
+    if reason is not None or state.how is not None:
+        call = gathered(call)
     if torch.compiler.is_compiling():
         return _native(call, state, layer, pattern) if reason is None else _stock(call, state.how)
 
@@ -225,9 +234,11 @@ def _layer_of(call: Call) -> AdaptiveCacheLayer | None:
     return getattr(call.key, "adaptive_layer", None)
 
 
-def _refuse_unreadable(reason: str | None) -> None:
-    """Raise if a call on a reduced cache would need the stock function."""
-    if reason is not None:
+def _refuse_unreadable(state: LayerState, reason: str | None, reduced: bool, tokens: int) -> None:
+    """Raise if a call would need the stock function, which cannot do what the policy says."""
+    if reason is not None and not reduced:
+        local_heads.refuse_stock(state, reason, tokens)
+    elif reason is not None:
         raise NotImplementedError(
             "adaptive: this cache was reduced by a policy, and the stock attention that this call "
             f"needs ({reason}) cannot read it; start with a new cache"
@@ -267,15 +278,17 @@ def _native(
     elif state.how is not None and state.how.windowed:
         out = _windowed(with_stock_mask(call), state, layer, call.key.shape[2])
     else:
+        rows = rows_of(call)
         call = without_mask(call, pattern)
         inputs = inputs_of(call, call.key.shape[2])
         if state.how is not None:
             state.record.refuse_compiling()
             out = attend_whole(state, inputs, store)
         else:
-            out = attend_all(call, inputs, state)
-            kv_bytes = 2 * call.key.numel() * call.key.element_size()
-            state.count_read(call.key.shape[0] * call.key.shape[2], kv_bytes, 0)
+            out = attend_all(call, inputs, state, rows)
+            batch, keys = call.query.shape[0], call.key[0]
+            kv_bytes = 2 * batch * keys.numel() * keys.element_size()
+            state.count_read(batch * call.key.shape[2], kv_bytes, 0)
     out = out.transpose(1, 2)
     return out if call.value.dtype == out.dtype else out.to(call.value.dtype), None
 

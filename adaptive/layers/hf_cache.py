@@ -171,6 +171,14 @@ class AdaptiveCacheLayer(CacheLayerMixin):
         if tokens:
             self.crop(-tokens)
 
+    def copy_last(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Copies of the keys and values of the last ``tokens`` tokens."""
+        keys, values = self.keys, self.values
+        assert keys is not None  # so many are held
+        assert values is not None
+        start = keys.shape[2] - tokens
+        return keys.narrow(2, start, tokens).clone(), values.narrow(2, start, tokens).clone()
+
     def keep(self, index: Tensor, tokens: int) -> None:
         """Of the last ``tokens`` tokens keep those at ``index``, as `KVStore.keep`."""
         assert isinstance(self.store, KVStore)  # no policy that reduces caches drafts trees

@@ -69,12 +69,39 @@ def inputs_of(call: Call, tokens: int) -> Inputs:
     return Inputs(query, key, value, mask, call.scaling, softcap, causal)
 
 
-def attend_all(call: Call, inputs: Inputs, state: LayerState) -> Tensor:
-    """Attention to every key that the mask, or the tree that it was made of, lets through."""
+def rows_of(call: Call) -> Tensor | None:
+    """Which rows of the cache the query's rows read, ``[batch]``, int64; None: each its own."""
+    if torch.compiler.is_compiling():
+        return None
+    return getattr(call.key, "adaptive_rows", None)
+
+
+def gathered(call: Call) -> Call:
+    """Return a call whose keys and values are copies of the rows that it reads."""
+    rows = rows_of(call)
+    if rows is None:
+        return call
+    return call._replace(key=call.key.index_select(0, rows), value=call.value.index_select(0, rows))
+
+
+def attend_all(call: Call, inputs: Inputs, state: LayerState, rows: Tensor | None) -> Tensor:
+    """Attention to every key that the mask, or the tree that it was made of, lets through.
+
+    Args:
+        call: As it came.
+        inputs: What the ops need to know of it.
+        state: Of the layer, to count in.
+        rows: As `rows_of`; a tree's rows are all of the cache's.
+    """
     tree = getattr(call.mask, "adaptive_tree", None)
     if tree is None:
         out, _ = decode_attention(
-            inputs.query, inputs.key, inputs.value, mask=inputs.mask, **inputs.options()
+            inputs.query,
+            inputs.key,
+            inputs.value,
+            mask=inputs.mask,
+            cache_rows=rows,
+            **inputs.options(),
         )
         return out
     state.count_path("tree")

@@ -141,7 +141,7 @@ class ExitPasses(Passes):
         layers: Sequence[Any] = self.cache.layers
         self.slots = min(self.slots, *(int(layer.get_seq_length()) for layer in layers))
         self._waiting, self._ids = {}, []
-        super().abandon()
+        self.finish(self.slots)
 
     def _forget(self, left: int) -> None:
         del self._waiting[left]
@@ -168,7 +168,7 @@ class ExitPasses(Passes):
         assert before is not None  # the pass ran
         state = self.depth.take()
         self.moved = before[:, -1], state[:, -1]
-        self.log.layer_passes += end - begin
+        self.log.count_pass(end - begin, state.shape[0] * state.shape[1])
         if end < self.ends[-1]:
             self._waiting.setdefault(end, []).append(state)
         logits: Tensor = out.logits[:, -1] if head else state

@@ -1,7 +1,9 @@
 """Answers `generate` of a patched transformers model by the policy that has passes of its own."""
 
 import functools
+import inspect
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -11,6 +13,7 @@ from adaptive.layers import depth
 from adaptive.layers.exit_log import ExitLog
 from adaptive.layers.hf_exit import exit_early
 from adaptive.layers.hf_speculate import speculate
+from adaptive.layers.skip_search import SkipSearch
 from adaptive.layers.speculation_log import SpeculationLog
 from adaptive.layers.state import PatchRecord
 from adaptive.layers.survey import Survey
@@ -59,19 +62,15 @@ class Generate:
         own = type(model).generate
         if not model.__dict__[_RECORD].enabled:
             return own(model, *args, **kwargs)
-        for name, why in _OTHER_WAYS.items():
-            if kwargs.get(name) is not None:
-                raise _refused(self.policy, f"{name} cannot be used with it: {why}")
+        kwargs = _by_name(own, model, args, kwargs)
         _refuse_modes(self.policy, model, kwargs)
         options = {name: kwargs[name] for name in _NOT_HANDED_ON if kwargs.get(name) is not None}
         options["policy"] = self.policy
-        if isinstance(self.policy, EarlyExit):
-            options["keeps_cache"] = kwargs.get("past_key_values") is not None
-            decode = functools.partial(exit_early, **options)
-        else:
-            decode = functools.partial(speculate, **options)
+        options["keeps_cache"] = kwargs.get("past_key_values") is not None
+        loop = exit_early if isinstance(self.policy, EarlyExit) else speculate
         kwargs = _with_stop_strings(kwargs)
-        return own(model, *args, custom_generate=decode, **kwargs)
+        kwargs["custom_generate"] = functools.partial(loop, **options)
+        return own(model, **kwargs)
 
 
 _RECORD = "_adaptive_generate"
@@ -86,6 +85,9 @@ def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
     attention = tuple(site.name for site in survey.sites)
     skips = isinstance(policy, SelfSpeculative) and policy.skip is not None
     sublayers = (attention, survey.mlps) if skips else ((), ())
+    if isinstance(policy, SelfSpeculative) and policy.searches:
+        attention_layers, mlp_layers = policy.candidates(record.plan)
+        record.skip_search = SkipSearch(attention_layers, mlp_layers, policy.skip_ratio)
     if isinstance(policy, SelfSpeculative) and policy.tree:
         record.successors = Successors()
     record.depth = depth.install(root, record, survey.layers, sublayers)
@@ -95,6 +97,16 @@ def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
         record.speculation = SpeculationLog()
     record.log.set(root, "", _RECORD, record)
     record.log.set(root, "", "generate", Generate(root, policy))
+
+
+def _by_name(
+    own: Callable[..., Any], model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """All arguments of a call of `generate` by name, those that were given by position too."""
+    signature = inspect.signature(own)
+    signature.bind(model, *args, **kwargs)  # raises for too many, or one that is given twice
+    names = list(signature.parameters)[1 : 1 + len(args)]
+    return {**dict(zip(names, args, strict=True)), **kwargs}
 
 
 def _with_stop_strings(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -116,6 +128,9 @@ def _refuse_modes(policy: Policy, model: Any, kwargs: dict[str, Any]) -> None:
         value = kwargs.get(name, getattr(config, name, None))
         return default if value is None else value
 
+    for name, why in _OTHER_WAYS.items():
+        if asked(name, None) is not None:
+            raise _refused(policy, f"{name} cannot be used with it: {why}")
     for name, plain in (
         ("num_beams", 1),
         ("num_beam_groups", 1),

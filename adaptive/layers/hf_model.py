@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from adaptive.layers import hf_adopt, hf_attention, hf_generate
 from adaptive.layers.correction import correct, note_pass
 from adaptive.layers.hf_config import ask_for
+from adaptive.layers.hf_layer_rows import LayerRows
 from adaptive.layers.hf_windows import own_windows
 from adaptive.layers.how import set_up
 from adaptive.layers.state import PatchRecord
@@ -112,6 +113,8 @@ def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
     """Make the changes: one config copy per distinct config, and two hooks on the base module."""
     hf_attention.register()
     set_up(record)
+    for layer, rotation in (survey.extra or {}).items():
+        record.states[layer].rotation = rotation
     original: Any = root.config
     name = hf_attention.NAMES[original._attn_implementation]
     ask_for(root, record.log, name)
@@ -196,6 +199,7 @@ def _uses_cache(base: nn.Module, kwargs: dict[str, Any]) -> bool:
 
 def _held(layer: Any) -> tuple[str, int, int]:
     """Return class name, bytes allocated and bytes in use of one cache layer."""
+    layer = layer.whole if isinstance(layer, LayerRows) else layer
     name = type(layer).__name__
     if hasattr(layer, "held_bytes"):
         return name, layer.held_bytes(), layer.used_bytes()

@@ -1,15 +1,14 @@
 """Passes of a part of a transformers model over one KV cache, and taking tokens back from it."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache
 
 from adaptive.layers.depth import Depth
-from adaptive.layers.hf_cache import AdaptiveCacheLayer
+from adaptive.layers.hf_cache_view import cache_from
 from adaptive.layers.hf_sliding import AdaptiveSlidingLayer
 
 
@@ -38,7 +37,7 @@ class Passes:
         self.positions = torch.zeros(0, 1)
         self._states: list[Tensor] = []
         self._shallow = self.slots
-        self._views: dict[tuple[int, int], Any] = {}
+        self._views: dict[tuple[int, int], Cache] = {}
 
     @property
     def windowed(self) -> bool:
@@ -105,6 +104,48 @@ class Passes:
         self._shallow += 1
         return logits
 
+    def held(self, first: int) -> Tensor:
+        """Which slots from ``first`` on hold tokens, ``[batch, slots - first]``, bool."""
+        if self.mask is None:
+            ones = torch.ones(len(self.positions), self.slots - first, dtype=torch.bool)
+            return ones.to(self.positions.device)
+        return self.mask[:, first : self.slots].bool()
+
+    def recall(self, tokens: int) -> None:
+        """Have windows hold so many further tokens, for `again`."""
+        for layer in self.cache.layers:
+            if isinstance(layer, AdaptiveSlidingLayer):
+                layer.margin = tokens
+
+    def again(self, ids: Tensor) -> Tensor:
+        """Run all layers once more on the last tokens, without the modules that are skipped.
+
+        The cache is left as it was, bit by bit.
+
+        Args:
+            ids: The tokens in the last slots, ``[batch, tokens]``; any for slots without one.
+
+        Returns:
+            Logits, ``[batch, tokens, vocabulary]``.
+        """
+        tokens = ids.shape[1]
+        if self.mask is None:
+            positions = self.positions + torch.arange(-tokens, 0, device=ids.device)
+        else:
+            counted = self.mask[:, : self.slots].cumsum(-1) - 1
+            positions = counted[:, -tokens:].clamp(min=0)
+        layers: Sequence[Any] = self.cache.layers
+        held = [layer.copy_last(tokens) for layer in layers]
+        before = self.slots - tokens
+        self.crop(before)
+        try:
+            return self._call(ids, positions, self.slots, last=tokens)
+        finally:
+            self.crop(before)
+            for layer, (keys, values) in zip(layers, held, strict=True):
+                layer.update(keys, values)
+            self._shallow = self.slots
+
     def behind(self, tokens: int) -> bool:
         """Whether `shallow` has not run so many tokens of this step."""
         return self._shallow - self.slots < tokens
@@ -132,10 +173,7 @@ class Passes:
             )
 
     def whole(self, ids: Tensor) -> Tensor:
-        """Run the whole model on several tokens per row; logits, ``[batch, tokens, vocabulary]``.
-
-        What drafts without some modules left in the cache is taken back first.
-        """
+        """Logits of all layers, ``[batch, tokens, vocabulary]``, without what drafts left."""
         self.crop(self.slots)
         tokens = ids.shape[1]
         steps = torch.arange(tokens, device=ids.device)
@@ -207,18 +245,13 @@ class Passes:
             layer.drop_last(max(int(layer.get_seq_length()) - slots, 0))
         self._shallow = min(self._shallow, slots)
 
-    def abandon(self) -> None:
-        """Make the cache what it was before the step now running."""
-        self.crop(self.slots)
-        self._states = []
-
     def finish(self, slots: int) -> None:
         """Leave the cache as plain decoding would: ``slots`` at most, windows trimmed."""
         self.crop(slots)
         self._states = []
         for layer in self.cache.layers:
             if isinstance(layer, AdaptiveSlidingLayer):
-                layer.record_past = False
+                layer.record_past, layer.margin = False, 0
 
     def _call(
         self,
@@ -255,39 +288,7 @@ class Passes:
             self.mask = torch.cat([self.mask, more], 1)
 
     def _cache_from(self, begin: int, end: int) -> Cache:
-        """The cache as the layers from ``begin`` to ``end - 1`` see it.
-
-        Masks and positions are made from the lengths of the first layer of each kind, which may
-        have seen more tokens than those that run. In this view the earlier layers are some that
-        run: those of their kind, or any, where the mask of their kind is not used.
-        """
+        """`cache_from`, made once."""
         if (begin, end) not in self._views:
-            layers: Sequence[Any] = self.cache.layers
-            running = layers[begin:end]
-            kinds = {bool(layer.is_sliding): layer for layer in reversed(running)}
-            first = [kinds.get(bool(layer.is_sliding), running[0]) for layer in layers[:begin]]
-            view = copy.copy(self.cache)
-            view.layers = [*first, *layers[begin:]]
-            self._views[begin, end] = view
-        found: Cache = self._views[begin, end]
-        return found
-
-
-def why_no_cache(cache: object) -> str | None:
-    """Say why tokens cannot be taken back from a cache; None if they can."""
-    if not isinstance(cache, Cache):
-        return "it needs use_cache=True"
-    if getattr(cache, "offloading", False):
-        return "an offloaded cache cannot be taken back from"
-    layers: Sequence[Any] = cache.layers
-    for layer in layers:
-        if isinstance(layer, AdaptiveCacheLayer):
-            continue
-        if type(layer) is DynamicLayer and layer.get_seq_length() == 0:
-            continue  # it is taken over when the prompt runs
-        if type(layer) is DynamicSlidingWindowLayer and layer.get_seq_length() == 0:
-            continue
-        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-            return "the cache holds tokens of a pass without this patch; start with a new one"
-        return f"tokens cannot be taken back from a {type(layer).__name__}; use a DynamicCache"
-    return None
+            self._views[begin, end] = cache_from(self.cache, begin, end)
+        return self._views[begin, end]

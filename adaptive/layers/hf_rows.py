@@ -19,6 +19,14 @@ _SCORES_ALONE = {
 }
 """Processors that look at nothing but a row's scores."""
 
+_ROWS_ALONE = {
+    "EosTokenCriteria",
+    "MaxLengthCriteria",
+    "MaxTimeCriteria",
+    "StopStringCriteria",
+}
+"""Criteria that say the same of a row whatever the others are."""
+
 
 class Rows:
     """Tokens of each row, which may have different lengths.
@@ -62,6 +70,10 @@ class Rows:
         alive = self.alive.tolist()
         return self._most - max(n for n, on in zip(self._lengths, alive, strict=True) if on)
 
+    def tokens_at(self, places: Tensor) -> Tensor:
+        """Tokens of each row at these places of it, ``[batch, places]``; any behind its end."""
+        return self._ids.gather(1, places.clamp(max=self._ids.shape[1] - 1))
+
     def last(self) -> Tensor:
         """The last token of each row, ``[batch, 1]``."""
         ends = torch.tensor(self._lengths, device=self._ids.device) - 1
@@ -78,9 +90,16 @@ class Rows:
 
     @property
     def even(self) -> bool:
-        """Whether logits processors see the batch as one, so that rows must stay equally long."""
+        """Whether processors, criteria or a streamer see the batch as one, rows equally long."""
         names = {type(processor).__name__ for processor in self._processors}
-        return self.batch > 1 and not names <= _SCORES_ALONE
+        criteria = {type(criterion).__name__ for criterion in self._criteria}
+        alone = names <= _SCORES_ALONE and criteria <= _ROWS_ALONE and self._streamer is None
+        return self.batch > 1 and not alone
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn."""
+        return self._sample
 
     @property
     def searches(self) -> bool:
@@ -99,6 +118,8 @@ class Rows:
             ``[batch, vocabulary]``, or nothing for greedy search.
         """
         scores = self._scores(logits[:, -1], drafted)
+        if self._sample:  # a short vocabulary may hold nothing that processors allow: then any
+            scores = scores.masked_fill(scores.isneginf().all(-1, keepdim=True), 0.0)
         chances = scores.softmax(-1)
         drawn = torch.multinomial(chances, 1) if self._sample else None
         token = scores.argmax(-1, keepdim=True) if drawn is None else drawn

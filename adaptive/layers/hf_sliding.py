@@ -27,6 +27,8 @@ class AdaptiveSlidingLayer(AdaptiveCacheLayer):
         cumulative_length: Tokens seen.
         record_past: Whether nothing is dropped before the next `crop`, which may then remove
             tokens although the window is full.
+        margin: Tokens that `drop_last` leaves beyond those that the window needs, so that more can
+            be removed later.
     """
 
     is_sliding = True
@@ -36,6 +38,7 @@ class AdaptiveSlidingLayer(AdaptiveCacheLayer):
         self.sliding_window = sliding_window
         self.cumulative_length = 0
         self.record_past = False
+        self.margin = 0
         self._sliding_window_tensor = torch.tensor(sliding_window)  # for iteration over a cache
         super().__init__()
 
@@ -182,7 +185,7 @@ class AdaptiveSlidingLayer(AdaptiveCacheLayer):
         assert self.record_past or tokens == 0
         self.store.crop(self.store.length - tokens)
         self.cumulative_length -= tokens
-        self._compact(self._past)
+        self._compact(min(self._past + self.margin, self._held))
 
     def reset(self) -> None:
         """Forget everything and free the storage."""

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from adaptive.layers.hf_inputs import cache_and_mask
+from adaptive.layers.head_copy import HeadCopy
+from adaptive.layers.hf_inputs import cache_and_mask, refuse_moving_angles
 from adaptive.layers.hf_passes import Passes
 from adaptive.layers.hf_rows import Rows
+from adaptive.layers.hf_search_steps import SearchSteps
 from adaptive.layers.hf_steps import DraftSteps, Steps
 from adaptive.layers.hf_tree_steps import TreeSteps
 from adaptive.layers.state import RECORD, PatchRecord
@@ -26,7 +28,7 @@ from adaptive.policy import SelfSpeculative
 
 
 @torch.no_grad()
-def speculate(
+def speculate(  # noqa: PLR0913 - the signature that transformers calls
     model: Any,
     input_ids: Tensor,
     logits_processor: Any,
@@ -36,6 +38,7 @@ def speculate(
     streamer: Any = None,
     *,
     policy: SelfSpeculative,
+    keeps_cache: bool,
     **model_kwargs: Any,
 ) -> Any:
     """Decode until every row is finished.
@@ -49,6 +52,7 @@ def speculate(
         synced_gpus: Refused if True: ranks would make different numbers of passes.
         streamer: Gets each token that is kept; `generate` has given it the prompt.
         policy: What to do.
+        keeps_cache: Whether the caller holds the cache, so that it must have no gaps.
         model_kwargs: As `generate` prepared them; what has no meaning here is refused.
 
     Returns:
@@ -58,15 +62,20 @@ def speculate(
     record: PatchRecord = model.__dict__[RECORD]
     assert record.speculation is not None
     cache, mask = cache_and_mask("SelfSpeculative", input_ids, model_kwargs, synced_gpus)
+    most = generation_config.max_length
+    refuse_moving_angles("SelfSpeculative", model.config, input_ids, mask, most)
     passes = Passes(model, model.get_submodule(record.base), record.depth, cache, mask)
     rows = Rows(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+    as_dict = bool(generation_config.return_dict_in_generate)
     steps: Steps
     if policy.tree:
         steps = TreeSteps(passes, rows, record.successors, record.draft_sizes, record.speculation)
+    elif policy.searches:
+        steps = SearchSteps(policy, passes, rows, record, keeps_cache or as_dict)
     else:
-        steps = DraftSteps(policy, passes, rows, record.draft_sizes, record.speculation)
+        if policy.draft_head is not None and record.head_copy is None:
+            record.head_copy = HeadCopy()
+        steps = DraftSteps(policy, passes, rows, record, keeps_cache or as_dict)
     steps.run(generation_config.prefill_chunk_size)
-    if not generation_config.return_dict_in_generate:
-        return rows.sequences()
     made: Any = rows.sequences()
-    return GenerateDecoderOnlyOutput(sequences=made, past_key_values=cache)
+    return GenerateDecoderOnlyOutput(sequences=made, past_key_values=cache) if as_dict else made

@@ -1,16 +1,16 @@
 """The steps of self-speculative decoding: a plain one, or drafts and their check."""
 
-from time import perf_counter
-
 import torch
 from torch import Tensor
 
+from adaptive.layers.clock import clock_for
 from adaptive.layers.depth import Skips
 from adaptive.layers.draft_head import draft_head
 from adaptive.layers.draft_length import Average, DraftLength
 from adaptive.layers.hf_passes import Passes
 from adaptive.layers.hf_rows import Rows
 from adaptive.layers.speculation_log import SpeculationLog
+from adaptive.layers.state import PatchRecord
 from adaptive.policy import SelfSpeculative
 from adaptive.policy.self_speculative import MAX_DRAFT
 
@@ -23,24 +23,38 @@ class Steps:
         self.passes = passes
         self.rows = rows
         self.log = log
+        self.clock = clock_for(rows.prompt.device)
+        self.together = False
 
     def run(self, chunk: int | None) -> None:
         """Read the prompt, ``chunk`` tokens at a time, and decode."""
         rows, passes = self.rows, self.passes
         self.log.calls += 1
         turned_off = self.turned_off()
-        self.keep(rows.choose(passes.prompt(rows.prompt, chunk), []))
-        self.begin()
+        logits = passes.prompt(rows.prompt, chunk)
         try:
+            self.keep(rows.choose(logits, []))
+            self.begin()
             while not rows.all_finished():
                 self.step()
         except BaseException:
-            passes.finish(passes.slots)  # Ctrl-C in the middle of a draft leaves no trace of it
+            passes.finish(self._kept_slots())  # Ctrl-C in a draft leaves no trace of it
             raise
         finally:
             self.log.turned_off += self.turned_off() - turned_off
-        passes.finish(rows.longest() - 1 if rows.batch == 1 else passes.slots)
+        passes.finish(self._kept_slots())
         rows.end()
+
+    def _kept_slots(self) -> int:
+        """Slots of the tokens that rows have, as after plain decoding: the last was seen by none.
+
+        Rows that end, or are interrupted, inside of what a check accepted have fewer tokens than
+        slots.
+        """
+        rows, slots = self.rows, self.passes.slots
+        if rows.batch > 1 and not self.together:
+            return slots  # there are gaps, and slots are not places of tokens
+        return min(slots, max(rows.longest() - 1, rows.prompt.shape[1]))
 
     def begin(self) -> None:
         """Look at what the cache turned out to be."""
@@ -55,13 +69,13 @@ class Steps:
 
     def plain(self, seconds: Average) -> Tensor:
         """Make one token per row by a pass of the whole model; its logits."""
-        start = perf_counter()
+        start = self.clock()
         last = self.rows.last()
         logits = self.passes.plain(last)
         chosen = self.rows.choose(logits, [])
         self.passes.accept(torch.ones(len(last), dtype=torch.long, device=last.device), 1)
         self.keep(chosen)
-        spent = perf_counter() - start
+        spent = self.clock() - start
         seconds.add(spent)
         self.log.plain_steps += 1
         self.log.plain_seconds += spent
@@ -80,20 +94,21 @@ class DraftSteps(Steps):
         policy: SelfSpeculative,
         passes: Passes,
         rows: Rows,
-        learned: dict[int, DraftLength],
-        log: SpeculationLog,
+        record: PatchRecord,
+        keeps_cache: bool,
     ) -> None:
-        """Know the policy, too, and what earlier calls learned of its drafts, by rows."""
-        super().__init__(passes, rows, log)
+        """Know the policy, what earlier calls learned, and whether the cache outlives this one."""
+        assert record.speculation is not None  # the policy has made it
+        super().__init__(passes, rows, record.speculation)
         self.policy = policy
+        self.keeps_cache = keeps_cache
         new = DraftLength(fixed=policy.draft, most=MAX_DRAFT)
-        self.length = learned.setdefault(rows.batch, new)
+        self.length: DraftLength = record.draft_sizes.setdefault(rows.batch, new)
         self.length.begin()
-        self.together = False
-        skip = policy.skip or ((), ())
+        skip = policy.given or ((), ())
         self.skips: Skips = (frozenset(skip[0]), frozenset(skip[1]))
         self.confidences: list[Tensor] = []
-        self.head = draft_head(passes.model, policy.draft_vocabulary)
+        self.head = draft_head(passes.model, policy.draft_vocabulary, record.head_copy)
 
     def turned_off(self) -> int:
         """How often drafting was given up, in all calls."""
@@ -104,10 +119,11 @@ class DraftSteps(Steps):
 
         Rows that accept different numbers of drafts leave gaps in the cache, and every later pass
         has a mask for them. That pays for who asks for drafts, not for who leaves it to us; and
-        windows count slots, so that there must be no gaps.
+        windows count slots, so that there must be no gaps. Nor may a caller get a cache with gaps,
+        who does not know where they are.
         """
-        rows = self.rows
-        must = rows.even or self.passes.windowed or self.policy.draft is None
+        rows, policy = self.rows, self.policy
+        must = rows.even or self.passes.windowed or self.keeps_cache or policy.draft is None
         self.together = rows.batch > 1 and must
         self.length.together = rows.batch if self.together else 1
 
@@ -129,10 +145,10 @@ class DraftSteps(Steps):
         ids, drawn = [last], []
         reach = torch.ones(rows.batch)
         while True:
-            start = perf_counter()
+            start = self.clock()
             token, confidence, chances = self._draft_pass(ids[-1], ids[1:])
             expected = [length.accepts(c) for c in confidence.tolist()]
-            seconds = perf_counter() - start
+            seconds = self.clock() - start
             length.draft.add(seconds)
             self.log.draft_seconds += seconds
             ids.append(token)
@@ -142,7 +158,8 @@ class DraftSteps(Steps):
             average = float(alive.prod() if self.together else alive.mean())
             if not length.wants(len(drawn), average, most):
                 break
-        if not length.keeps(len(drawn), average):
+        # A drawn token is always checked: to drop it for its confidence would favour others.
+        if not rows.samples and not length.keeps(len(drawn), average):
             self.log.dropped += 1
             ids.pop()
             drawn.pop()
@@ -157,30 +174,33 @@ class DraftSteps(Steps):
                 return rows.draft(passes.skipping(ids), before)
         if self.head is None:
             return rows.draft(passes.shallow(ids, exit_layer), before)
-        if not rows.searches and self.head.tokens is None:
+        if not rows.searches and not self.head.reduced:
             return rows.draft(passes.shallow(ids, exit_layer), before)
         hidden = passes.hidden(ids, exit_layer)[:, -1]
         if not rows.searches:
-            return rows.draft(self.head.logits(hidden), before)
+            drafted = rows.draft(self.head.logits(hidden), before)
+            self.log.draft_head_bytes = self.head.held_bytes
+            return drafted
         token, confidence = self.head.best(hidden)
+        self.log.draft_head_bytes = self.head.held_bytes
         return token, confidence, confidence[:, None]
 
     def _check(self, ids: Tensor, chances: list[Tensor]) -> None:
         """Check the drafts and keep what was right."""
         rows, passes, length = self.rows, self.passes, self.length
         drafts = ids.shape[1] - 1
-        start = begun = perf_counter()
+        start = begun = self.clock()
         if self.policy.exit_layer is None:
             logits = passes.whole(ids)
         else:
             if passes.behind(ids.shape[1]):
                 passes.hidden(ids[:, -1:], self.policy.exit_layer)  # what follows is not asked
-                begun = perf_counter()
+                begun = self.clock()
                 length.closing.add(begun - start)
             logits = passes.deep(ids, self.policy.exit_layer)
         accepted, chosen = rows.verify(logits, ids[:, 1:], chances)
-        length.verify.add(drafts + 1, perf_counter() - begun)
-        self.log.verify_seconds += perf_counter() - start
+        length.verify.add(drafts + 1, self.clock() - begun)
+        self.log.verify_seconds += self.clock() - start
         right = accepted
         if self.together:
             accepted = accepted.clamp(max=int(accepted[rows.alive_on(accepted.device)].min()))

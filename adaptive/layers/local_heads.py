@@ -12,6 +12,7 @@ from adaptive.layers.how import How
 from adaptive.layers.kv_store import KVStore
 from adaptive.layers.local_store import LocalStore, kept_tokens
 from adaptive.layers.pattern import Pattern
+from adaptive.layers.rebased import add_sinks
 from adaptive.layers.sparse_attention import Inputs, attend_densely, attend_whole
 from adaptive.layers.state import LayerState
 from adaptive.ops import decode_attention, local_attention
@@ -55,6 +56,20 @@ def attend(
     return out
 
 
+def refuse_stock(state: LayerState, reason: str, tokens: int) -> None:
+    """Raise if the stock function, which ``reason`` asks for, would see sinks where they were."""
+    how: How | None = state.how
+    if state.rotation is None or how is None or how.window is None:
+        return
+    kept = how.window.sinks + how.window.window_tokens(tokens)
+    if tokens > kept:
+        raise NotImplementedError(
+            "adaptive: LocalAttention(positions='rebased') turns queries for native kernels alone, "
+            f"and this call of {tokens} tokens, more than the {kept} that it keeps, needs the "
+            f"stock attention ({reason}); use positions='original'"
+        )
+
+
 def _attend_all(state: LayerState, inputs: Inputs, pattern: Pattern) -> Tensor:
     """Attend where every head still has every key: one call, with a window for each head."""
     how: How = state.how
@@ -66,18 +81,29 @@ def _attend_all(state: LayerState, inputs: Inputs, pattern: Pattern) -> Tensor:
         heads = torch.tensor(how.windowed, device=query.device)
         windows[inputs.query_heads(heads)] = window
     _count(state, inputs, pattern, window, sinks)
-    return local_attention(
-        query,
-        inputs.key[:, :, :tokens],
-        inputs.value[:, :, :tokens],
+    inputs = inputs._replace(key=inputs.key[:, :, :tokens], value=inputs.value[:, :, :tokens])
+    turns = state.rotation is not None and tokens > sinks + window
+    near = local_attention(
+        *inputs[:3],
         window=window if windows is None else None,
         windows=windows,
-        sinks=sinks,
+        sinks=0 if turns else sinks,
         offsets=pattern.offsets,
         scale=inputs.scale,
         softcap=inputs.softcap,
         causal=True,
-    )[0]
+    )
+    if not turns:
+        return near[0]
+    if windows is None:
+        return add_sinks(state.rotation, inputs, pattern, window, sinks, near)
+    out, lse = near
+    chosen = inputs.query_heads(heads)
+    local, near = inputs._replace(query=query[:, chosen]), (out[:, chosen], lse[:, chosen])
+    sizes = (window, sinks)
+    made = add_sinks(state.rotation, local, pattern, *sizes, near, kv_heads=heads)
+    out[:, chosen] = made.to(out.dtype)
+    return out
 
 
 def _reduce(state: LayerState, pattern: Pattern, layer: AdaptiveCacheLayer, store: KVStore) -> None:
@@ -116,20 +142,31 @@ def _attend_split(state: LayerState, inputs: Inputs, pattern: Pattern, split: He
             made, _ = local_attention(part.query, keys, values, offsets=rows, **options)
         out[:, inputs.query_heads(split.whole_heads)] = made.to(out.dtype)
     chosen = inputs.query_heads(split.windowed_heads)
-    query = inputs.query[:, chosen]
+    query = inputs.query if split.whole is None else inputs.query[:, chosen]
     keys, values = local.tensors()
-    if short:
-        seen = local.seen(queries)
-        made, _ = decode_attention(query, keys, values, mask=seen, causal=False, **options)
+    turns = state.rotation is not None
+    if turns and local.settled and queries == 1:  # its window is all that is held last
+        recent = slice(-local.window, None)
+        near = decode_attention(query, keys[:, :, recent], values[:, :, recent], **options)
+    elif short:
+        seen = local.seen(queries, sinks=not turns)
+        near = decode_attention(query, keys, values, mask=seen, causal=False, **options)
     else:
-        made, _ = local_attention(
+        near = local_attention(
             query,
             keys,
             values,
             window=local.window,
-            sinks=local.sinks,
+            sinks=0 if turns else local.sinks,
             offsets=local.offsets(),
             **options,
+        )
+    made = near[0]
+    if turns:
+        part = inputs._replace(query=query, key=keys, value=values)
+        sizes = (local.window, local.sinks)
+        made = add_sinks(
+            state.rotation, part, local.pattern(), *sizes, near, local.dropped_between()
         )
     out[:, chosen] = made.to(out.dtype)
     _count_split(state, inputs, pattern, split)

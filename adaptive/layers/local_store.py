@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from adaptive.layers.kv_store import KVStore
+from adaptive.layers.pattern import Pattern
 from adaptive.layers.window_store import slack
 
 ROLLBACK = 32
@@ -33,6 +34,9 @@ class LocalStore:
     Attributes:
         store: Sinks and recent tokens, ``[batch, kv_heads, sinks + recent, head_dim]``.
         starts: Slot of each row's first token, ``[batch]``, int64.
+        missing: Tokens that were dropped after each row's sinks, ``[batch]``, int64.
+        settled: Whether the sinks of all rows stand in their slots, the first ones.
+        even: If so, and as many tokens are missing in all rows: how many; else None.
     """
 
     def __init__(
@@ -43,6 +47,9 @@ class LocalStore:
         self.dropped = 0
         # As if there were slots for sinks before all tokens, which nobody sees yet.
         self.starts = starts.to(keys.device) + sinks
+        self.missing = torch.zeros_like(self.starts)
+        self.settled = False
+        self.even: int | None = None
         self.store = KVStore()
         self._keep(keys, values, max(keys.shape[2] - kept_tokens(window), 0), -sinks)
 
@@ -70,13 +77,28 @@ class LocalStore:
         ends = torch.full_like(self.starts, self.store.length)
         return torch.stack([self.starts, ends], 1).int()
 
-    def seen(self, queries: int) -> Tensor:
-        """Which slots the last ``queries`` tokens see, ``[batch, 1, queries, slots]``, bool."""
+    def pattern(self) -> Pattern:
+        """The same as a pattern, without offsets where they say nothing."""
+        return Pattern(self.store.length, self.window, None if self.settled else self.offsets())
+
+    def dropped_between(self) -> Tensor | int:
+        """Tokens that were dropped after the sinks: of each row, ``[batch, 1]``, or of all."""
+        return self.missing[:, None] if self.even is None else self.even
+
+    def seen(self, queries: int, sinks: bool = True) -> Tensor:
+        """Which slots the last ``queries`` tokens see, ``[batch, 1, queries, slots]``, bool.
+
+        Args:
+            queries: How many tokens.
+            sinks: Whether they look at the sinks before their window, too.
+        """
         slots = torch.arange(self.store.length, device=self.starts.device)
         places = slots[len(slots) - queries :, None]
         first = self.starts[:, None, None, None]
         away = places - slots
-        near = (away < self.window) | (slots < first + self.sinks)
+        near = away < self.window
+        if sinks:
+            near = near | (slots < first + self.sinks)
         return near & (away >= 0) & (slots >= first)
 
     def crop(self, tokens: int) -> None:
@@ -97,6 +119,7 @@ class LocalStore:
         """Make a batch of the rows ``rows``."""
         self.store.select(rows)
         self.starts = self.starts.index_select(0, rows)
+        self.missing = self.missing.index_select(0, rows)
 
     def _keep(self, keys: Tensor, values: Tensor, over: int, shift: int) -> None:
         """Drop ``over`` of the oldest recent tokens, after the sinks among them were moved.
@@ -118,5 +141,9 @@ class LocalStore:
         store = KVStore()
         store.append(parts[0], parts[1])
         self.store = store
+        self.missing += (over - self.starts).clamp(min=0)
         self.starts = (self.starts - over).clamp(min=0)
+        self.settled = not bool(self.starts.any())
+        counts = self.missing.tolist() if self.settled else []
+        self.even = counts[0] if len(set(counts)) == 1 else None
         self.dropped += over

@@ -85,6 +85,8 @@ class PatchRecord:
         eager_only: What of the plan needs more than a compiled graph can do; "" if nothing.
         depth: Which layers the pass now running runs; None where no policy needs that.
         speculation: What self-speculation did; None without it.
+        head_copy: The LM head in 8 bits that drafts are made with; None without it.
+        skip_search: What a search for skip sets knows; None without one.
         successors: The table that trees are drafted from; None without them.
         draft_sizes: How many drafts or nodes pay, learned over all calls, by rows of the batch.
         exits: What early exit did; None without it.
@@ -123,6 +125,8 @@ class PatchRecord:
     eager_only: str = ""
     depth: Any = None
     speculation: SpeculationLog | None = None
+    head_copy: Any = None
+    skip_search: Any = None
     successors: Any = None
     draft_sizes: dict[int, Any] = field(default_factory=dict)
     exits: ExitLog | None = None
@@ -177,6 +181,7 @@ class LayerState:
         row: This layer's row of the plan: one mode per KV head.
         how: How a row that skips keys is run; None for one that does not.
         prefill: The policy that long calls of this layer follow; None: they are dense.
+        rotation: How its keys are rotated, where local heads rebase positions; else None.
         native_calls: Calls that a native kernel answered.
         torch_calls: Calls answered with less work, but in PyTorch's operators.
         stock_calls: Calls that the stock implementation answered, by reason.
@@ -201,6 +206,7 @@ class LayerState:
     row: tuple[str, ...]
     how: Any = None
     prefill: Any = None
+    rotation: Any = None
     native_calls: int = 0
     torch_calls: int = 0
     stock_calls: dict[str, int] = field(default_factory=dict)
@@ -277,6 +283,6 @@ class LayerState:
         self.restore(LayerState(record=self.record, site=self.site, row=self.row))
 
 
-_SETTINGS = ("record", "site", "row", "how", "prefill")
+_SETTINGS = ("record", "site", "row", "how", "prefill", "rotation")
 COUNTERS = tuple(f.name for f in fields(LayerState) if f.name not in _SETTINGS)
 """Names of the counters of a LayerState."""

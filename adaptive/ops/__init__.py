@@ -10,6 +10,7 @@ from adaptive.ops.head_scores import head_scores
 from adaptive.ops.hidden_cosine import hidden_cosine
 from adaptive.ops.local_attention import local_attention
 from adaptive.ops.pool_blocks import pool_blocks
+from adaptive.ops.quantize_weight import quantize_weight
 from adaptive.ops.score_blocks import block_ranges, score_blocks, score_lines
 from adaptive.ops.score_tokens import score_tokens
 from adaptive.ops.scored_attention import scored_attention
@@ -33,6 +34,7 @@ __all__ = [
     "hidden_cosine",
     "local_attention",
     "pool_blocks",
+    "quantize_weight",
     "recorded",
     "score_blocks",
     "score_lines",

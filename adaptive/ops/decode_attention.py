@@ -30,20 +30,25 @@ def make_inputs(  # noqa: PLR0913
     query_tokens: int = 1,
     ragged: bool = False,
     mask: str | None = None,
+    cache_batch: int | None = None,
     *,
     dtype: torch.dtype,
     device: str,
     seed: int = 0,
 ) -> tuple[Any, ...]:
-    """Random arguments; ``ragged`` draws lengths, ``mask`` is None, "bool" or "add"."""
+    """Random arguments; ``ragged`` draws lengths, ``mask`` is None, "bool" or "add".
+
+    With ``cache_batch`` the cache has so many rows, and each row of the query draws one.
+    """
     rng = torch.Generator().manual_seed(seed)
 
     def draw(*sizes: int) -> Tensor:
         return torch.randn(*sizes, generator=rng).to(device=device, dtype=dtype)
 
     query = draw(batch, heads, query_tokens, head_dim)
-    key = draw(batch, kv_heads, capacity, head_dim)
-    value = draw(batch, kv_heads, capacity, head_dim)
+    held = batch if cache_batch is None else cache_batch
+    key = draw(held, kv_heads, capacity, head_dim)
+    value = draw(held, kv_heads, capacity, head_dim)
     lengths = None
     if ragged:
         lengths = torch.randint(0, capacity + 1, (batch,), generator=rng, dtype=torch.int32)
@@ -55,10 +60,13 @@ def make_inputs(  # noqa: PLR0913
             noise = torch.randn(batch, 1, query_tokens, capacity, generator=rng)
             taken = noise.masked_fill(~taken, -math.inf)
         taken = taken.to(device)
-    return query, key, value, lengths, taken
+    if cache_batch is None:
+        return query, key, value, lengths, taken
+    rows = torch.randint(0, cache_batch, (batch,), generator=rng).to(device)
+    return query, key, value, lengths, taken, None, 0.0, True, rows
 
 
-def outputs(
+def outputs(  # noqa: PLR0913
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -67,6 +75,7 @@ def outputs(
     scale: float | None = None,
     softcap: float = 0.0,
     causal: bool = True,
+    cache_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Uninitialised ``out`` and ``lse`` for these arguments."""
     if query.dim() != 4:  # noqa: PLR2004
@@ -116,6 +125,19 @@ def outputs(
             "query_tokens": 3,
             "mask": "add",
         },
+        # rows of a larger cache, and a cache of fewer rows, whose rows are read several times
+        {
+            "batch": 3,
+            "heads": 4,
+            "kv_heads": 2,
+            "capacity": 100,
+            "head_dim": 64,
+            "query_tokens": 2,
+            "ragged": True,
+            "mask": "bool",
+            "cache_batch": 5,
+        },
+        {"batch": 4, "heads": 4, "kv_heads": 2, "capacity": 65, "head_dim": 64, "cache_batch": 2},
     ],
     models=[
         # Llama-3-8B and Llama-3.2-1B, one sequence
@@ -125,7 +147,7 @@ def outputs(
         {"batch": 1, "heads": 32, "kv_heads": 8, "capacity": 32768, "head_dim": 64},
     ],
 )
-def decode_attention(
+def decode_attention(  # noqa: PLR0913
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -134,6 +156,7 @@ def decode_attention(
     scale: float | None = None,
     softcap: float = 0.0,
     causal: bool = True,
+    cache_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend from 1..16 query tokens per row to a KV cache, read in place.
 
@@ -144,8 +167,9 @@ def decode_attention(
     Args:
         query: ``[batch, heads, query_tokens, head_dim]``, float32, float16 or bfloat16; at most 16
             query tokens; head_dim in 32..256, a multiple of 8, contiguous.
-        key: ``[batch, kv_heads, capacity, head_dim]``, dtype of ``query``, any strides but the
-            last; ``heads`` is a multiple of ``kv_heads``.
+        key: ``[batch, kv_heads, capacity, head_dim]``, or ``[cache_batch, ...]`` with
+            ``cache_rows``; dtype of ``query``, any strides but the last; ``heads`` is a multiple of
+            ``kv_heads``.
         value: As ``key``.
         lengths: Keys in use per row, ``[batch]``, int32, each in 0..capacity. None: all of them.
         mask: Broadcastable to ``[batch, heads, query_tokens, capacity]``. bool: True takes part.
@@ -154,6 +178,9 @@ def decode_attention(
         softcap: Scores become ``softcap * tanh(score / softcap)``; 0: off.
         causal: Query ``i`` of ``n`` sees the keys up to and including ``length - n + i``, so the
             last query sees all. (With one query token it makes no difference.)
+        cache_rows: The row of ``key`` and ``value`` that each row of ``query`` reads, ``[batch]``,
+            int64, each in 0..cache_batch - 1; ``lengths`` and ``mask`` stay those of the query's
+            rows. None: the row of the same number.
 
     Returns:
         ``(out, lse)``. ``out``: ``[batch, heads, query_tokens, head_dim]``, float32, in memory
@@ -165,9 +192,11 @@ def decode_attention(
     Raises:
         ValueError: A shape, device, memory layout or option is wrong.
         TypeError: An argument is no tensor, or its dtype is wrong.
-        IndexError: A length is out of range. On CUDA, that row's results are NaN instead.
+        IndexError: A length or a row is out of range. On CUDA, that row's results are NaN instead.
         NotImplementedError: An argument requires a gradient; the device has no kernel.
     """
+    if cache_rows is not None:
+        key, value = key[cache_rows], value[cache_rows]
     batch, heads, query_tokens, head_dim = query.shape
     kv_heads, capacity = key.shape[1], key.shape[2]
     group = heads // max(kv_heads, 1)

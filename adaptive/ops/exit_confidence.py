@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from adaptive.ops._op import op
-from adaptive.ops.skinny_linear import check_matrices
+from adaptive.ops.skinny_linear import check_matrices, widened
 from adaptive.ops.skinny_linear import make_inputs as linear_inputs
 
 TOP = 2  # the largest logit, and the second for the margin
@@ -19,14 +19,16 @@ def make_inputs(  # noqa: PLR0913
     bias: bool = False,
     scale: float = 1.0,
     softcap: float = 0.0,
+    group: int = 0,
     *,
     dtype: torch.dtype,
     device: str,
     seed: int = 0,
 ) -> tuple[Any, ...]:
     """Random arguments whose logits are of the order of 1, before ``scale``."""
-    made = linear_inputs(rows, width, vocab, bias, dtype=dtype, device=device, seed=seed)
-    return *made, scale, softcap
+    made = linear_inputs(rows, width, vocab, bias, group, dtype=dtype, device=device, seed=seed)
+    hidden, weight, added, *scales = made
+    return hidden, weight, added, scale, softcap, *scales
 
 
 def outputs(
@@ -35,6 +37,7 @@ def outputs(
     bias: Tensor | None = None,
     scale: float = 1.0,
     softcap: float = 0.0,
+    weight_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Uninitialised results for these arguments."""
     check_matrices("exit_confidence", hidden=hidden, weight=weight)
@@ -58,6 +61,9 @@ def outputs(
         {"rows": 3, "width": 1000, "vocab": 333, "scale": 20.0},
         {"rows": 7, "width": 72, "vocab": 517, "bias": True, "scale": 3.0, "softcap": 15.0},
         {"rows": 16, "width": 576, "vocab": 1026, "softcap": 30.0},
+        {"rows": 1, "width": 64, "vocab": 129, "group": 64},
+        {"rows": 3, "width": 256, "vocab": 333, "scale": 20.0, "group": 128},
+        {"rows": 9, "width": 96, "vocab": 517, "bias": True, "softcap": 15.0, "group": 32},
     ],
     models=[
         # The heads of Llama-3.2-1B, Qwen2.5-0.5B, SmolLM2-135M
@@ -72,6 +78,7 @@ def exit_confidence(
     bias: Tensor | None = None,
     scale: float = 1.0,
     softcap: float = 0.0,
+    weight_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Summarise the softmax over the vocabulary of 0..16 rows, reading the LM head once.
 
@@ -82,10 +89,12 @@ def exit_confidence(
     Args:
         hidden: ``[rows, width]``, float32, float16 or bfloat16; at most 16 rows; width a multiple
             of 8, at least 32; any stride between rows. As the head gets it, after the norm.
-        weight: ``[vocab, width]``, dtype of ``hidden``, any stride between rows; vocab at least 1.
+        weight: ``[vocab, width]``, dtype of ``hidden``, or int8 with ``weight_scales``; any stride
+            between rows; vocab at least 1.
         bias: ``[vocab]``, dtype of ``hidden``, contiguous. None: none is added.
         scale: Factor on the logits.
         softcap: Logits become ``softcap * tanh(logits / softcap)`` after ``scale``; 0: not.
+        weight_scales: Of int8 weights, as in `skinny_linear`. None: nothing.
 
     Returns:
         ``(tokens, top, lse, entropy)``, of logits in float32 that are not rounded to the dtype of
@@ -103,7 +112,7 @@ def exit_confidence(
         TypeError: An argument is no tensor or no number, or its dtype is wrong.
         NotImplementedError: An argument requires a gradient; the device has no kernel.
     """
-    logits = hidden.float() @ weight.float().T
+    logits = hidden.float() @ widened(weight, weight_scales).T
     if bias is not None:
         logits = logits + bias.float()
     logits = logits * scale

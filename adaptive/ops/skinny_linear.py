@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from adaptive.ops._op import op
+from adaptive.ops.quantize_weight import dequantize_weight, quantize_weight
 
 MAX_ROWS = 16
 MIN_IN_FEATURES, IN_FEATURES_STEP = 32, 8
@@ -32,17 +33,23 @@ def check_matrices(op: str, **arguments: Any) -> None:
             )
 
 
+def widened(weight: Tensor, weight_scales: Tensor | None) -> Tensor:
+    """The weight in float32."""
+    return weight.float() if weight_scales is None else dequantize_weight(weight, weight_scales)
+
+
 def make_inputs(
     rows: int,
     in_features: int,
     out_features: int,
     bias: bool = False,
+    group: int = 0,
     *,
     dtype: torch.dtype,
     device: str,
     seed: int = 0,
 ) -> tuple[Any, ...]:
-    """Random arguments, drawn so that results are of the order of 1."""
+    """Random arguments whose results are of the order of 1; with ``group``, of int8 weights."""
     rng = torch.Generator().manual_seed(seed)
 
     def draw(*sizes: int) -> Tensor:
@@ -50,10 +57,16 @@ def make_inputs(
 
     weight = draw(out_features, in_features).mul_(in_features**-0.5)
     made = draw(rows, in_features), weight, draw(out_features) if bias else None
-    return tuple(t if t is None else t.to(device=device, dtype=dtype) for t in made)
+    plain = tuple(t if t is None else t.to(device=device, dtype=dtype) for t in made)
+    if not group:
+        return plain
+    quantized, scales = quantize_weight(weight, group)
+    return plain[0], quantized.to(device), plain[2], scales.to(device)
 
 
-def outputs(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def outputs(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, weight_scales: Tensor | None = None
+) -> Tensor:
     """Uninitialised result for these arguments."""
     check_matrices("skinny_linear", input=input, weight=weight)
     return torch.empty((input.shape[0], weight.shape[0]), dtype=input.dtype, device=input.device)
@@ -73,6 +86,12 @@ def outputs(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         {"rows": 3, "in_features": 1000, "out_features": 33},
         {"rows": 7, "in_features": 72, "out_features": 130, "bias": True},
         {"rows": 16, "in_features": 576, "out_features": 517},
+        # int8 weights: one group and many, and every kind of row tile
+        {"rows": 1, "in_features": 32, "out_features": 1, "bias": True, "group": 32},
+        {"rows": 2, "in_features": 2048, "out_features": 70, "group": 64},
+        {"rows": 7, "in_features": 96, "out_features": 130, "bias": True, "group": 32},
+        {"rows": 11, "in_features": 384, "out_features": 35, "bias": True, "group": 128},
+        {"rows": 16, "in_features": 576, "out_features": 131, "group": 64},
     ],
     models=[
         # Llama-3.2-1B: attention, up, down, head
@@ -82,7 +101,9 @@ def outputs(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         {"rows": 1, "in_features": 2048, "out_features": 128256},
     ],
 )
-def skinny_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def skinny_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, weight_scales: Tensor | None = None
+) -> Tensor:
     """Multiply 0..16 rows by a weight that is read once, as ``F.linear`` does.
 
     Decoding one token moves every weight of the model through the processor for a few additions
@@ -91,8 +112,12 @@ def skinny_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     Args:
         input: ``[rows, in_features]``, float32, float16 or bfloat16; at most 16 rows; in_features
             a multiple of 8, at least 32; any stride between rows.
-        weight: ``[out_features, in_features]``, dtype of ``input``, any stride between rows.
+        weight: ``[out_features, in_features]``, dtype of ``input``, or int8 with
+            ``weight_scales``; any stride between rows.
         bias: ``[out_features]``, dtype of ``input``, contiguous. None: none is added.
+        weight_scales: ``[out_features, in_features / group]``, float32, any stride between rows:
+            what the int8 weights of each group of columns are multiplied with, as
+            `quantize_weight` makes them; group is a power of two from 32 on. None: nothing.
 
     Returns:
         ``[rows, out_features]``, dtype of ``input``, summed in float32 with the bias and rounded
@@ -103,7 +128,7 @@ def skinny_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
         TypeError: An argument is no tensor, or its dtype is wrong.
         NotImplementedError: An argument requires a gradient; the device has no kernel.
     """
-    out = input.float() @ weight.float().T
+    out = input.float() @ widened(weight, weight_scales).T
     if bias is not None:
         out = out + bias.float()
     return out.to(input.dtype)

@@ -45,7 +45,7 @@ def read_duo(folder: Path, sparsity: float) -> Pattern:
         raise ValueError(f"adaptive: sparsity must be a number from 0 to 1, got {sparsity!r}")
     gates = _table(folder / "full_attention_heads.tsv")
     path = folder / "config.json"
-    config = _json(path)
+    config = read_object(path)
     sinks = _count(path, config, "sink_size", 0)
     recent = _count(path, config, "recent_size", 1)
     places = [(layer, head) for layer, row in enumerate(gates) for head in range(len(row))]
@@ -62,7 +62,7 @@ def read_duo(folder: Path, sparsity: float) -> Pattern:
 
 def read_json(path: Path) -> Pattern:
     """Read a JSON head list; see `RazorAttention.from_json`."""
-    values = _json(path)
+    values = read_object(path)
     layers: dict[int, Any] = {}
     for name, heads in values.items():
         if not name.isascii() or not name.isdecimal() or str(int(name)) != name:
@@ -123,7 +123,13 @@ def _count(path: Path, config: dict[str, Any], name: str, least: int) -> int:
     return number
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object, which names nothing twice.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It holds something else; the message names it.
+    """
     try:
         values = json.loads(_text(path), object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:

@@ -34,9 +34,9 @@ class LocalAttention(Policy):
         layers: Layers all of whose heads do so, ascending; None: all, unless ``heads`` are named.
         heads: KV heads that do so, as (layer, head) pairs or a mapping from layer to heads; not
             together with ``layers``.
-        positions: "original": tokens keep their positions in the text. "rebased" would count
-            positions within what is kept, and is refused: keys are cached with their rotation, and
-            no interface of transformers turns them again.
+        positions: "original": tokens keep their positions in the text. "rebased": they count within
+            what is kept, as in the paper: the sinks move up to the window, and no query ever sees a
+            key further away than ``sinks + window - 1`` positions.
     """
 
     modes: ClassVar[tuple[str, ...]] = (LOCAL,)
@@ -59,14 +59,13 @@ class LocalAttention(Policy):
         for name in ("layers", "heads"):
             if getattr(self, name) == ():
                 raise refused(self, name, f"name one of the {name}, or be None", ())
-        if self.positions == "rebased":
-            rule = (
-                "be 'original': cached keys are rotated to their positions, and no interface of "
-                "transformers turns them again"
-            )
-            raise refused(self, "positions", rule, self.positions)
-        if self.positions != "original":
-            raise refused(self, "positions", "be 'original'", self.positions)
+        if self.positions not in ("original", "rebased"):
+            raise refused(self, "positions", "be 'original' or 'rebased'", self.positions)
+
+    @property
+    def turns(self) -> bool:
+        """Whether some tokens are seen at other positions than those of the text."""
+        return self.positions == "rebased" and self.sinks > 0
 
     def window_tokens(self, length: int) -> int:
         """Recent tokens that a query sees at ``length`` tokens."""

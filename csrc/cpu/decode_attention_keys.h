@@ -136,13 +136,14 @@ class KeyFinder {
 
   void list_keys(uint64_t any, Block<E>& block) const {
     const int64_t key_stride = args_.key_stride[2], value_stride = args_.value_stride[2];
-    const E* key = static_cast<const E*>(args_.key) + item_.batch * args_.key_stride[0] +
+    const int64_t row = args_.cache_rows ? args_.cache_rows[item_.batch] : item_.batch;
+    const E* key = static_cast<const E*>(args_.key) + row * args_.key_stride[0] +
                    item_.kv_head * args_.key_stride[1];
     // Without values, what scoring fetches ahead is the next block of keys.
-    const E* value = args_.value == nullptr ? key + kBlockKeys * key_stride
-                                            : static_cast<const E*>(args_.value) +
-                                                  item_.batch * args_.value_stride[0] +
-                                                  item_.kv_head * args_.value_stride[1];
+    const E* value = args_.value == nullptr
+                         ? key + kBlockKeys * key_stride
+                         : static_cast<const E*>(args_.value) + row * args_.value_stride[0] +
+                               item_.kv_head * args_.value_stride[1];
     const int64_t step = args_.value == nullptr ? key_stride : value_stride;
     block.count = __builtin_popcountll(any);
     int slot = 0;

@@ -52,6 +52,7 @@ ExitSlice summarise(const float* logits, int64_t first, int count) {
   return made;
 }
 
+/// `E`: of the weights.
 template <class S, class E>
 void summarise_typed(const ExitConfidenceArgs& args, const float* input, int64_t width,
                      int64_t begin, int64_t end, ExitSlice* to) {
@@ -77,6 +78,9 @@ void summarise_typed(const ExitConfidenceArgs& args, const float* input, int64_t
 template <class S>
 void summarise_slices(const ExitConfidenceArgs& args, const float* input, int64_t width,
                       int64_t begin, int64_t end, ExitSlice* to) {
+  if (args.linear.weight_scales != nullptr) {
+    return summarise_typed<S, Int8>(args, input, width, begin, end, to);
+  }
   switch (args.linear.dtype) {
     case DType::kFloat32: return summarise_typed<S, Float32>(args, input, width, begin, end, to);
     case DType::kFloat16: return summarise_typed<S, Float16>(args, input, width, begin, end, to);

@@ -1,7 +1,8 @@
 // The product that reads a weight once, for any op that wants its sums: a template on a SIMD trait,
-// an element type and what takes the sums. Weight rows come four at a time, and a tile of up to 4
-// input rows shares each load of them; all tiles follow while the weight rows are in cache, so that
-// memory is read once whatever the number of rows. Each sum is taken in the same order in any tile.
+// the type of the weights and what takes the sums. Weight rows come four at a time, and a tile of
+// up to 4 input rows shares each load of them; all tiles follow while the weight rows are in cache,
+// so that memory is read once whatever the number of rows. Each sum is taken in the same order in
+// any tile.
 
 #pragma once
 
@@ -13,8 +14,6 @@ namespace {
 
 constexpr int kLinearFeatures = 4;  // weight rows at a time
 constexpr int kAheadBytes = 1024;   // of each weight row, fetched before their use
-
-ADAPTIVE_INLINE float widen_one(Float32 x) { return x.value; }
 
 ADAPTIVE_INLINE float widen_one(Bfloat16 x) {
   return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16);
@@ -30,6 +29,19 @@ ADAPTIVE_INLINE float widen_one(Float16 x) {
   return __builtin_bit_cast(float, bits | (x.bits & 0x8000u) << 16);
 }
 
+ADAPTIVE_INLINE float bias_of(const SkinnyLinearArgs& args, int64_t feature) {
+  switch (args.dtype) {
+    case DType::kFloat32: return static_cast<const float*>(args.bias)[feature];
+    case DType::kFloat16: return widen_one(static_cast<const Float16*>(args.bias)[feature]);
+    default: return widen_one(static_cast<const Bfloat16*>(args.bias)[feature]);
+  }
+}
+
+template <class E>
+constexpr bool kScaled = false;
+template <>
+inline constexpr bool kScaled<Int8> = true;
+
 /// `Sink` takes what is computed: sink(row, first, count, sums) gets the sums of `count`
 /// neighbouring features of one row, the bias in them.
 template <class S, class E, class Sink>
@@ -41,18 +53,20 @@ class LinearFeatures {
         width_(width),
         sink_(sink),
         units_(args.in_features / kUnit),
-        tail_(static_cast<int>(args.in_features % kUnit)) {}
+        tail_(static_cast<int>(args.in_features % kUnit)),
+        units_of_group_(kScaled<E> ? __builtin_ctzll(args.group / kUnit) : 0) {}
 
   void run(int64_t begin, int64_t end) const {
     const E* weight = static_cast<const E*>(args_.weight);
     const int64_t last = args_.out_features - 1;
     for (int64_t first = begin; first < end; first += N) {
-      Features f{first, static_cast<int>(end - first < N ? end - first : N), {}, {}};
+      Features f{first, static_cast<int>(end - first < N ? end - first : N), {}, {}, {}};
       for (int n = 0; n < N; ++n) {  // beyond the last: the last again, not stored
         const int64_t own = first + n < end ? first + n : end - 1;
         const int64_t next = first + N + n < last ? first + N + n : last;
         f.row[n] = weight + own * args_.weight_stride;
         f.next[n] = weight + next * args_.weight_stride;
+        if (kScaled<E>) f.scales[n] = args_.weight_scales + own * args_.scales_stride;
       }
       int64_t row = 0;
       for (; args_.rows - row >= 3; row += 4) tile<4>(f, row);
@@ -72,6 +86,7 @@ class LinearFeatures {
     int count;
     const E* row[N];
     const E* next[N];  // those that follow
+    const float* scales[N];
   };
 
   template <int R>
@@ -93,38 +108,46 @@ class LinearFeatures {
     const int64_t ahead = kAheadUnits < units_ ? kAheadUnits : units_;
     const int64_t turn = kFetch ? units_ - ahead : 0;
     for (int64_t unit = 0; unit < turn; ++unit) {
-      add_products<R, kFetch, false>(f.row, f.row, ahead, input, unit, sum);
+      add_products<R, kFetch, false>(f, f.row, ahead, input, unit, sum);
     }
     for (int64_t unit = turn; unit < units_; ++unit) {
-      add_products<R, kFetch, false>(f.row, f.next, -turn, input, unit, sum);
+      add_products<R, kFetch, false>(f, f.next, -turn, input, unit, sum);
     }
-    if (tail_ != 0) add_products<R, kFetch, true>(f.row, f.next, -turn, input, units_, sum);
+    if constexpr (!kScaled<E>) {
+      if (tail_ != 0) add_products<R, kFetch, true>(f, f.next, -turn, input, units_, sum);
+    }
     float out[R * N];
 #pragma GCC unroll 8
     for (int j = 0; j < R * N; j += 4) {
       S::reduce4(sum[j], sum[j + 1], sum[j + 2], sum[j + 3], out + j);
     }
     const int64_t left = args_.rows - row;
-    const E* bias = static_cast<const E*>(args_.bias);
     for (int r = 0; r < (left < R ? left : R); ++r) {
       float* sums = out + r * N;
-      for (int n = 0; bias != nullptr && n < f.count; ++n) sums[n] += widen_one(bias[f.first + n]);
+      for (int n = 0; args_.bias != nullptr && n < f.count; ++n) {
+        sums[n] += bias_of(args_, f.first + n);
+      }
       sink_(row + r, f.first, f.count, sums);
     }
   }
 
   // sum[r * N + n] += input row r * weight row n, over one unit of elements.
   template <int R, bool kFetch, bool kTail>
-  ADAPTIVE_INLINE void add_products(const E* const* weight, const E* const* fetch, int64_t ahead,
+  ADAPTIVE_INLINE void add_products(const Features& f, const E* const* fetch, int64_t ahead,
                                     const float* input, int64_t unit, Vec (&sum)[R * N]) const {
     Vec low[N], high[N];
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
       if constexpr (kFetch) prefetch<kUnit, 3>(fetch[n] + (unit + ahead) * kUnit);
       if constexpr (kTail) {
-        S::load_pair_tail(weight[n] + unit * kUnit, tail_, low[n], high[n]);
+        S::load_pair_tail(f.row[n] + unit * kUnit, tail_, low[n], high[n]);
       } else {
-        S::load_pair(weight[n] + unit * kUnit, low[n], high[n]);
+        S::load_pair(f.row[n] + unit * kUnit, low[n], high[n]);
+      }
+      if constexpr (kScaled<E>) {
+        const Vec scale = S::set1(f.scales[n][unit >> units_of_group_]);
+        low[n] = S::mul(low[n], scale);
+        high[n] = S::mul(high[n], scale);
       }
     }
 #pragma GCC unroll 4
@@ -145,6 +168,7 @@ class LinearFeatures {
   Sink& sink_;
   const int64_t units_;
   const int tail_;
+  const int units_of_group_;  // as a power of two
 };
 
 }  // namespace

@@ -41,6 +41,12 @@ struct Float32 {
   float value;
 };
 
+/// A weight that a factor of its group belongs to. No tails: a group is a multiple of every pair.
+struct Int8 {
+  static constexpr bool kInterleaved = false;
+  int8_t value;
+};
+
 constexpr float kInfinity = __builtin_inff();
 constexpr int kCacheLine = 64;
 

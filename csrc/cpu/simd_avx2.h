@@ -69,6 +69,12 @@ struct SimdAvx2 {
     a = load(&p->value);
     b = load(&p[kWidth].value);
   }
+  static ADAPTIVE_INLINE void load_pair(const Int8* p, Vec& a, Vec& b) {
+    const auto* from = reinterpret_cast<const __m128i*>(p);
+    a = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from)));
+    b = _mm256_cvtepi32_ps(
+        _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + kWidth))));
+  }
   static ADAPTIVE_INLINE void load_pair(const Bfloat16* p, Vec& a, Vec& b) {
     widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), Bfloat16{}, a, b);
   }

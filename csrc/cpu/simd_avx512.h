@@ -61,6 +61,11 @@ struct SimdAvx512 {
     a = _mm512_loadu_ps(p);
     b = _mm512_loadu_ps(p + kWidth);
   }
+  static ADAPTIVE_INLINE void load_pair(const Int8* p, Vec& a, Vec& b) {
+    const auto* from = reinterpret_cast<const __m128i*>(p);
+    a = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from)));
+    b = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from + 1)));
+  }
   static ADAPTIVE_INLINE void load_pair(const Bfloat16* p, Vec& a, Vec& b) {
     widen(_mm512_loadu_si512(p), Bfloat16{}, a, b);
   }

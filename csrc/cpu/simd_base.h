@@ -62,6 +62,10 @@ struct SimdBase {
     a = load(&p->value);
     b = load(&p[kWidth].value);
   }
+  static ADAPTIVE_INLINE void load_pair(const Int8* p, Vec& a, Vec& b) {
+    a = __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Vec);
+    b = __builtin_convertvector(*reinterpret_cast<const Bytes*>(p + kWidth), Vec);
+  }
   static ADAPTIVE_INLINE void load_pair(const Bfloat16* p, Vec& a, Vec& b) {
     const Ints x = *reinterpret_cast<const Pairs*>(p);
     a = reinterpret_cast<Vec>(x << 16);
@@ -84,6 +88,7 @@ struct SimdBase {
   typedef float Floats __attribute__((vector_size(16), aligned(4), may_alias));
   typedef uint32_t Pairs __attribute__((vector_size(16), aligned(2), may_alias));
   typedef uint16_t Halves __attribute__((vector_size(8), aligned(2), may_alias));
+  typedef int8_t Bytes __attribute__((vector_size(4), aligned(1), may_alias));
 
   static constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to whole numbers
 

@@ -35,7 +35,9 @@ LinearInput linear_input(const SkinnyLinearArgs& args, Level level) {
 }
 
 int linear_threads(const SkinnyLinearArgs& args, int64_t pieces) {
-  const int64_t element_bytes = args.dtype == DType::kFloat32 ? 4 : 2;
+  const int64_t element_bytes = args.weight_scales != nullptr   ? 1
+                                : args.dtype == DType::kFloat32 ? 4
+                                                                : 2;
   return useful_threads(pieces, args.out_features * args.in_features * element_bytes);
 }
 

@@ -23,6 +23,10 @@ void widen_row(const SkinnyLinearArgs& args, int64_t row, float* to) {
     } else {
       S::load_pair_tail(from + i, static_cast<int>(args.in_features - i), low, high);
     }
+    if (E::kInterleaved && args.weight_scales != nullptr) {  // int8 weights come in their order
+      store_unit<S, E>(low, high, to + i);
+      continue;
+    }
     S::store(to + i, low);
     S::store(to + i + S::kWidth, high);
   }
@@ -44,7 +48,11 @@ void multiply_features(const SkinnyLinearArgs& args, const float* input, int64_t
     E* out = static_cast<E*>(args.out) + row * args.out_features + first;
     for (int n = 0; n < count; ++n) narrow(sums[n], out + n);
   };
-  LinearFeatures<S, E, decltype(store)>(args, input, width, store).run(begin, end);
+  if (args.weight_scales != nullptr) {
+    LinearFeatures<S, Int8, decltype(store)>(args, input, width, store).run(begin, end);
+  } else {
+    LinearFeatures<S, E, decltype(store)>(args, input, width, store).run(begin, end);
+  }
 }
 
 template <class S>

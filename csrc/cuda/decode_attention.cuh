@@ -57,12 +57,14 @@ void attend_half(const char* op, const Problem& p, Stream stream);
 /// which key lies in a slot; in decode_attention, slot s is key s.
 struct Share {
   int batch, kv_head;
+  int cache_row;  // of key and value
   int split;
   int first_row, rows;
   int length;
   int listed;  // slots of chosen keys; those of extra tokens begin at the next tile
   int begin, end;
-  bool valid;  // the length lies in 0..capacity, and the count in 0..chosen
+  // The length lies in 0..capacity, the count in 0..chosen, and the cache has the row.
+  bool valid;
 
   template <class P>
   __device__ explicit Share(const P& p) {
@@ -84,6 +86,14 @@ struct Share {
 
     length = a.lengths ? a.lengths[batch] : static_cast<int>(a.capacity);
     valid = length >= 0 && length <= a.capacity;
+    cache_row = batch;
+    if constexpr (P::Keys::kCacheRows) {
+      if (a.cache_rows) {
+        const int64_t row = a.cache_rows[batch];
+        valid = valid && row >= 0 && row < a.cache_batch;
+        cache_row = static_cast<int>(row);
+      }
+    }
     const int slots = P::Keys::slots(p, *this);
     const int64_t tiles = valid ? (slots + p.plan.tile_keys - 1) / p.plan.tile_keys : 0;
     begin = static_cast<int>(tiles * split / p.plan.splits) * p.plan.tile_keys;

@@ -70,7 +70,7 @@ __device__ __forceinline__ Summary merge(const Summary& a, const Summary& b) {
   return made;
 }
 
-template <class T, int kRows>
+template <class T, class W, int kRows>
 __global__ void __launch_bounds__(kLanes* kWarps, kBlocksPerMultiprocessor)
     summarise_slice(const __grid_constant__ ExitProblem p) {
   const SkinnyLinearArgs& a = p.linear.args;
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kLanes* kWarps, kBlocksPerMultiprocessor)
   Summary mine = nothing();
   for (int64_t token = first; token < first + kWarpTokens && token < a.out_features; ++token) {
     float sum[kRows];
-    multiply_feature<T>(p.linear, token, lane, sum);
+    multiply_feature<T, W>(p.linear, token, lane, sum);
     float logit = 0.0f;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -162,11 +162,11 @@ void exit_confidence(const ExitConfidenceArgs& args, Stream stream) {
                 args.top,
                 args.lse,
                 args.entropy};
-  for_linear(args.linear, [&]<class T, int kRows>() {
-    p.linear = linear_problem<T>(args.linear);
-    simt::launch<summarise_slice<T, kRows>>("exit_confidence",
-                                            dim3(static_cast<unsigned>(p.slices)),
-                                            dim3(kLanes * kWarps), 0, stream, p);
+  for_linear(args.linear, [&]<class T, class W, int kRows>() {
+    p.linear = linear_problem<T, W>(args.linear);
+    simt::launch<summarise_slice<T, W, kRows>>("exit_confidence",
+                                               dim3(static_cast<unsigned>(p.slices)),
+                                               dim3(kLanes * kWarps), 0, stream, p);
   });
   simt::launch<merge_slices>("exit_confidence", dim3(static_cast<unsigned>(args.linear.rows)),
                              dim3(kMergeThreads), 0, stream, p);

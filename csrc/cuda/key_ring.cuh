@@ -22,14 +22,15 @@ __device__ __forceinline__ Source<T> cache_rows(const DecodeAttentionArgs& a, co
                                                 int which) {
   const void* base = which ? a.value : a.key;
   const int64_t(&stride)[3] = which ? a.value_stride : a.key_stride;
-  return {static_cast<const T*>(base) + share.batch * stride[0] + share.kv_head * stride[1],
+  return {static_cast<const T*>(base) + share.cache_row * stride[0] + share.kv_head * stride[1],
           stride[2]};
 }
 
 /// P::Keys of a problem that attends to every key: slot s is key s.
 class AllKeys {
  public:
-  using Sight = cuda::Sight;  // what is known of a row's keys
+  using Sight = cuda::Sight;                // what is known of a row's keys
+  static constexpr bool kCacheRows = true;  // a row of the query may read another of the cache
 
   __device__ static int slots(const Problem&, const Share& share) { return share.length; }
 

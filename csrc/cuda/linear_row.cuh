@@ -1,12 +1,14 @@
 // The product that reads a weight once, on CUDA: a warp streams the weight row of one feature, 16
 // bytes to a lane, and multiplies each load with every input row, which stay in cache. Sums go over
-// the lanes by shuffles, always in the same order: a row's sum depends on that row alone.
+// the lanes by shuffles, always in the same order: a row's sum depends on that row alone. Weights
+// are of the inputs' type, or int8 with a factor for each group of columns.
 
 #pragma once
 
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "../simt/simt.h"
 #include "../skinny_linear.h"
@@ -22,13 +24,15 @@ struct LinearProblem {
   bool wide_input, wide_weight;  // rows start on 16-byte boundaries
 };
 
-template <class T>
+/// `T`: of the inputs and the bias. `W`: of the weights, T or int8_t.
+template <class T, class W>
 LinearProblem linear_problem(const SkinnyLinearArgs& a) {
-  const auto on_boundary = [](const void* base, int64_t stride) {
+  const auto on_boundary = [](const void* base, int64_t stride, size_t element_bytes) {
     return reinterpret_cast<uintptr_t>(base) % kVectorBytes == 0 &&
-           stride * static_cast<int64_t>(sizeof(T)) % kVectorBytes == 0;
+           stride * static_cast<int64_t>(element_bytes) % kVectorBytes == 0;
   };
-  return {a, on_boundary(a.input, a.input_stride), on_boundary(a.weight, a.weight_stride)};
+  return {a, on_boundary(a.input, a.input_stride, sizeof(T)),
+          on_boundary(a.weight, a.weight_stride, sizeof(W))};
 }
 
 /// Throws what the bindings would have refused, in the name of `op`, whose input is called `name`.
@@ -44,15 +48,24 @@ inline void check_linear(const SkinnyLinearArgs& a, const std::string& op,
   if (a.out_features > INT32_MAX) {
     refuse("weight must have fewer than 2^31 rows", a.out_features);
   }
+  const bool fits = a.group >= 32 && (a.group & (a.group - 1)) == 0 && a.in_features % a.group == 0;
+  if (a.weight_scales != nullptr && !fits) {
+    refuse("weight_scales must be of groups of a power of two from 32 on", a.group);
+  }
 }
 
-/// Calls run<T, kRows>() for the dtype and a bound on the rows that the kernels are compiled for.
+/// Calls run<T, W, kRows>() for the dtypes and a bound on the rows that the kernels are compiled
+/// for.
 template <class Run>
 void for_linear(const SkinnyLinearArgs& a, Run&& run) {
+  const auto with_weights = [&]<class T, class W>() {
+    if (a.rows == 1) return run.template operator()<T, W, 1>();
+    if (a.rows <= 4) return run.template operator()<T, W, 4>();
+    run.template operator()<T, W, kMaxLinearRows>();
+  };
   const auto with_rows = [&]<class T>() {
-    if (a.rows == 1) return run.template operator()<T, 1>();
-    if (a.rows <= 4) return run.template operator()<T, 4>();
-    run.template operator()<T, kMaxLinearRows>();
+    if (a.weight_scales != nullptr) return with_weights.template operator()<T, int8_t>();
+    with_weights.template operator()<T, T>();
   };
   switch (a.dtype) {
     case DType::kFloat32: return with_rows.template operator()<float>();
@@ -62,11 +75,10 @@ void for_linear(const SkinnyLinearArgs& a, Run&& run) {
   }
 }
 
-/// Each lane's part of the sums of every row with the weight row of `feature`: sum_lanes has the
-/// whole. Rows beyond the last are 0.
+/// multiply_feature for weights of the inputs' type.
 template <class T, int kRows>
-__device__ __forceinline__ void multiply_feature(const LinearProblem& p, int64_t feature, int lane,
-                                                 float (&sum)[kRows]) {
+__device__ __forceinline__ void multiply_plain(const LinearProblem& p, int64_t feature, int lane,
+                                               float (&sum)[kRows]) {
   using V = Vector<T>;
   constexpr int kInFlight = kRows > 4 ? 1 : 2;  // weights; many rows need the registers
   const SkinnyLinearArgs& a = p.args;
@@ -97,6 +109,51 @@ __device__ __forceinline__ void multiply_feature(const LinearProblem& p, int64_t
           sum[r] += simt::to_float(inputs.x[e]) * simt::to_float(weights[i].x[e]);
         }
       }
+    }
+  }
+}
+
+/// sum[r] += input row r * the int8 weights of one load, which lie in one group.
+template <class T, int kRows>
+__device__ __forceinline__ void add_scaled(const LinearProblem& p, const Vector<int8_t>& weights,
+                                           float scale, int column, float (&sum)[kRows]) {
+  using V = Vector<T>;
+  const SkinnyLinearArgs& a = p.args;
+  const T* input = static_cast<const T*>(a.input) + column;
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if (r >= a.rows) continue;
+#pragma unroll
+    for (int part = 0; part < Vector<int8_t>::kElements; part += V::kElements) {
+      const V inputs = load(input + r * a.input_stride + part, p.wide_input);
+#pragma unroll
+      for (int e = 0; e < V::kElements; ++e) {
+        const float weight = static_cast<float>(weights.x[part + e]) * scale;
+        sum[r] += simt::to_float(inputs.x[e]) * weight;
+      }
+    }
+  }
+}
+
+/// Each lane's part of the sums of every row with the weight row of `feature`: sum_lanes has the
+/// whole. Rows beyond the last are 0.
+template <class T, class W, int kRows>
+__device__ __forceinline__ void multiply_feature(const LinearProblem& p, int64_t feature, int lane,
+                                                 float (&sum)[kRows]) {
+  if constexpr (std::is_same_v<W, T>) {
+    multiply_plain<T>(p, feature, lane, sum);
+  } else {
+    using V = Vector<int8_t>;
+    const SkinnyLinearArgs& a = p.args;
+    const int8_t* weight = static_cast<const int8_t*>(a.weight) + feature * a.weight_stride;
+    const float* scales = a.weight_scales + feature * a.scales_stride;
+    const int group = static_cast<int>(a.group);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) sum[r] = 0.0f;
+    for (int column = lane * V::kElements; column < a.in_features;
+         column += kLinearLanes * V::kElements) {
+      const V weights = load(weight + column, p.wide_weight);
+      add_scaled<T>(p, weights, scales[column / group], column, sum);
     }
   }
 }

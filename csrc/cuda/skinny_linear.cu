@@ -19,7 +19,7 @@ __device__ __forceinline__ T narrow(float x) {
   }
 }
 
-template <class T, int kRows>
+template <class T, class W, int kRows>
 __global__ void __launch_bounds__(kLanes* kWarps)
     multiply_rows(const __grid_constant__ LinearProblem p) {
   const SkinnyLinearArgs& a = p.args;
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kLanes* kWarps)
       static_cast<int64_t>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kLanes;
   if (feature >= a.out_features) return;  // the whole warp
   float sum[kRows];
-  multiply_feature<T>(p, feature, lane, sum);
+  multiply_feature<T, W>(p, feature, lane, sum);
   const float bias = bias_of<T>(a, feature);
   T* out = static_cast<T*>(a.out) + feature;
 #pragma unroll
@@ -44,9 +44,9 @@ void skinny_linear(const SkinnyLinearArgs& args, Stream stream) {
   if (args.rows == 0 || args.out_features == 0) return;
   check_linear(args, "skinny_linear", "input");
   const dim3 grid(static_cast<unsigned>((args.out_features + kWarps - 1) / kWarps));
-  for_linear(args, [&]<class T, int kRows>() {
-    simt::launch<multiply_rows<T, kRows>>("skinny_linear", grid, dim3(kLanes * kWarps), 0, stream,
-                                          linear_problem<T>(args));
+  for_linear(args, [&]<class T, class W, int kRows>() {
+    simt::launch<multiply_rows<T, W, kRows>>("skinny_linear", grid, dim3(kLanes * kWarps), 0,
+                                             stream, linear_problem<T, W>(args));
   });
 }
 

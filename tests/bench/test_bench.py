@@ -167,19 +167,24 @@ def test_every_op_has_something_to_measure_and_a_truth_that_its_reference_meets(
         small = {"batch": 2, "heads": 8, "kv_heads": 2, "capacity": 70, "head_dim": 32}
         small |= {"chosen": 20, "budget": 20, "rows": 3, "in_features": 64, "out_features": 50}
         small |= {"tokens": 128, "window": 20, "block_size": 64, "width": 64}
-        small |= {"nodes": 7, "tree": False, "vocab": 50}
-        suite = stock.suite_for(op)
-        sizes = {name: small[name] for name in (suite.sweep or op.models)[0]}
-        arguments = op.make_inputs(**sizes, dtype=torch.float32, device="cpu")
-        if suite.place is not None:
-            arguments = suite.place(*arguments)
-        truth = suite.truth(*arguments)
-        assert suite.moved(arguments, truth) > 0
-        assert truth.dtype == torch.float64
-        forms = {"reference": lambda op=op, s=suite, a=arguments: s.pick(op.reference(*a))}
-        forms |= {n: lambda f=f, a=arguments: f(*a) for n, f in suite.forms.items()}
-        rounds = suite.pick(op.reference(*arguments)).is_floating_point()
-        assert (max(prove(forms, truth, 1e-4).values()) > 0) is rounds
+        small |= {"nodes": 7, "tree": False, "vocab": 50, "group": 32}
+        whole = stock.suite_for(op)
+        for suite in (whole, *whole.others):
+            assert_measurable(op, suite, small)
+
+
+def assert_measurable(op, suite, small):
+    sizes = {name: small[name] for name in (suite.sweep or op.models)[0]}
+    arguments = op.make_inputs(**sizes, dtype=torch.float32, device="cpu")
+    if suite.place is not None:
+        arguments = suite.place(*arguments)
+    truth = suite.truth(*arguments)
+    assert suite.moved(arguments, truth) > 0
+    assert truth.dtype == torch.float64
+    forms = {"reference": lambda op=op, s=suite, a=arguments: s.pick(op.reference(*a))}
+    forms |= {n: lambda f=f, a=arguments: f(*a) for n, f in suite.forms.items()}
+    rounds = suite.pick(op.reference(*arguments)).is_floating_point()
+    assert (max(prove(forms, truth, 1e-4).values()) > 0) is rounds
 
 
 def test_an_op_without_a_suite_is_measured_against_its_reference():

@@ -25,8 +25,10 @@ FLAGS = [
     "-Wall", "-Wno-unknown-pragmas", "-Werror", f"-I{ROOT / 'csrc'}",
 ]  # fmt: skip
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-POINTERS = ["query", "key", "value", "lengths", "mask", "parents", "out", "lse", "workspace"]
-SIZES = ["batch", "heads", "kv_heads", "query_tokens", "capacity", "head_dim"]
+POINTERS = [
+    "query", "key", "value", "lengths", "mask", "parents", "cache_rows", "out", "lse", "workspace"
+]  # fmt: skip
+SIZES = ["batch", "heads", "kv_heads", "query_tokens", "capacity", "head_dim", "cache_batch"]
 
 
 class Args(ctypes.Structure):
@@ -56,7 +58,8 @@ def pointer(tensor):
 
 def decode_args(  # noqa: PLR0913
     query, key, value, out, lse,
-    *, lengths=None, mask=None, parents=None, causal=True, scale=None, softcap=0.0,
+    *, lengths=None, mask=None, parents=None, cache_rows=None,
+    causal=True, scale=None, softcap=0.0,
 ):  # fmt: skip
     """The Args of these tensors, without a workspace; value and out may be None."""
     batch, heads, query_tokens, head_dim = query.shape
@@ -67,9 +70,10 @@ def decode_args(  # noqa: PLR0913
         strides = mask.stride()
     return Args(
         pointer(query), pointer(key), pointer(value), pointer(lengths), pointer(mask),
-        pointer(parents), pointer(out), pointer(lse), None, 0, DTYPES[query.dtype],
+        pointer(parents), pointer(cache_rows), pointer(out), pointer(lse), None, 0,
+        DTYPES[query.dtype],
         mask is not None and mask.dtype == torch.float32, causal,
-        batch, heads, key.shape[1], query_tokens, capacity, head_dim,
+        batch, heads, key.shape[1], query_tokens, capacity, head_dim, len(key),
         query.stride()[:3], key.stride()[:3], none if value is None else value.stride()[:3],
         none if out is None else out.stride()[:3], strides,
         head_dim**-0.5 if scale is None else scale, softcap,

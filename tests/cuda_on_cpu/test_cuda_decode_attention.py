@@ -21,6 +21,11 @@ def inputs(dtype, *, batch=2, kv_heads=2, group=2, query_tokens=1, capacity=150,
     return [torch.randn(size, generator=generator).to(dtype) for size in sizes]
 
 
+@pytest.fixture
+def chosen():
+    return torch.tensor([4, 1, 1])
+
+
 def int32(*values):
     return torch.tensor(values, dtype=torch.int32)
 
@@ -60,6 +65,24 @@ def test_ragged_lengths_around_the_tile_size(decode, dtype, query_tokens):
     tensors = inputs(dtype, batch=len(lengths), kv_heads=1, query_tokens=query_tokens, capacity=130)
     out = check(decode, *tensors, lengths=lengths)
     assert torch.equal(out[0], torch.zeros_like(out[0]))
+
+
+@every_dtype
+@pytest.mark.parametrize("query_tokens", [1, 5])
+def test_rows_of_a_larger_cache(decode, dtype, query_tokens, chosen):
+    """Bit by bit those of copies; one that the cache has not makes its row NaN."""
+    query, key, value = inputs(dtype, batch=5, query_tokens=query_tokens)
+    lengths = int32(150, 64, 7)
+    want = decode(query[:3], key[chosen], value[chosen], lengths=lengths)
+    made = decode(query[:3], key, value, lengths=lengths, cache_rows=chosen)
+    assert_close(*made, query[:3], key[chosen], value[chosen], lengths=lengths)
+    assert all(torch.equal(*pair) for pair in zip(made, want, strict=True))
+    for wrong in (-1, 5):
+        rows = torch.tensor([4, wrong, 1])
+        out, lse = decode(query[:3], key, value, lengths=lengths, cache_rows=rows)
+        assert out[1].isnan().all()
+        assert lse[1].isnan().all()
+        assert torch.equal(out[::2], want[0][::2])
 
 
 @every_dtype

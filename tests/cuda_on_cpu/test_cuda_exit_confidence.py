@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from simulated import DTYPES, ROOT, planted, pointer
-from test_cuda_skinny_linear import LinearArgs
+from test_cuda_skinny_linear import LinearArgs, scale_fields, widened
 
 from adaptive.ops import exit_confidence
 
@@ -39,7 +39,9 @@ class Exit:
         assert library.exit_args_bytes() == ctypes.sizeof(ExitArgs)
         library.set_seed(0)
 
-    def __call__(self, hidden, weight, bias=None, scale=1.0, softcap=0.0, *, short_workspace=0):
+    def __call__(
+        self, hidden, weight, bias=None, scale=1.0, softcap=0.0, scales=None, *, short_workspace=0
+    ):
         rows = len(hidden)
         sizes = ((2,), (2,), (), ())
         types = (torch.int64, *[torch.float32] * 3)
@@ -51,6 +53,7 @@ class Exit:
         linear = LinearArgs(
             pointer(hidden), pointer(weight), pointer(bias), None, DTYPES[hidden.dtype],
             rows, hidden.shape[1], len(weight), hidden.stride(0), weight.stride(0),
+            *scale_fields(hidden, scales),
         )  # fmt: skip
         args = ExitArgs(linear, scale, softcap, *map(pointer, made), None, 0)
         wanted = self.library.exit_workspace_bytes(ctypes.byref(args))
@@ -71,15 +74,15 @@ def confidence(builder):
     return Exit(builder.library(*builder.objects(ROOT / "csrc" / SOURCE, SHIM)))
 
 
-def draw(dtype, rows, width, vocab, bias=False, scale=1.0, softcap=0.0):
+def draw(dtype, rows, width, vocab, bias=False, scale=1.0, softcap=0.0, group=0):
     return exit_confidence.make_inputs(
-        rows, width, vocab, bias, scale, softcap, dtype=dtype, device="cpu"
+        rows, width, vocab, bias, scale, softcap, group, dtype=dtype, device="cpu"
     )
 
 
-def exact(hidden, weight, bias=None, scale=1.0, softcap=0.0):
+def exact(hidden, weight, bias=None, scale=1.0, softcap=0.0, scales=None):
     """The formula of adaptive/ops/exit_confidence.py in float64."""
-    logits = hidden.double() @ weight.double().T
+    logits = hidden.double() @ widened(weight, scales).T
     logits = (logits if bias is None else logits + bias.double()) * scale
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
@@ -151,6 +154,15 @@ def chosen_logits(dtype, places):
 @every_dtype
 def test_rows_threads_strides_and_special_values(confidence, dtype):
     check_everything(confidence, dtype)
+
+
+@every_dtype
+def test_int8_weights(confidence, dtype):
+    for rows, group in ((1, 128), (3, 64), (16, 32)):
+        arguments = draw(dtype, rows, 640, 145, True, 9.0, 20.0, group)
+        made = confidence(*arguments)
+        check(made, *arguments)
+        assert same(confidence(arguments[0][-1:], *arguments[1:]), [t[-1:] for t in made])
 
 
 def test_more_slices_than_threads_that_merge_them(confidence):

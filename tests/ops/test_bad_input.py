@@ -108,6 +108,41 @@ BAD = {
         TypeError,
         "key must be .*got ndarray",
     ),
+    "cache_rows int32": (
+        {"cache_rows": int32(0, 1)},
+        TypeError,
+        "cache_rows must be int64, got torch.int32",
+    ),
+    "cache_rows of three rows": (
+        {"cache_rows": torch.tensor([0, 1, 0])},
+        ValueError,
+        "cache_rows must have size 2 in dimension 0",
+    ),
+    "cache_rows of rank 2": (
+        {"cache_rows": torch.tensor([[0, 1]])},
+        ValueError,
+        "cache_rows must have 1 dimensions",
+    ),
+    "strided cache_rows": (
+        {"cache_rows": torch.tensor([0, 5, 1, 5])[::2]},
+        ValueError,
+        "cache_rows must be contiguous",
+    ),
+    "a cache row too many": (
+        {"cache_rows": torch.tensor([1, 2])},
+        IndexError,
+        r"cache_rows\[1\] must be in 0\.\.1, got 2",
+    ),
+    "a negative cache row": (
+        {"cache_rows": torch.tensor([-1, 0])},
+        IndexError,
+        r"cache_rows\[0\] must be in 0\.\.1, got -1",
+    ),
+    "a larger cache without cache_rows": (
+        {k: torch.randn(3, 2, 10, 64) for k in ("key", "value")},
+        ValueError,
+        "key must have size 2 in dimension 0",
+    ),
     "lengths int64": (
         {"lengths": torch.tensor([1, 2])},
         TypeError,
@@ -191,7 +226,7 @@ def test_arguments_of_no_op_are_named(kind, grad):
         with pytest.raises(TypeError, match=start + "missing .*'value'"):
             decode_attention(query, key)
         with pytest.raises(TypeError, match=start + "too many"):
-            decode_attention(query, key, value, None, None, None, 0.0, True, value)
+            decode_attention(query, key, value, None, None, None, 0.0, True, None, value)
     outputs = decode_attention.outputs(*arguments().values())
     with pytest.raises(TypeError, match=start + "unexpected .*'casual'"):
         decode_attention.into(*outputs, **arguments(), casual=True)

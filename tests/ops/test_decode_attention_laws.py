@@ -44,6 +44,19 @@ def merged(left, right):
     return weights[0] * left[0] + weights[1] * right[0], lse
 
 
+@given(cases, st.lists(st.integers(0, 4), min_size=2, max_size=2))
+def test_rows_of_a_larger_cache_are_read_in_place(case, rows):
+    """The bits of a call on copies of them; what other rows hold has no effect."""
+    arguments, rows = case.arguments(), torch.tensor(rows)
+    large = Case(**{**vars(case), "batch": 5, "lengths": None, "causal": False}).arguments()
+    held = {name: large[name] for name in ("key", "value")}
+    want = decode_attention(**{**arguments, **{n: t[rows] for n, t in held.items()}})
+    unread = torch.tensor([row for row in range(5) if row not in rows], dtype=torch.long)
+    for tensor in held.values():
+        tensor[unread] = math.nan
+    assert_same(decode_attention(**{**arguments, **held}, cache_rows=rows), want)
+
+
 @given(cases)
 def test_a_row_does_not_depend_on_its_neighbours(case):
     arguments = case.arguments()

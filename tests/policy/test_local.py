@@ -52,6 +52,9 @@ def test_layers_with_a_window_of_the_model_are_left_out():
 
 
 def test_round_trips_as_policy_and_plan(tmp_path):
+    rebased = local(sinks=4, positions="rebased")
+    assert str(rebased) == "LocalAttention(window=16, sinks=4, positions='rebased')"
+    assert Policy.from_dict(json.loads(json.dumps(rebased.to_dict()))) == rebased
     policy = local(sinks=4, heads={1: [0], 3: [0, 1]})
     assert Policy.from_dict(json.loads(json.dumps(policy.to_dict()))) == policy
     assert str(policy) == "LocalAttention(window=16, sinks=4, heads=((1, 0), (3, 0), (3, 1)))"
@@ -73,8 +76,7 @@ REFUSED = [
     ({"heads": ((1, 0), (1, 0))}, r"heads must name each head once, got \(1, 0\)"),
     ({"heads": 3}, r"heads must be \(layer, KV head\) pairs"),
     ({"heads": ((1, 0),), "layers": (1,)}, r"heads must be None where layers are named"),
-    ({"positions": "rebased"}, r"positions must be 'original': cached keys are rotated"),
-    ({"positions": "other"}, r"positions must be 'original', got 'other'"),
+    ({"positions": "other"}, r"positions must be 'original' or 'rebased', got 'other'"),
 ]
 
 

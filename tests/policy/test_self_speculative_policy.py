@@ -23,7 +23,9 @@ from adaptive.policy import (
 
 LAYERS = st.sets(st.integers(0, 30), min_size=1).map(sorted)
 FORMS = (
-    st.fixed_dictionaries({"exit_layer": st.integers(1, 99)})
+    st.fixed_dictionaries(
+        {"exit_layer": st.integers(1, 99), "draft_head": st.sampled_from([None, "int8"])}
+    )
     | st.fixed_dictionaries({"skip": st.tuples(LAYERS, LAYERS)})
     | st.just({"tree": True})
 )
@@ -66,6 +68,8 @@ def test_policies_make_the_round_trip(form, draft):
         ({"skip": ((-1,), ())}, "skip must be two lists of ascending"),
         ({"skip": ((), ())}, "skip must name a layer"),
         ({"tree": True, "draft_vocabulary": 9}, "draft_vocabulary must be None without exit_layer"),
+        ({"tree": True, "draft_head": "int8"}, "draft_head must be None without exit_layer"),
+        ({"exit_layer": 2, "draft_head": "int4"}, 'draft_head must be "int8" or None'),
         ({"exit_layer": 2, "draft_vocabulary": 0}, "draft_vocabulary must be a whole number"),
     ],
 )
