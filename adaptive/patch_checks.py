@@ -9,7 +9,7 @@ from torch import nn
 from adaptive.layers.changes import own_forward
 from adaptive.layers.state import ENCODER
 from adaptive.layers.survey import Survey
-from adaptive.policy import EncoderExit, Plan, Policy
+from adaptive.policy import EncoderExit, MixtureOfDepths, Plan, Policy
 from adaptive.policy.plan import DENSE, GLOBAL_LOCAL, STOCK
 
 
@@ -51,6 +51,8 @@ def generation_problems(
     for policy in every:
         if isinstance(policy, EncoderExit):
             found += _exit_problems(root, survey)
+        if isinstance(policy, MixtureOfDepths):
+            found += _routing_problems(root, survey, policy)
         if not policy.generates:
             continue
         name = type(policy).__name__
@@ -73,6 +75,30 @@ def _exit_problems(root: nn.Module, survey: Survey) -> list[str]:
         f"EncoderExit does not fit: {name!r} has a forward of its own, set by someone else"
         for name in survey.layers
         if own_forward(root.get_submodule(name)) is not None
+    ][:1]
+
+
+def _routing_problems(root: nn.Module, survey: Survey, policy: MixtureOfDepths) -> list[str]:
+    """Why the model's layers cannot be run for some of the tokens or sequences alone."""
+    if not survey.layers or is_encoder(survey):
+        return ["MixtureOfDepths does not fit: it is for decoders of transformers"]
+    needs = {
+        "an MLP": survey.mlps if policy.unit == "mlp" or policy.weighted == "mlp" else None,
+        "an input norm": survey.norms if policy.unit == "block" else None,
+    }
+    for what, names in needs.items():
+        if names is not None and len(names) != len(survey.layers):
+            return [f"MixtureOfDepths does not fit: some layers have no {what} that is known"]
+    attention = tuple(site.name for site in survey.sites)
+    unit = {"block": survey.layers, "attention": attention, "mlp": survey.mlps}[policy.unit]
+    modules = {name: root.get_submodule(name) for name in unit}
+    kinds = {type(module).__name__ for module in modules.values()}
+    if policy.unit != "mlp" and len(kinds) > 1:
+        return [f"MixtureOfDepths does not fit: layers differ, {', '.join(sorted(kinds))}"]
+    return [
+        f"MixtureOfDepths does not fit: {name!r} has a forward of its own, set by someone else"
+        for name, module in modules.items()
+        if own_forward(module) is not None
     ][:1]
 
 

@@ -62,6 +62,9 @@ class Family:
             names = path.split("|") if several else [path]
             if not all(isinstance(name, str) and _PATH.fullmatch(name) for name in names):
                 raise ValueError(f"Family: {field} must be a dotted path, got {path!r}")
+        norm = self.input_norm
+        if not isinstance(norm, str) or (norm and not _PATH.fullmatch(norm)):
+            raise ValueError(f"Family: input_norm must be a dotted path or empty, got {norm!r}")
         types = self.model_types
         if not isinstance(types, tuple) or not types or not all(isinstance(t, str) for t in types):
             raise ValueError(f"Family: model_types must be a tuple of names, got {types!r}")

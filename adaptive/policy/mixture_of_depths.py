@@ -117,16 +117,21 @@ class MixtureOfDepths(Policy):
 
     def _check_layers(self) -> None:
         set_layers(self, "layers", optional=True)
-        router = self.router
-        if router is None:
-            if not self.layers:
-                raise refused(
-                    self, "layers", "name a layer, or there must be a router", self.layers
-                )
-            for name in ("capacity", "threshold", "decode_threshold"):
-                if getattr(self, name) is not None:
-                    raise refused(self, name, "be None without a router", getattr(self, name))
-            return
+        if self.router is None:
+            self._check_dropped()
+        else:
+            self._check_router(self.router)
+
+    def _check_dropped(self) -> None:
+        if not self.layers:
+            raise refused(self, "layers", "name a layer, or there must be a router", self.layers)
+        for name in ("capacity", "threshold", "decode_threshold"):
+            if getattr(self, name) is not None:
+                raise refused(self, name, "be None without a router", getattr(self, name))
+        if self.decide != "sequence":
+            raise refused(self, "decide", "be 'sequence' without a router", self.decide)
+
+    def _check_router(self, router: RouterWeights) -> None:
         if not isinstance(router, RouterWeights):
             raise refused(self, "router", "be RouterWeights or None", router)
         if self.layers is None:

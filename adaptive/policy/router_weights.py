@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptive.policy._plan_file import _safetensors, short
+from adaptive.policy._plan_file import short
 
 FORMAT = 1
 MAX_FILE_BYTES = 1 << 30
@@ -172,6 +172,16 @@ class RouterWeights:
             return _read(meta, tensors)
         except (SafetensorError, ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"adaptive: {path} holds no routers: {error}") from error
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            "adaptive: files of routers need the package safetensors: pip install safetensors"
+        ) from error
+    return safetensors.torch
 
 
 def _key(layer: int, part: str = "weight") -> str:
