@@ -1,6 +1,7 @@
 """Routed models in full: every module computes everything, and a mask undoes what must not run."""
 
 import contextlib
+import inspect
 
 import torch
 from models import CONFIGS, make
@@ -53,7 +54,8 @@ def forward(model, given):
 class MaskedDense:
     """A model whose units run in full for all, and whose output is masked, in plain PyTorch.
 
-    ``seen`` of a token unit limits attention to the tokens that run, by a mask of its own.
+    ``runs`` gives the rows that run each layer, instead of the router. Where single tokens run
+    attention, a dense mask hides the keys of the others.
     """
 
     def __init__(self, model, policy, runs=None):
@@ -101,8 +103,11 @@ class MaskedDense:
     def _mask_output(self, stack, module, layer, mask):
         policy, state = self.policy, {}
 
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+
         def before(_, args, kwargs):
-            hidden = args[0] if args else kwargs["hidden_states"]
+            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+            hidden, args = kwargs[names[0]], ()
             chosen, logits = self._choose(layer, hidden, mask)
             self.chosen[layer] = chosen
             state.update(hidden=hidden, chosen=chosen, logits=logits)

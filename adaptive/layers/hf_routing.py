@@ -143,7 +143,7 @@ class RoutedForward:
     ) -> Any:
         """All tokens run: the module's own pass, and the weights."""
         if layer is not None:
-            layer.expect(self._coming(chosen.tokens, chosen.counts))
+            layer.expect(self._coming(chosen)._replace(whole=True))
         out = self._weighted_run(module, hidden, given, chosen.logits)
         if self.routes.policy.weighted is not True:
             return out
@@ -166,11 +166,11 @@ class RoutedForward:
         finally:
             routes.mlp_weights = None
 
-    def _coming(self, tokens: Tensor, counts: Tensor, batch: int | None = None) -> Coming:
-        """The tokens of all rows, or of ``rows``, for the cache."""
-        rows = counts.nonzero()[:, 0]
-        places = tokens[rows].clamp(min=0) + self.routes.past
-        return Coming(rows, counts[rows], places, len(counts) if batch is None else batch)
+    def _coming(self, chosen: Chosen) -> Coming:
+        """The tokens that run, for the cache."""
+        rows = chosen.counts.nonzero()[:, 0]
+        places = chosen.tokens[rows].clamp(min=0) + self.routes.past
+        return Coming(rows, chosen.counts[rows], places, len(chosen.counts))
 
     def _some(
         self, module: nn.Module, hidden: Tensor, given: Arguments, chosen: Chosen, full: Tensor
@@ -208,7 +208,7 @@ class RoutedForward:
         """What attention needs to know of the tokens that run: positions, mask and cache."""
         routes = self.routes
         layer = routes.cache_layer(self.index)
-        coming = self._coming(chosen.tokens, chosen.counts)
+        coming = self._coming(chosen)
         given = dict(given)
         given.pop("attention_mask", None)
         given = tokens_of(given, places, rows, shape)
@@ -217,7 +217,7 @@ class RoutedForward:
             seen: Tensor | None = self._seen_of_all(coming, layer.length(), shape[1], window)
             layer.reading = rows
         else:
-            seen = (layer or TokenCacheLayer(False)).visible(coming, window)
+            seen = (layer or TokenCacheLayer(window)).visible(coming)
             if layer is not None:
                 layer.expect(coming)
         if self._compacts():

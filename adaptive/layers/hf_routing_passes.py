@@ -152,7 +152,7 @@ def take_over(cache: Cache, policy: MixtureOfDepths, layers: int, past: int) -> 
         elif policy.kv == "kept":
             cache.layers[index] = KeptCacheLayer(layer)
         else:
-            cache.layers[index] = TokenCacheLayer(layer.is_sliding)
+            cache.layers[index] = TokenCacheLayer(getattr(layer, "sliding_window", None))
 
 
 def _makes_positions(base: nn.Module) -> bool:

@@ -21,12 +21,14 @@ class Coming(NamedTuple):
         counts: How many each has, ``[rows]``, int64.
         positions: Their places in the sequence, padding counted, ``[rows, most]``, int64.
         batch: Rows of the batch.
+        whole: Whether they are all tokens of the call, and all before them are held.
     """
 
     rows: Tensor
     counts: Tensor
     positions: Tensor
     batch: int
+    whole: bool = False
 
 
 class TokenCacheLayer(CacheLayerMixin):
@@ -42,15 +44,17 @@ class TokenCacheLayer(CacheLayerMixin):
         longest: The most tokens that a row holds.
         seen: Tokens of each sequence so far.
         complete: Whether every row holds all tokens seen.
-        is_sliding: Whether the layer has a window; all tokens that ran are held even so.
+        window: Of the layer; None: it has none. All tokens that ran are held even so.
+        is_sliding: Whether it has one.
     """
 
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, sliding: bool) -> None:
+    def __init__(self, window: int | None = None) -> None:
         """Make an empty layer."""
-        self.is_sliding = sliding
+        self.window = window
+        self.is_sliding = window is not None
         self._clear()
         super().__init__()  # type: ignore[no-untyped-call]
 
@@ -100,19 +104,16 @@ class TokenCacheLayer(CacheLayerMixin):
         self.is_initialized = True
         self._coming = None
 
-    def visible(self, coming: Coming, window: int | None) -> Tensor | None:
+    def visible(self, coming: Coming) -> Tensor | None:
         """Which keys that `update` will return the tokens that come may see.
-
-        Args:
-            coming: As for `expect`.
-            window: Of the layer.
 
         Returns:
             ``[rows, most, keys]``, bool; None: those before them and themselves, at the end.
         """
+        window = self.window
         held, most = self.held(coming.rows), coming.positions.shape[1]
         fresh = not self.longest
-        far = window is not None and self.seen + most > window
+        far = window is not None and int(coming.positions.max()) >= window
         if not far and (fresh or (most == 1 and int(held.min()) == int(held.max()))):
             return None
         keys = int((held + coming.counts).max())
@@ -177,6 +178,9 @@ class TokenCacheLayer(CacheLayerMixin):
         keys, values = self.store.keys, self.store.values
         assert keys is not None
         assert values is not None
+        if coming.whole and self.window is not None:  # as many as stock's mask is for
+            used = min(self.seen, self.window - 1) + key_states.shape[2]
+            return keys[:, :, -used:], values[:, :, -used:]
         used = int((held + coming.counts).max())
         return rows_in_use(keys, coming.rows, used), rows_in_use(values, coming.rows, used)
 
