@@ -150,6 +150,30 @@ class MaskedDense:
         return getattr(config, "sliding_window", None)
 
 
+def in_pieces(model, given, ends):
+    """Logits of a prompt given in pieces, the cache in between, positions as generate counts."""
+    ids, mask = given["input_ids"], given["attention_mask"]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache, start, found = None, 0, []
+    for end in ends:
+        with torch.no_grad():
+            out = model(
+                input_ids=ids[:, start:end],
+                attention_mask=mask[:, :end],
+                position_ids=positions[:, start:end],
+                past_key_values=cache,
+                use_cache=True,
+            )
+        cache, start = out.past_key_values, end
+        found.append(out.logits)
+    return torch.cat(found, 1), cache
+
+
+def with_positions(given):
+    positions = (given["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    return {**given, "position_ids": positions}
+
+
 def close(ours, theirs, given, factor=2e-5):
     """Whether logits of tokens that are not padding agree."""
     mask = given.get("attention_mask")

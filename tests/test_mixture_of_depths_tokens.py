@@ -5,7 +5,18 @@ import math
 import pytest
 import torch
 from models import greedy, padded, token_ids
-from routed_models import CASES, ROUTED, UNITS, MaskedDense, close, deep, forward, router
+from routed_models import (
+    CASES,
+    ROUTED,
+    UNITS,
+    MaskedDense,
+    close,
+    deep,
+    forward,
+    in_pieces,
+    router,
+    with_positions,
+)
 
 import adaptive
 
@@ -51,30 +62,6 @@ def test_tokens_that_skip_are_those_of_the_masked_model(case, unit, rule):
         assert (
             0 < log.layers[layer].ran == int(masked.chosen[layer].sum()) < log.layers[layer].offered
         )
-
-
-def in_pieces(model, given, ends):
-    """Logits of a prompt given in pieces, the cache in between, positions as generate counts."""
-    ids, mask = given["input_ids"], given["attention_mask"]
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache, start, found = None, 0, []
-    for end in ends:
-        with torch.no_grad():
-            out = model(
-                input_ids=ids[:, start:end],
-                attention_mask=mask[:, :end],
-                position_ids=positions[:, start:end],
-                past_key_values=cache,
-                use_cache=True,
-            )
-        cache, start = out.past_key_values, end
-        found.append(out.logits)
-    return torch.cat(found, 1), cache
-
-
-def with_positions(given):
-    positions = (given["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    return {**given, "position_ids": positions}
 
 
 @pytest.mark.parametrize("kv", ["kept", "dropped"])

@@ -91,10 +91,6 @@ class RoutedForward:
             runs = routes.decide_rows(self.index, self._read(module, hidden))
             if layer is not None:
                 layer.decide(runs)
-        elif len(runs) != batch:
-            raise ValueError(
-                f"adaptive: the batch must have {len(runs)} rows, as the cache has, got {batch}"
-            )
         ran = routes.count_rows(self.index, runs)
         if ran == batch:
             out = self._run(module, (hidden,), given)

@@ -27,7 +27,8 @@ class RouterWeights:
     """Weights of one linear router per layer: ``logit = weight . state + bias``.
 
     A value like a policy: it compares, hashes, and makes the round trip through JSON. Made by
-    `adaptive.train.tune_router`, or from the tensors of a checkpoint by `from_tensors`.
+    `adaptive.train.tune_router`, or from the tensors of a checkpoint by `from_tensors`. Its numbers
+    are rounded to float32.
 
     Attributes:
         layers: Layers that have a router, ascending.
@@ -210,9 +211,10 @@ def _read(meta: Any, tensors: dict[str, Tensor]) -> RouterWeights:
 def _numbers(name: str, values: Any) -> tuple[float, ...]:
     if not isinstance(values, list | tuple) or not all(type(v) in (int, float) for v in values):
         raise _refused(name, "hold numbers", values)
-    if not all(math.isfinite(value) for value in values):
+    rounded = torch.tensor(values, dtype=torch.float32)
+    if not bool(rounded.isfinite().all()):
         raise _refused(name, "hold finite numbers", values)
-    return tuple(float(value) for value in values)
+    return tuple(rounded.tolist())
 
 
 def _refused(name: str, rule: str, value: object) -> ValueError:
