@@ -22,6 +22,7 @@ ROW_FIELDS: dict[str, frozenset[str]] = {
     "prompts": frozenset({"model", "tokens", "dtype", "threads", "layers", "variants"}),
     "speculation_shape": frozenset({"what", "text", "exit_layer", "variants"}),
     "speculation": frozenset({"what", "text", "batch", "variants"}),
+    "mixture_of_depths": frozenset({"what", "tokens", "batch", "share", "ms"}),
     "quality": frozenset({"policy", "budget", "context", "kv_read_share", "tasks"}),
     "block_transformer": frozenset(
         {"model", "batch", "prompt_tokens", "new_tokens", "threads", "variants", "speedup"}

@@ -1,4 +1,4 @@
-"""tune_router(): only routers learn, the share is reached, and what they leave out is what may be."""
+"""tune_router(): only routers learn, the share is reached, what is left out may be."""
 
 import functools
 import json
