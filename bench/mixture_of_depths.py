@@ -85,7 +85,7 @@ def prompt(model: nn.Module, ids: Tensor) -> Tensor:
 def prompts(model: nn.Module, record: Recorder, threads: int, budget_s: float) -> None:
     """Prompts of 2048 tokens by capacity; the layers' time is what is above dropping them."""
     ids = torch.randint(0, 512, (1, TOKENS), generator=torch.Generator().manual_seed(0))
-    router = RouterWeights.random(ROUTED, 2048)
+    router = RouterWeights.random(ROUTED, model.config.hidden_size)
     policies: dict[str, Any] = {
         "dense": adaptive.Exact(),
         "dropped": MixtureOfDepths.drop(ROUTED),
@@ -168,7 +168,7 @@ class Steps:
 
 def decoding(model: Any, record: Recorder, threads: int, budget_s: float) -> None:
     """One sequence: the share of a block's time that a skipped block saves."""
-    router = RouterWeights.random(ROUTED, 2048)
+    router = RouterWeights.random(ROUTED, model.config.hidden_size)
     never = MixtureOfDepths(router=router, threshold=0.0, decode_threshold=NEVER)
     always = MixtureOfDepths(router=router, threshold=0.0)
     policies = {"dense": adaptive.Exact(), "never": never, "always": always}
@@ -225,7 +225,7 @@ def scores_in(model: nn.Module, router: RouterWeights, mean: bool) -> Tensor:
 
 def batches(model: nn.Module, record: Recorder, threads: int, budget_s: float) -> None:
     """Eight sequences: calls and time saved, tokens against sequences."""
-    router = RouterWeights.random(ROUTED, 2048)
+    router = RouterWeights.random(ROUTED, model.config.hidden_size)
     models = twins(model, ["dense", "dropped"])
     adaptive.patch(models["dense"], adaptive.Exact())
     adaptive.patch(models["dropped"], MixtureOfDepths.drop(ROUTED))
@@ -278,7 +278,7 @@ def main() -> None:
     settings = {"threads": chosen.threads, "budget_s": chosen.budget, "dtype": "bfloat16"}
     record = Recorder("mixture_of_depths", chosen.json, settings)
     model = build("routed", torch.bfloat16)
-    for part in (prompts, decoding, batches):
+    for part in (decoding, prompts, batches):
         part(model, record, chosen.threads, chosen.budget)
     record.save()
 

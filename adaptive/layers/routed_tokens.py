@@ -1,7 +1,5 @@
 """Choice of tokens, and the way there and back: route, gather, combine, in PyTorch's operators."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -31,10 +29,12 @@ def route_tokens(
         chosen = scores >= (0.0 if threshold is None else threshold)
         chosen = chosen if valid is None else chosen & valid
     else:
-        blocked = scores if valid is None else scores.masked_fill(~valid, -math.inf)
         room = torch.full_like(scores[:, 0], size) if valid is None else valid.sum(1)
         most = (room.double() * capacity + 1e-9).floor().clamp(min=1).minimum(room)
-        order = blocked.argsort(dim=1, descending=True, stable=True)
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        if valid is not None:  # those that may be chosen come first, whatever the others score
+            last = (~valid).gather(1, order).int().argsort(dim=1, stable=True)
+            order = order.gather(1, last)
         ranks = torch.arange(size, device=scores.device).expand_as(order)
         chosen = torch.zeros_like(ranks).scatter(1, order, ranks) < most[:, None]
         chosen = chosen if valid is None else chosen & valid
