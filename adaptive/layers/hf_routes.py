@@ -132,12 +132,17 @@ class Routes:
         logits, valid = self.logits(index, states), self.valid(tokens)
         least = policy.least if not self.past else policy.least_later
         prompt = policy.capacity is not None and not self.past
-        chosen, counts, _ = route_tokens(
-            logits.sigmoid(),
-            threshold=None if prompt else least,
-            capacity=policy.capacity if prompt else None,
-            valid=valid,
-        )
+        if tokens == 1 and not prompt:  # decoding: there are no places to find
+            runs = logits.sigmoid() >= least
+            runs = runs if valid is None else runs & valid
+            chosen, counts = runs.long() - 1, runs[:, 0].long()
+        else:
+            chosen, counts, _ = route_tokens(
+                logits.sigmoid(),
+                threshold=None if prompt else least,
+                capacity=policy.capacity if prompt else None,
+                valid=valid,
+            )
         offered = batch * tokens if valid is None else int(valid.sum())
         ran = counts.tolist()
         self.counted[index] = (offered, sum(ran))

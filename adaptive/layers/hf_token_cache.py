@@ -165,9 +165,8 @@ class TokenCacheLayer(CacheLayerMixin):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        fresh, positions = not self.longest, self._with(coming)
-        held = self.held(coming.rows)
-        self._write(coming, held, key_states.detach(), value_states.detach())
+        fresh, held = not self.longest, self.held(coming.rows)
+        positions = self._write(coming, held, key_states.detach(), value_states.detach())
         lengths = self.lengths
         if lengths is None:
             lengths = coming.counts.new_zeros(coming.batch)
@@ -184,13 +183,15 @@ class TokenCacheLayer(CacheLayerMixin):
         used = int((held + coming.counts).max())
         return rows_in_use(keys, coming.rows, used), rows_in_use(values, coming.rows, used)
 
-    def _write(self, coming: Coming, held: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Put new keys and values behind those of their rows."""
+    def _write(self, coming: Coming, held: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Put new keys and values behind those of their rows, and return all positions."""
         batch, most = coming.batch, keys.shape[2]
         even = len(coming.rows) == batch and bool((coming.counts == most).all())
         if even and bool((held == self.store.length).all()):
             self.store.append(keys, values)
-            return
+            old, new = self.positions, coming.positions
+            return new if old is None else torch.cat([old, new], 1)
+        positions = self._with(coming)
         needed = int((held + coming.counts).max()) - self.store.length
         if needed > 0:
             sizes = [(batch, t.shape[1], needed, t.shape[3]) for t in (keys, values)]
@@ -200,6 +201,7 @@ class TokenCacheLayer(CacheLayerMixin):
         for live, fresh in ((self.store.keys, keys), (self.store.values, values)):
             assert live is not None
             live[at] = fresh[row, :, new]
+        return positions
 
     def get_seq_length(self, *_: Any) -> int:
         """Tokens seen, of which those that ran are held."""
