@@ -243,8 +243,10 @@ def _survey(root: nn.Module) -> Survey:
     if found.problems:
         return found
     layers = family.layer_names(root)
-    mlps = [] if isinstance(family, EncoderFamily) else family.mlp_names(root)
-    return replace(found, layers=tuple(layers), mlps=tuple(mlps))
+    if isinstance(family, EncoderFamily):
+        return replace(found, layers=tuple(layers))
+    mlps, norms = family.mlp_names(root), family.norm_names(root)
+    return replace(found, layers=tuple(layers), mlps=tuple(mlps), norms=tuple(norms))
 
 
 def _nothing(root: nn.Module, problem: str) -> Survey:

@@ -38,6 +38,7 @@ from adaptive.layers.certificate import MassLog, ReadLog
 from adaptive.layers.changes import ChangeLog
 from adaptive.layers.encoder_exit_log import EncoderExitLog
 from adaptive.layers.exit_log import ExitLog
+from adaptive.layers.routing_log import RoutingLog
 from adaptive.layers.speculation_log import SpeculationLog
 from adaptive.layers.survey import Site
 from adaptive.policy import Plan, Policy
@@ -92,6 +93,8 @@ class PatchRecord:
         exits: What early exit did; None without it.
         encoder_exits: Which sequences go on in an encoder; None where no policy lets them leave.
         encoder_exit_log: What became of them; None likewise.
+        routes: What routed layers share; None where no policy routes.
+        routing_log: What became of what they were offered; None likewise.
     """
 
     COUNTERS: ClassVar[tuple[str, ...]] = (
@@ -102,6 +105,7 @@ class PatchRecord:
         "speculation",
         "exits",
         "encoder_exit_log",
+        "routing_log",
     )
 
     policies: tuple[Policy, ...]
@@ -132,6 +136,14 @@ class PatchRecord:
     exits: ExitLog | None = None
     encoder_exits: Any = None
     encoder_exit_log: EncoderExitLog | None = None
+    routes: Any = None
+    routing_log: RoutingLog | None = None
+
+    @property
+    def keys_only(self) -> bool:
+        """Whether attention only adds keys and values to the cache."""
+        parts = (self.depth, self.routes)
+        return any(part is not None and part.keys_only for part in parts)
 
     @property
     def enabled(self) -> bool:
@@ -169,6 +181,8 @@ class PatchRecord:
         self.exits = ExitLog(layers=self.exits.layers) if self.exits is not None else None
         if self.encoder_exit_log is not None:
             self.encoder_exit_log = EncoderExitLog(layers=self.encoder_exit_log.layers)
+        if (log := self.routing_log) is not None:
+            self.routing_log = RoutingLog(unit=log.unit, decide=log.decide)
 
 
 @dataclass(slots=True, kw_only=True)

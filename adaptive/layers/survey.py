@@ -43,6 +43,7 @@ class Survey:
         extra: What the backend wants to hand from survey to install.
         layers: Names of the modules that hold a layer each, in execution order.
         mlps: Names of the layers' feed-forward modules; fewer if some layers have none.
+        norms: Names of the norms that the layers' first modules read through; "" for none.
     """
 
     family: str
@@ -56,3 +57,4 @@ class Survey:
     extra: Any = None
     layers: tuple[str, ...] = ()
     mlps: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
