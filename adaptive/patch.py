@@ -245,9 +245,12 @@ def _survey(root: nn.Module) -> Survey:
     if found.problems:
         return found
     layers = family.layer_names(root)
-    mlps = [] if isinstance(family, EncoderFamily) else family.mlp_names(root)
-    exact_only = "" if isinstance(family, EncoderFamily) else family.exact_only
-    return replace(found, layers=tuple(layers), mlps=tuple(mlps), exact_only=exact_only)
+    if isinstance(family, EncoderFamily):
+        return replace(found, layers=tuple(layers))
+    mlps, norms = tuple(family.mlp_names(root)), tuple(family.norm_names(root))
+    return replace(
+        found, layers=tuple(layers), mlps=mlps, norms=norms, exact_only=family.exact_only
+    )
 
 
 def _nothing(root: nn.Module, problem: str) -> Survey:

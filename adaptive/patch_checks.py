@@ -11,7 +11,15 @@ from adaptive.layers.changes import own_forward
 from adaptive.layers.head_copy import can_copy
 from adaptive.layers.state import ENCODER
 from adaptive.layers.survey import Survey
-from adaptive.policy import EncoderExit, Exact, LocalAttention, Plan, Policy, TokenRouting
+from adaptive.policy import (
+    EncoderExit,
+    Exact,
+    LocalAttention,
+    MixtureOfDepths,
+    Plan,
+    Policy,
+    TokenRouting,
+)
 from adaptive.policy.plan import DENSE, GLOBAL_LOCAL, LOCAL, STOCK
 
 
@@ -84,6 +92,8 @@ def _layer_problems(root: nn.Module, survey: Survey, policy: Policy) -> list[str
     """Why layers of the model cannot be run as the policy says."""
     if isinstance(policy, TokenRouting):
         return hf_width.problems(root, survey, policy)
+    if isinstance(policy, MixtureOfDepths):
+        return _routing_problems(root, survey, policy)
     return _exit_problems(root, survey) if isinstance(policy, EncoderExit) else []
 
 
@@ -114,6 +124,30 @@ def _needs_plain_head(policy: Policy | Plan) -> str:
 
 def _head_width(root: nn.Module) -> int:
     return int(root.get_output_embeddings().weight.shape[1])  # type: ignore[operator]
+
+
+def _routing_problems(root: nn.Module, survey: Survey, policy: MixtureOfDepths) -> list[str]:
+    """Why the model's layers cannot be run for some of the tokens or sequences alone."""
+    if not survey.layers or is_encoder(survey):
+        return ["MixtureOfDepths does not fit: it is for decoders of transformers"]
+    needs = {
+        "an MLP": survey.mlps if policy.unit == "mlp" or policy.weighted == "mlp" else None,
+        "an input norm": survey.norms if policy.unit == "block" else None,
+    }
+    for what, names in needs.items():
+        if names is not None and len(names) != len(survey.layers):
+            return [f"MixtureOfDepths does not fit: some layers have no {what} that is known"]
+    attention = tuple(site.name for site in survey.sites)
+    unit = {"block": survey.layers, "attention": attention, "mlp": survey.mlps}[policy.unit]
+    modules = {name: root.get_submodule(name) for name in unit}
+    kinds = {type(module).__name__ for module in modules.values()}
+    if policy.unit != "mlp" and len(kinds) > 1:
+        return [f"MixtureOfDepths does not fit: layers differ, {', '.join(sorted(kinds))}"]
+    return [
+        f"MixtureOfDepths does not fit: {name!r} has a forward of its own, set by someone else"
+        for name, module in modules.items()
+        if own_forward(module) is not None
+    ][:1]
 
 
 def _has_plain_head(root: nn.Module) -> bool:

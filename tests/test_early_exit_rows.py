@@ -13,6 +13,7 @@ from transformers import DynamicCache, LogitsProcessor
 
 import adaptive
 from adaptive.layers import hf_attention, hf_exit_steps
+from adaptive.layers.kv_store import KVStore
 
 ALONE = {**SOME, "rows": "alone", "audit": None}
 
@@ -213,6 +214,39 @@ def test_an_interrupt_leaves_the_cache_of_a_batch_whole(kv, at):
     if kv != "project":
         assert torch.equal(again[:, : held + 1], want[:, : held + 1])
     assert all(layer.keys.isfinite().all() for layer in cache.layers)
+
+
+def test_windows_drop_what_they_need_not_keep_although_some_row_always_waits(monkeypatch):
+    """Rows leave in turn, so none waits for long and one always does."""
+
+    class Turns(hf_exit_steps.Judge):
+        steps = 0
+
+        def __init__(self, policy):
+            super().__init__(policy)
+            Turns.steps += 1
+
+        def leaves(self, *_):
+            return torch.tensor([Turns.steps % 2 == 0, Turns.steps % 2 == 1])
+
+    monkeypatch.setattr(hf_exit_steps, "Judge", Turns)
+    policy = {"layers": (2,), "threshold": 0.0, "rows": "alone", "audit": None}
+    made, sizes, held, append = [], [], [], KVStore.append
+
+    def watched(store, key, value):
+        held.append(store.length)
+        return append(store, key, value)
+
+    monkeypatch.setattr(KVStore, "append", watched)
+    for most in (8, 10_000):
+        monkeypatch.setattr(hf_exit_steps, "WINDOW_BACKLOG", most)
+        held.clear()
+        Turns.steps = 0
+        made.append(exited(model_of("mistral_window"), token_ids(2), 100, policy=policy)[0])
+        sizes.append(max(held))
+    assert torch.equal(*made)
+    assert sizes[0] < sizes[1]
+    assert sizes[1] >= 100
 
 
 def test_a_way_to_leave_that_is_none_is_refused():

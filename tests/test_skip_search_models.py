@@ -13,7 +13,7 @@ from speculation_cases import TOKENS, check_sampling, model_of, plain, speculate
 from transformers import DynamicCache
 
 import adaptive
-from adaptive.layers import depth, draft_length, hf_search_steps, hf_sliding, hf_steps, skip_search
+from adaptive.layers import draft_length, hf_search_steps, hf_sliding, hf_steps, skip_search
 from adaptive.layers.hf_passes import Passes
 
 SEARCH = {"skip": "search", "draft": 4}
@@ -73,6 +73,7 @@ def test_scoring_leaves_every_bit_of_the_cache(case, batch, monkeypatch):
 def test_what_skips_nothing_makes_every_token_again(case, monkeypatch):
     """So positions, masks, windows and the tokens compared are those of decoding."""
     monkeypatch.setattr(hf_sliding, "slack", lambda _: 1)  # windows hold no more than they must
+    monkeypatch.setattr(skip_search, "ENOUGH", 2.0)  # or the search would soon be over
     monkeypatch.setattr(skip_search.SkipSearch, "sets", lambda *_: (frozenset(), frozenset()))
     scores, score = [], skip_search.SkipSearch.score
 
@@ -139,8 +140,7 @@ def planted(attention, mlp, layers=8):
 def set_clock(monkeypatch):
     """A clock that goes on by a millisecond with each look at it."""
     ticks = itertools.count()
-    for module in (hf_steps, hf_search_steps, depth):
-        monkeypatch.setattr(module, "perf_counter", lambda: next(ticks) * 1e-3)
+    monkeypatch.setattr(hf_steps, "clock_for", lambda _: lambda: next(ticks) * 1e-3)
 
 
 def test_modules_that_do_nothing_are_found(monkeypatch):
@@ -149,7 +149,7 @@ def test_modules_that_do_nothing_are_found(monkeypatch):
     model = planted((2, 5), (3, 4))
     policy = adaptive.SelfSpeculative(skip="search", skip_ratio=1 / 3, draft=4)
     with adaptive.patch(model, policy) as patched:
-        for seed in range(4):
+        for seed in range(8):
             greedy(model, token_ids(1, seed=seed), 100)
         log = patched.report().speculation
     assert log.search.skip == ((2, 5), (3, 4))

@@ -152,8 +152,10 @@ def test_what_does_not_fit_is_refused():
         adaptive.patch(model, TokenRouting(widths=0.5, layers=(1, 2)))
     with pytest.raises(ValueError, match="one for each of the model's 2 layers"):
         adaptive.patch(model, TokenRouting(widths=(0.5, 0.5, 0.5)))
-    with pytest.raises(ValueError, match="cannot be combined: both decide what of an FFN runs"):
-        adaptive.patch(model, TokenRouting(widths=0.5), adaptive.SelfSpeculative(exit_layer=1))
+    router = adaptive.RouterWeights(layers=(1,), weight=((0.5,) * 128,))
+    for other in (adaptive.SelfSpeculative(exit_layer=1), adaptive.MixtureOfDepths(router=router)):
+        with pytest.raises(ValueError, match="be combined: both decide what of an FFN runs"):
+            adaptive.patch(model, TokenRouting(widths=0.5), other)
     with pytest.raises(adaptive.UnsupportedModel, match="needs a decoder of transformers"):
         adaptive.patch(torch.nn.MultiheadAttention(64, 2).eval(), TokenRouting(widths=0.5))
 

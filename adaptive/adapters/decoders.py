@@ -11,7 +11,6 @@ for _name in (
     "llama",
     "mistral",
     "olmo",
-    "olmo2",
     "phi3",
     "qwen2",
     "qwen3",
@@ -20,6 +19,8 @@ for _name in (
 ):
     register_family(Family(name=_name, model_types=(_name,)))
 
+# Its norms come after attention and MLP.
+register_family(Family(name="olmo2", model_types=("olmo2",), input_norm=""))
 register_family(Family(name="mixtral", model_types=("mixtral",), mlp="mlp|block_sparse_moe"))
 
 register_family(
@@ -62,6 +63,7 @@ register_family(
         layers="h",
         attention="attn",
         norm="ln_f",
+        input_norm="ln_1",
         unsupported=(
             ("reorder_and_upcast_attn", True, "its attention never reaches the interface"),
             ("add_cross_attention", True, _CROSS),

@@ -7,7 +7,7 @@ works for every family, and a pass that runs all layers is the stock pass.
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from time import perf_counter
@@ -43,6 +43,7 @@ class Depth:
             hidden states on.
         skips: Modules that give zeros instead of running.
         seconds: Time in attention and in MLPs so far; None: not measured.
+        clock: What that is measured by.
     """
 
     layers: int
@@ -55,6 +56,7 @@ class Depth:
     keys_only: bool = False
     skips: Skips = (frozenset(), frozenset())
     seconds: list[float] | None = None
+    clock: Callable[[], float] = perf_counter
 
     @contextmanager
     def run(self, begin: int, end: int, entering: Tensor | None = None) -> Iterator[None]:
@@ -76,8 +78,9 @@ class Depth:
             self.skips = (frozenset(), frozenset())
 
     @contextmanager
-    def timing(self) -> Iterator[list[float]]:
-        """Measure the time in attention and in MLPs inside the block."""
+    def timing(self, clock: Callable[[], float]) -> Iterator[list[float]]:
+        """Measure the time in attention and in MLPs inside the block, in seconds of ``clock``."""
+        self.clock = clock
         self.seconds = [0.0, 0.0]
         try:
             yield self.seconds
@@ -168,9 +171,9 @@ class SublayerForward(ModuleForward):
             seconds = self.depth.seconds
             if seconds is None:
                 return self._run(None, args, kwargs)
-            start = perf_counter()
+            start = self.depth.clock()
             out = self._run(None, args, kwargs)
-            seconds[self.kind] += perf_counter() - start
+            seconds[self.kind] += self.depth.clock() - start
             return out
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         return self._as_returned(torch.zeros_like(hidden))

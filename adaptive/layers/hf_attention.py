@@ -166,7 +166,7 @@ def _attend(call: Call) -> Attended:
         return _stock(call, None)
     if state.site.kind == ENCODER:
         return _attend_both_ways(call, state)
-    if state.record.depth is not None and state.record.depth.keys_only:
+    if state.record.keys_only:
         raise KeysKept
     layer = _layer_of(call)
     split = None if layer is None else layer.store

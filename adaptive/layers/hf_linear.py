@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from adaptive import _native
-from adaptive.layers.state import PatchRecord, Switch
+from adaptive.layers.state import PatchRecord
+from adaptive.layers.switch import Switch
 from adaptive.layers.torch_guard import autocast_dtype, why_not_plain
 from adaptive.layers.widened_linear import MIN_ROWS, slow_dtypes, widened_linear
 from adaptive.ops import skinny_linear

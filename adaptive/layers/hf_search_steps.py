@@ -1,7 +1,5 @@
 """Steps that look for the modules to skip while they decode: between two steps, a candidate."""
 
-from time import perf_counter
-
 from torch import Tensor
 
 from adaptive.layers.draft_length import Average
@@ -46,7 +44,7 @@ class SearchSteps(DraftSteps):
 
     def step(self) -> None:
         """Score a candidate if there is time for it; then make tokens."""
-        search, start = self.search, perf_counter()
+        search, start = self.search, self.clock()
         known = self.length.plain.value is not None
         if search.due and known and self.passes.slots - self.first >= LEAST:
             self._score()
@@ -57,7 +55,7 @@ class SearchSteps(DraftSteps):
         else:
             self.plain(self.length.plain)
         if not search.finished:
-            search.spent += perf_counter() - start
+            search.spent += self.clock() - start
 
     def plain(self, seconds: Average) -> Tensor:
         """Make one token per row, and measure what attention and MLPs take."""
@@ -65,7 +63,7 @@ class SearchSteps(DraftSteps):
         if search.finished:
             return super().plain(seconds)
         before = self.log.plain_seconds
-        with self.passes.depth.timing() as spent:
+        with self.passes.depth.timing(self.clock) as spent:
             logits = super().plain(seconds)
         whole = max(self.log.plain_seconds - before, 1e-9)
         for average, part in zip(self._shares, spent, strict=True):
@@ -80,7 +78,7 @@ class SearchSteps(DraftSteps):
 
     def _score(self) -> None:
         """Have the model make the latest tokens again, without a candidate's modules."""
-        start, search, passes = perf_counter(), self.search, self.passes
+        start, search, passes = self.clock(), self.search, self.passes
         self._calibrate()
         before, chosen = search.best, search.propose(self._rate)
         tokens = min(WINDOW, passes.slots - self.first)
@@ -94,7 +92,7 @@ class SearchSteps(DraftSteps):
         search.score(chosen, int(right.sum()), int(compared.sum()), self._rate)
         if search.best != before:
             self._adopted = False
-        spent = perf_counter() - start
+        spent = self.clock() - start
         search.seconds += spent
         self.log.candidates += 1
         self.log.search_seconds += spent

@@ -1,10 +1,9 @@
 """The steps of self-speculative decoding: a plain one, or drafts and their check."""
 
-from time import perf_counter
-
 import torch
 from torch import Tensor
 
+from adaptive.layers.clock import clock_for
 from adaptive.layers.depth import Skips
 from adaptive.layers.draft_head import draft_head
 from adaptive.layers.draft_length import Average, DraftLength
@@ -24,6 +23,7 @@ class Steps:
         self.passes = passes
         self.rows = rows
         self.log = log
+        self.clock = clock_for(rows.prompt.device)
         self.together = False
 
     def run(self, chunk: int | None) -> None:
@@ -69,13 +69,13 @@ class Steps:
 
     def plain(self, seconds: Average) -> Tensor:
         """Make one token per row by a pass of the whole model; its logits."""
-        start = perf_counter()
+        start = self.clock()
         last = self.rows.last()
         logits = self.passes.plain(last)
         chosen = self.rows.choose(logits, [])
         self.passes.accept(torch.ones(len(last), dtype=torch.long, device=last.device), 1)
         self.keep(chosen)
-        spent = perf_counter() - start
+        spent = self.clock() - start
         seconds.add(spent)
         self.log.plain_steps += 1
         self.log.plain_seconds += spent
@@ -145,10 +145,10 @@ class DraftSteps(Steps):
         ids, drawn = [last], []
         reach = torch.ones(rows.batch)
         while True:
-            start = perf_counter()
+            start = self.clock()
             token, confidence, chances = self._draft_pass(ids[-1], ids[1:])
             expected = [length.accepts(c) for c in confidence.tolist()]
-            seconds = perf_counter() - start
+            seconds = self.clock() - start
             length.draft.add(seconds)
             self.log.draft_seconds += seconds
             ids.append(token)
@@ -189,18 +189,18 @@ class DraftSteps(Steps):
         """Check the drafts and keep what was right."""
         rows, passes, length = self.rows, self.passes, self.length
         drafts = ids.shape[1] - 1
-        start = begun = perf_counter()
+        start = begun = self.clock()
         if self.policy.exit_layer is None:
             logits = passes.whole(ids)
         else:
             if passes.behind(ids.shape[1]):
                 passes.hidden(ids[:, -1:], self.policy.exit_layer)  # what follows is not asked
-                begun = perf_counter()
+                begun = self.clock()
                 length.closing.add(begun - start)
             logits = passes.deep(ids, self.policy.exit_layer)
         accepted, chosen = rows.verify(logits, ids[:, 1:], chances)
-        length.verify.add(drafts + 1, perf_counter() - begun)
-        self.log.verify_seconds += perf_counter() - start
+        length.verify.add(drafts + 1, self.clock() - begun)
+        self.log.verify_seconds += self.clock() - start
         right = accepted
         if self.together:
             accepted = accepted.clamp(max=int(accepted[rows.alive_on(accepted.device)].min()))

@@ -1,7 +1,5 @@
 """Steps that check a tree of guesses, drafted from what followed each token lately."""
 
-from time import perf_counter
-
 import torch
 from torch import Tensor
 
@@ -50,7 +48,7 @@ class TreeSteps(Steps):
             logits = self.plain(self.size.plain)
             self._learn(last, logits)
             return
-        start = perf_counter()
+        start = self.clock()
         grown = [self.table.grow(token, MAX_DRAFT) for token in last[:, 0].tolist()]
         nodes = max(self.size.nodes(chances) for _, chances in grown)
         trees = [_first(tree, nodes) for tree, _ in grown]
@@ -60,7 +58,7 @@ class TreeSteps(Steps):
             self._learn(last, logits)
             return
         ids, parents, depths, ancestors = _tensors(trees, last, nodes)
-        begun = perf_counter()
+        begun = self.clock()
         logits = self.passes.tree(ids, parents, depths, ancestors)
         paths, chosen = self.rows.walk(logits, trees, room)
         self._learn(ids, logits, [len(tree.tokens) for tree in trees])
@@ -79,9 +77,9 @@ class TreeSteps(Steps):
         self.passes.accept(torch.tensor(kept, device=ids.device), most)
         self._count(trees, paths, alive, last[:, 0].tolist(), chosen)
         self.keep(chosen)
-        self.size.verify.add(nodes + 1, perf_counter() - begun)
+        self.size.verify.add(nodes + 1, self.clock() - begun)
         self.log.draft_seconds += begun - start
-        self.log.verify_seconds += perf_counter() - begun
+        self.log.verify_seconds += self.clock() - begun
 
     def _count(
         self,

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from adaptive.errors import PatchConflict
 from adaptive.layers.hf_linear import fast_linear, is_plain
-from adaptive.layers.state import PatchRecord, Switch
+from adaptive.layers.state import PatchRecord
 from adaptive.layers.survey import Survey
+from adaptive.layers.switch import Switch
 from adaptive.policy.token_routing import TokenRouting, neurons_of
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")

@@ -48,7 +48,7 @@ class SpeculationLog:
         dropped: Drafts that were not worth a check.
         turned_off: How often drafting was given up for a while, because it did not pay.
         lengths: Steps by number of drafts checked.
-        draft_seconds: Time in drafts.
+        draft_seconds: Time in drafts; of the calling thread where that is a CPU's, see `clock`.
         verify_seconds: Time in checks.
         plain_seconds: Time in steps without drafts.
         draft_head_bytes: What the copy of the LM head takes that drafts were made with.

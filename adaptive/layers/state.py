@@ -38,9 +38,10 @@ from adaptive.layers.certificate import MassLog, ReadLog
 from adaptive.layers.changes import ChangeLog
 from adaptive.layers.encoder_exit_log import EncoderExitLog
 from adaptive.layers.exit_log import ExitLog
-from adaptive.layers.sparse_ffn import SparseFfnLog
+from adaptive.layers.routing_log import RoutingLog
 from adaptive.layers.speculation_log import SpeculationLog
 from adaptive.layers.survey import Site
+from adaptive.layers.switch import Switch
 from adaptive.policy import Plan, Policy
 
 RECORD = "_adaptive_record"
@@ -51,14 +52,6 @@ STATE = "_adaptive"
 
 ENCODER = "encoder"
 """The kind of an attention module of a transformers model whose tokens see both ways."""
-
-
-@dataclass
-class Switch:
-    """Whether a patch is at work; what a module may hold of it without reaching the whole model."""
-
-    on: bool = True
-    sparse_ffn: SparseFfnLog | None = None  # what FFNs of few active neurons did, if there are any
 
 
 @dataclass(kw_only=True)
@@ -94,6 +87,8 @@ class PatchRecord:
         exits: What early exit did; None without it.
         encoder_exits: Which sequences go on in an encoder; None where no policy lets them leave.
         encoder_exit_log: What became of them; None likewise.
+        routes: What routed layers share; None where no policy routes.
+        routing_log: What became of what they were offered; None likewise.
     """
 
     COUNTERS: ClassVar[tuple[str, ...]] = (
@@ -104,6 +99,7 @@ class PatchRecord:
         "speculation",
         "exits",
         "encoder_exit_log",
+        "routing_log",
     )
 
     policies: tuple[Policy, ...]
@@ -134,6 +130,14 @@ class PatchRecord:
     exits: ExitLog | None = None
     encoder_exits: Any = None
     encoder_exit_log: EncoderExitLog | None = None
+    routes: Any = None
+    routing_log: RoutingLog | None = None
+
+    @property
+    def keys_only(self) -> bool:
+        """Whether attention only adds keys and values to the cache."""
+        parts = (self.depth, self.routes)
+        return any(part is not None and part.keys_only for part in parts)
 
     @property
     def enabled(self) -> bool:
@@ -167,12 +171,13 @@ class PatchRecord:
         self.forward_seconds = 0.0
         self.native_start = dict(native_calls)
         self.notes = {}
-        if (ffns := self.switch.sparse_ffn) is not None:
-            self.switch.sparse_ffn = SparseFfnLog(layers=ffns.layers)
+        self.switch.reset()
         self.speculation = SpeculationLog() if self.speculation is not None else None
         self.exits = ExitLog(layers=self.exits.layers) if self.exits is not None else None
         if self.encoder_exit_log is not None:
             self.encoder_exit_log = EncoderExitLog(layers=self.encoder_exit_log.layers)
+        if (log := self.routing_log) is not None:
+            self.routing_log = RoutingLog(unit=log.unit, decide=log.decide)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -44,6 +44,7 @@ class Survey:
         layers: Names of the modules that hold a layer each, in execution order.
         mlps: Names of the layers' feed-forward modules; fewer if some layers have none.
         exact_only: Why policies that are not exact do not fit the family; "": they do.
+        norms: Names of the norms that the layers' first modules read through; "" for none.
     """
 
     family: str
@@ -58,3 +59,4 @@ class Survey:
     layers: tuple[str, ...] = ()
     mlps: tuple[str, ...] = ()
     exact_only: str = ""
+    norms: tuple[str, ...] = ()

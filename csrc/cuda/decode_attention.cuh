@@ -57,7 +57,7 @@ void attend_half(const char* op, const Problem& p, Stream stream);
 /// which key lies in a slot; in decode_attention, slot s is key s.
 struct Share {
   int batch, kv_head;
-  int64_t cache_row;  // of key and value
+  int cache_row;  // of key and value
   int split;
   int first_row, rows;
   int length;
@@ -87,9 +87,12 @@ struct Share {
     length = a.lengths ? a.lengths[batch] : static_cast<int>(a.capacity);
     valid = length >= 0 && length <= a.capacity;
     cache_row = batch;
-    if (a.cache_rows) {
-      cache_row = a.cache_rows[batch];
-      valid = valid && cache_row >= 0 && cache_row < a.cache_batch;
+    if constexpr (P::Keys::kCacheRows) {
+      if (a.cache_rows) {
+        const int64_t row = a.cache_rows[batch];
+        valid = valid && row >= 0 && row < a.cache_batch;
+        cache_row = static_cast<int>(row);
+      }
     }
     const int slots = P::Keys::slots(p, *this);
     const int64_t tiles = valid ? (slots + p.plan.tile_keys - 1) / p.plan.tile_keys : 0;

@@ -44,6 +44,7 @@ class ListedKeys {
 
  public:
   using Sight = cuda::Sight;
+  static constexpr bool kCacheRows = false;  // they would cost a register that it does not have
   static constexpr int kSharedBytes = (kSlots + kMostExtra + 4) * sizeof(int);
 
   __device__ static int slots(const GatherProblem& p, Share& share) {

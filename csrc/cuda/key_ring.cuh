@@ -29,7 +29,8 @@ __device__ __forceinline__ Source<T> cache_rows(const DecodeAttentionArgs& a, co
 /// P::Keys of a problem that attends to every key: slot s is key s.
 class AllKeys {
  public:
-  using Sight = cuda::Sight;  // what is known of a row's keys
+  using Sight = cuda::Sight;                // what is known of a row's keys
+  static constexpr bool kCacheRows = true;  // a row of the query may read another of the cache
 
   __device__ static int slots(const Problem&, const Share& share) { return share.length; }
 
