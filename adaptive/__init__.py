@@ -38,6 +38,7 @@ from adaptive.policy import (
     SelfSpeculative,
     StreamingLLM,
     TidalDecode,
+    TokenRouting,
 )
 
 __version__ = "0.1.0"
@@ -66,6 +67,7 @@ __all__ = [
     "StreamingLLM",
     "Support",
     "TidalDecode",
+    "TokenRouting",
     "UnknownFamily",
     "UnsupportedModel",
     "__version__",

@@ -138,6 +138,14 @@ def skinny_linear(
     bias: Tensor | None = None,
     weight_scales: Tensor | None = None,
 ) -> int: ...
+def sparse_row_ffn(
+    out: Tensor,
+    workspace: Tensor | None,
+    activations: Tensor,
+    input: Tensor,
+    up: Tensor,
+    down: Tensor,
+) -> int: ...
 def sum_tokens(
     sums: Tensor,
     workspace: Tensor | None,

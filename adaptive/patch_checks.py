@@ -6,11 +6,20 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from adaptive.layers import hf_width
 from adaptive.layers.changes import own_forward
 from adaptive.layers.head_copy import can_copy
 from adaptive.layers.state import ENCODER
 from adaptive.layers.survey import Survey
-from adaptive.policy import EncoderExit, LocalAttention, MixtureOfDepths, Plan, Policy
+from adaptive.policy import (
+    EncoderExit,
+    Exact,
+    LocalAttention,
+    MixtureOfDepths,
+    Plan,
+    Policy,
+    TokenRouting,
+)
 from adaptive.policy.plan import DENSE, GLOBAL_LOCAL, LOCAL, STOCK
 
 
@@ -56,11 +65,10 @@ def generation_problems(
     """Why the model cannot generate as the policies say."""
     found = []
     every = [p for each in policies for p in (each.policies if isinstance(each, Plan) else (each,))]
+    if survey.exact_only and (names := [type(p).__name__ for p in every if type(p) is not Exact]):
+        return [f"{', '.join(names)} does not fit {survey.family}: {survey.exact_only}"]
     for policy in every:
-        if isinstance(policy, EncoderExit):
-            found += _exit_problems(root, survey)
-        if isinstance(policy, MixtureOfDepths):
-            found += _routing_problems(root, survey, policy)
+        found += _layer_problems(root, survey, policy)
         if not policy.generates:
             continue
         name = type(policy).__name__
@@ -78,6 +86,15 @@ def generation_problems(
         else:
             found += _own_forwards(root, name, [*survey.layers, *survey.mlps])
     return found
+
+
+def _layer_problems(root: nn.Module, survey: Survey, policy: Policy) -> list[str]:
+    """Why layers of the model cannot be run as the policy says."""
+    if isinstance(policy, TokenRouting):
+        return hf_width.problems(root, survey, policy)
+    if isinstance(policy, MixtureOfDepths):
+        return _routing_problems(root, survey, policy)
+    return _exit_problems(root, survey) if isinstance(policy, EncoderExit) else []
 
 
 def _exit_problems(root: nn.Module, survey: Survey) -> list[str]:

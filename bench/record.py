@@ -11,6 +11,8 @@ SCHEMA = 1
 ROW_FIELDS: dict[str, frozenset[str]] = {
     "ops": frozenset({"op", "sizes", "dtype", "threads", "moved_bytes", "variants"}),
     "modules": frozenset({"what", "memory", "dtype", "threads", "variants", "speedup"}),
+    "token_routing": frozenset({"model", "tokens", "dtype", "threads", "variants"}),
+    "sparse_ffn": frozenset({"model", "rows", "dtype", "threads", "active_share", "variants"}),
     "encoders": frozenset({"model", "layers", "tokens", "batch", "padded", "dtype", "threads"}),
     "encoder_exit": frozenset(
         {"rule", "setting", "sentences", "skipped_share", "ms", "time_saved", "cosine_mean"}
@@ -35,6 +37,8 @@ VARIANT_FIELDS: dict[str, frozenset[str]] = {
     "prefill": frozenset({"us", "us_min", "clean", "dropped", "error"}),
     "ops": frozenset({"kind", "us", "us_min", "clean", "dropped", "gb_s", "error"}),
     "modules": frozenset({"us", "us_min", "clean", "dropped", "error"}),
+    "token_routing": frozenset({"us", "us_min", "clean", "dropped", "error", "speedup"}),
+    "sparse_ffn": frozenset({"us", "us_min", "clean", "dropped", "error", "speedup"}),
     "encoders": frozenset({"ms", "ms_min", "clean", "dropped", "error", "computed_share"}),
     "models": frozenset({"ms", "ms_min", "clean", "dropped", "error", "argmax_agreement"}),
     "speculation_shape": frozenset({"ms", "clean", "speedup", "by_bytes"}),

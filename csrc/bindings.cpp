@@ -77,6 +77,7 @@ PYBIND11_MODULE(_native, m) {
   bind_score_tokens(m);
   bind_select_tokens(m);
   bind_skinny_linear(m);
+  bind_sparse_row_ffn(m);
   bind_tree_attention(m);
   bind_verify_draft(m);
   bind_verify_samples(m);

@@ -18,6 +18,7 @@ void bind_pool_blocks(pybind11::module_& m);
 void bind_score_tokens(pybind11::module_& m);
 void bind_select_tokens(pybind11::module_& m);
 void bind_skinny_linear(pybind11::module_& m);
+void bind_sparse_row_ffn(pybind11::module_& m);
 void bind_tree_attention(pybind11::module_& m);
 void bind_verify_draft(pybind11::module_& m);
 void bind_verify_samples(pybind11::module_& m);

@@ -39,6 +39,7 @@ class Family:
         head: The output projection, from the model; "a|b" where versions of transformers differ.
         mlp: The feed-forward module, from a layer; "a|b" as in ``head``. What it returns is added
             to the hidden states.
+        exact_only: Why only the exact policy fits these models; "": others do, too.
         input_norm: The norm that a layer's first module reads through, from a layer; empty if
             it reads the hidden states themselves.
         unsupported: Settings that patch() must refuse: (field of the config, value, reason).
@@ -52,6 +53,7 @@ class Family:
     norm: str = "norm"
     head: str = "lm_head"
     mlp: str = "mlp"
+    exact_only: str = ""
     input_norm: str = "input_layernorm"
     unsupported: tuple[tuple[str, object, str], ...] = ()
 

@@ -39,6 +39,14 @@ register_family(
 )
 register_family(
     Family(
+        name="gemma3n",
+        model_types=("gemma3n_text",),
+        exact_only="its last layers read the keys and values of earlier ones, and between layers "
+        "there are four hidden states of a token",
+    )
+)
+register_family(
+    Family(
         name="gpt_neox",
         model_types=("gpt_neox",),
         base="gpt_neox",
@@ -70,6 +78,7 @@ REFUSED.update(
         "deepseek_v2": "Its values are narrower than its keys (MLA), which the kernels do not do.",
         "deepseek_v3": "Its values are narrower than its keys (MLA), which the kernels do not do.",
         "gemma3": "It is multimodal: patch its language model, model.model.language_model.",
+        "gemma3n": "It is multimodal: patch its language model, model.model.language_model.",
         **dict.fromkeys(("bloom", "codegen", "falcon", "gptj", "mpt"), _NO_INTERFACE),
         **dict.fromkeys(("mamba", "mamba2", "rwkv"), "It has no attention."),
     }

@@ -11,7 +11,7 @@ from torch import Tensor
 from adaptive.layers.hf_mask import LazyMask
 from adaptive.layers.pooling import pool_weights, pooled
 from adaptive.layers.routed_tokens import route_tokens
-from adaptive.layers.state import Switch
+from adaptive.layers.switch import Switch
 from adaptive.policy import MixtureOfDepths
 
 _STATES = 3

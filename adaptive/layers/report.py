@@ -15,6 +15,7 @@ from rich.table import Table
 from adaptive.layers.encoder_exit_log import EncoderExitLog
 from adaptive.layers.exit_log import ExitLog
 from adaptive.layers.routing_log import RoutingLog
+from adaptive.layers.sparse_ffn import SparseFfnLog, held_bytes
 from adaptive.layers.speculation_log import SpeculationLog
 from adaptive.layers.state import LayerState, PatchRecord
 from adaptive.layers.units import in_bytes
@@ -88,6 +89,7 @@ class Report:
         exits: What early exit did; None without it.
         encoder_exit: After how many layers sequences left an encoder; None where they may not.
         routing: How much of which layer ran; None where no policy routes.
+        sparse_ffn: Neurons computed where the model leaves most at 0; None where it does not.
     """
 
     model: str
@@ -104,11 +106,12 @@ class Report:
     exits: ExitLog | None = None
     encoder_exit: EncoderExitLog | None = None
     routing: RoutingLog | None = None
+    sparse_ffn: SparseFfnLog | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
         values = asdict(self)
-        for name in ("speculation", "exits", "encoder_exit", "routing"):
+        for name in ("speculation", "exits", "encoder_exit", "routing", "sparse_ffn"):
             log = getattr(self, name)
             values[name] = None if log is None else log.to_dict()
         return {**values, "policies": list(self.policies), "layers": list(values["layers"])}
@@ -173,7 +176,7 @@ class Report:
         if dense := sum(layer.dense_scores for layer in self.layers):
             computed = sum(layer.scores for layer in self.layers)
             lines.append(f"scores computed in long native calls: {computed / dense:.1%} of dense")
-        logs = (self.speculation, self.exits, self.encoder_exit, self.routing)
+        logs = (self.speculation, self.exits, self.encoder_exit, self.routing, self.sparse_ffn)
         lines += [str(log) for log in logs if log is not None]
         lines += [f"{count} x {note}" for note, count in self.notes.items()]
         return "\n".join(lines)
@@ -205,6 +208,7 @@ def report(model: str, record: PatchRecord, native_calls: dict[str, int]) -> Rep
         exits=copy.deepcopy(record.exits),
         encoder_exit=copy.deepcopy(record.encoder_exit_log),
         routing=copy.deepcopy(record.routing_log),
+        sparse_ffn=held_bytes(record.switch.sparse_ffn, record.log),
     )
 
 
@@ -251,17 +255,8 @@ def _groups(layers: Sequence[LayerReport]) -> list[list[LayerReport]]:
 
 
 def _alike(layer: LayerReport) -> dict[str, Any]:
-    own = (
-        "layer",
-        "name",
-        "seconds",
-        "kv_tokens",
-        "kv_bytes",
-        "scores",
-        "mass_mean",
-        "mass_of_heads",
-        *PERCENTILES,
-    )
+    first = ("layer", "name", "seconds", "kv_tokens", "kv_bytes", "scores", "mass_mean")
+    own = (*first, "mass_of_heads", *PERCENTILES)
     return {k: v for k, v in asdict(layer).items() if k not in own[: None if _skips(layer) else 3]}
 
 

@@ -41,6 +41,7 @@ from adaptive.layers.exit_log import ExitLog
 from adaptive.layers.routing_log import RoutingLog
 from adaptive.layers.speculation_log import SpeculationLog
 from adaptive.layers.survey import Site
+from adaptive.layers.switch import Switch
 from adaptive.policy import Plan, Policy
 
 RECORD = "_adaptive_record"
@@ -51,13 +52,6 @@ STATE = "_adaptive"
 
 ENCODER = "encoder"
 """The kind of an attention module of a transformers model whose tokens see both ways."""
-
-
-@dataclass
-class Switch:
-    """Whether a patch is at work; what a module may hold of it without reaching the whole model."""
-
-    on: bool = True
 
 
 @dataclass(kw_only=True)
@@ -177,6 +171,7 @@ class PatchRecord:
         self.forward_seconds = 0.0
         self.native_start = dict(native_calls)
         self.notes = {}
+        self.switch.reset()
         self.speculation = SpeculationLog() if self.speculation is not None else None
         self.exits = ExitLog(layers=self.exits.layers) if self.exits is not None else None
         if self.encoder_exit_log is not None:

@@ -16,6 +16,7 @@ from adaptive.ops.score_tokens import score_tokens
 from adaptive.ops.scored_attention import scored_attention
 from adaptive.ops.select_tokens import select_tokens
 from adaptive.ops.skinny_linear import skinny_linear
+from adaptive.ops.sparse_row_ffn import sparse_row_ffn
 from adaptive.ops.sum_tokens import sum_tokens
 from adaptive.ops.tree_attention import tree_attention
 from adaptive.ops.verify_draft import verify_draft
@@ -42,6 +43,7 @@ __all__ = [
     "scored_attention",
     "select_tokens",
     "skinny_linear",
+    "sparse_row_ffn",
     "sum_tokens",
     "tree_attention",
     "verify_draft",

@@ -13,8 +13,10 @@ _WHY = {
     frozenset({"EarlyExit", "SelfSpeculative"}): "both decode by passes of their own",
     frozenset({"EarlyExit", "MixtureOfDepths"}): "both choose the layers that a token runs",
     frozenset({"MixtureOfDepths", "SelfSpeculative"}): "both choose the layers that a token runs",
+    frozenset({"MixtureOfDepths", "TokenRouting"}): "both decide what of an FFN runs",
     frozenset({"Quest", "TidalDecode"}): "both choose the keys of the same heads",
     frozenset({"RazorAttention", "StreamingLLM"}): "both choose the window of the same heads",
+    frozenset({"SelfSpeculative", "TokenRouting"}): "both decide what of an FFN runs",
 }
 
 

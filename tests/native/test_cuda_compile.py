@@ -28,6 +28,7 @@ KERNELS = {
     "score_tokens_mma.cu": ["attend_mma"] * 12,
     "select_tokens.cu": ["prepare", "measure", "count", "write", *["descend"] * 6],
     "skinny_linear.cu": ["multiply_rows"] * 18,
+    "sparse_row_ffn.cu": [*["multiply_active"] * 6, *["add_parts"] * 3],
     "sum_tokens.cu": ["sum_rows"] * 3,
     "tree_attention.cu": ["attend_fma"] * 3,
     "tree_attention_mma.cu": ["attend_mma"] * 6,
