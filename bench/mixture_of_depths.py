@@ -22,14 +22,7 @@ import adaptive
 from adaptive import MixtureOfDepths, RouterWeights
 from bench.llama import SHAPES, build
 from bench.record import Recorder
-from bench.timing import (
-    TOLERANCE,
-    Timing,
-    WrongResultError,
-    interleave,
-    relative_error,
-    speedup,
-)
+from bench.timing import TOLERANCE, Timing, WrongResultError, interleave, relative_error, speedup
 
 SHAPES["routed"] = {
     "hidden_size": 2048,
@@ -44,7 +37,6 @@ ROUTED = (1, 2)
 TOKENS = 2048
 PROVEN = 256
 """Tokens of the prompt that is compared with a computation by hand."""
-CAPACITIES = (0.125, 0.25, 0.5)
 SHARES = (0.125, 0.25, 0.5)
 BATCH = 8
 STEPS = 16
@@ -99,7 +91,7 @@ def proven(model: Any, policies: dict[str, Any], ids: Tensor) -> dict[str, float
     """
     exact = copy.deepcopy(model).float()
     errors = {}
-    for capacity in CAPACITIES:
+    for capacity in SHARES:
         router = policies[str(capacity)].router
         wanted = by_hand(exact, ids, router, capacity)
         with adaptive.patch(exact, policies[str(capacity)]) as patched:
@@ -117,7 +109,7 @@ def prompts(model: nn.Module, record: Recorder, threads: int, budget_s: float) -
     policies: dict[str, Any] = {
         "dense": adaptive.Exact(),
         "dropped": MixtureOfDepths.drop(ROUTED),
-        **{str(c): MixtureOfDepths(router=router, capacity=c) for c in CAPACITIES},
+        **{str(c): MixtureOfDepths(router=router, capacity=c) for c in SHARES},
     }
     errors = proven(model, policies, ids[:, :PROVEN])
     models = twins(model, list(policies))
@@ -132,7 +124,7 @@ def prompts(model: nn.Module, record: Recorder, threads: int, budget_s: float) -
         budget_s=budget_s,
     )
     full = layers_us(timings, "dense")
-    for capacity in CAPACITIES:
+    for capacity in SHARES:
         routed = layers_us(timings, str(capacity))
         record.add(
             {
@@ -153,7 +145,7 @@ def prompts(model: nn.Module, record: Recorder, threads: int, budget_s: float) -
 
 
 def layers_us(timings: dict[str, Timing], name: str) -> float:
-    """Time of the routed layers: what the model takes above the model without them."""
+    """Time of the routed layers: of the model, less that of the model without them."""
     found, without = timings[name].rounds, timings["dropped"].rounds
     each = sorted(found[i] - without[i] for i in found.keys() & without.keys())
     return each[len(each) // 2]
