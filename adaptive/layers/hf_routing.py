@@ -176,21 +176,23 @@ class RoutedForward:
         rows = chosen.counts.nonzero()[:, 0]
         tokens = chosen.tokens[rows]
         places = tokens.clamp(min=0)
-        states = gather_tokens(hidden.index_select(0, rows), tokens)
+        every = len(rows) == shape[0]  # then nothing of the batch is copied to pick rows
+        states = gather_tokens(hidden if every else hidden.index_select(0, rows), tokens)
         logits = chosen.logits.index_select(0, rows).gather(1, places)
         if routes.policy.unit != "mlp":
             given = self._arguments(states, given, chosen, places, rows, shape)
         else:
             given = tokens_of(given, places, rows, shape)
         made = _first(self._weighted_run(module, states, given, logits))
-        some = full.index_select(0, rows)
         if routes.policy.weighted is True:
             update = made - states if routes.policy.unit == "block" else made
-            some = combine_tokens(some, update, tokens, logits)
-        else:  # put, not added: a token that runs gets the bits that it would get alone
-            row, at = (tokens >= 0).nonzero(as_tuple=True)
-            some = some.index_put((row, tokens[row, at]), made[row, at])
-        return full.index_copy(0, rows, some)
+            if every:
+                return combine_tokens(full, update, tokens, logits)
+            some = combine_tokens(full.index_select(0, rows), update, tokens, logits)
+            return full.index_copy(0, rows, some)
+        # Put, not added: a token that runs gets the bits that it would get alone.
+        row, at = (tokens >= 0).nonzero(as_tuple=True)
+        return full.index_put_((rows[row], tokens[row, at]), made[row, at])
 
     def _arguments(
         self,
