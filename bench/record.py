@@ -19,6 +19,7 @@ ROW_FIELDS: dict[str, frozenset[str]] = {
     "prefill": frozenset({"heads", "tokens", "dtype", "threads", "variants", "split_ms"}),
     "early_exit": frozenset({"criterion", "threshold", "exits", "mean_depth", "tasks"}),
     "quality_prefill": frozenset({"policy", "choice", "context", "scores_share", "tasks"}),
+    "routing": frozenset({"capacity", "dtype", "threads", "tokens", "variants", "ops_share"}),
     "prompts": frozenset({"model", "tokens", "dtype", "threads", "layers", "variants"}),
     "speculation_shape": frozenset({"what", "text", "exit_layer", "variants"}),
     "speculation": frozenset({"what", "text", "batch", "variants"}),
@@ -35,6 +36,7 @@ VARIANT_FIELDS: dict[str, frozenset[str]] = {
     "models": frozenset({"ms", "ms_min", "clean", "dropped", "error", "argmax_agreement"}),
     "speculation_shape": frozenset({"ms", "clean", "speedup", "by_bytes"}),
     "speculation": frozenset({"ms", "clean", "speedup", "same_tokens"}),
+    "routing": frozenset({"us", "us_min", "clean", "dropped", "error"}),
     "prompts": frozenset({"ms", "ms_min", "clean", "dropped", "error", "speedup"}),
     "block_transformer": frozenset(
         {"batch", "kv_bytes", "prefill_s", "decode_tokens_per_s", "tokens_per_s", "error"}
