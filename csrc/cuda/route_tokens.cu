@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads) route_rows(const __grid_constant__ R
   Border border{0, row.tokens};  // all that are valid: no number has the key 0
   if (bad) {
     border = {~0u, 0};
-  } else if (a.by_threshold()) {
+  } else if (a.capacity == 0 && a.share == 0.0) {  // by_threshold(), which is the host's
     border.key = key_of(a.threshold);
   } else {
     int64_t room = a.capacity;
