@@ -56,10 +56,11 @@ int64_t route_row(const RouteTokensArgs& args, int64_t row) {
   int32_t* list = args.list + row * args.tokens;
   int32_t* slots = args.slots + row * args.tokens;
   int32_t count = 0;
+  // Without branches: which tokens are taken is as good as random.
   for (int64_t token = 0; token < args.tokens; ++token) {
-    const bool equal = counts(token) && scores[token] == limit.score;
-    const bool taken =
-        (counts(token) && scores[token] > limit.score) || (equal && limit.equals > 0);
+    const int here = counts(token) ? 1 : 0, above = scores[token] > limit.score ? 1 : 0;
+    const int equal = here & (scores[token] == limit.score ? 1 : 0);
+    const int taken = (here & above) | (equal & (limit.equals > 0 ? 1 : 0));
     limit.equals -= equal;
     list[count] = static_cast<int32_t>(token);  // overwritten unless it is taken
     slots[token] = taken ? count : -1;

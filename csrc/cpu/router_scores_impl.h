@@ -61,13 +61,19 @@ class RouterLoop {
 
   template <int R, bool kNorm>
   void sum(int64_t token, RouterSums* to) const {
-    const E* rows[R];
+    const E *rows[R], *next[R];
     Vec products[2 * R], squares[2 * R];
-    for (int r = 0; r < R; ++r) rows[r] = row(token + r);
+    const int64_t last = args_.batch * args_.tokens - 1;
+    for (int r = 0; r < R; ++r) {
+      rows[r] = row(token + r);
+      next[r] = row(token + R + r < last ? token + R + r : last);
+    }
 #pragma GCC unroll 4
     for (int i = 0; i < 2 * R; ++i) products[i] = squares[i] = S::zero();
     const int64_t whole = args_.width / kUnit * kUnit;
     for (int64_t at = 0; at < whole; at += kUnit) {
+      // Rows of a few KiB are pages of their own, at whose ends processors stop fetching ahead.
+      for (int r = 0; r < R; ++r) prefetch<kUnit>(next[r] + at);
       add<R, kNorm>(rows, at, kUnit, products, squares);
     }
     const int tail = static_cast<int>(args_.width - whole);

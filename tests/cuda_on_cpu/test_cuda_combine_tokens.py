@@ -114,9 +114,9 @@ def check_combine_of_all_kinds(routing):
         routing.combine_tokens(hidden, update, listed, weights, out=out)
         assert torch.equal(out, routing.combine_tokens(hidden, update, listed, weights))
         for wrong in (9, -2, 2**31 - 1):
-            listed[1, 2] = wrong
+            listed[2, 2] = wrong  # of the last row: nothing writes there afterwards
             made = routing.combine_tokens(hidden, update, listed, weights)
-            listed[1, 2] = -1
+            listed[2, 2] = -1
             assert torch.equal(made, routing.combine_tokens(hidden, update, listed, weights))
 
 

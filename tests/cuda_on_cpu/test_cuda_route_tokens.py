@@ -104,7 +104,7 @@ MUTANTS = {
                                            "__popc(ties & below)"),
     "the rest of a digit forgotten": ("return {key, rest};", "return {key, room};"),
     "three digits": ("pass < kDigits; ++pass", "pass < kDigits - 1; ++pass"),
-    "other prefixes counted": ("if (((own ^ key) & known) == 0) ", ""),
+    "other prefixes counted": ("& known) == 0) ", "& known) == 0 || known != 0) "),
     "no barrier after a histogram": ("    });\n    __syncthreads();\n    key |=",
                                      "    });\n    key |="),
     "bins are not cleared": ("bins[i / kDigitBins][i % kDigitBins] = 0;", ""),

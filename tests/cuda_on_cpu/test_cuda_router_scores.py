@@ -86,8 +86,10 @@ def test_refusals_name_the_argument(routing):
 MUTANTS = {
     "the first route": ("const T* last = first + (a.routes - 1) * a.weight_stride;",
                         "const T* last = first;"),
-    "the other route forgotten": ("if (a.routes == 2) weight -= simt::to_float(other.x[e]);", ""),
-    "no weight in the norm": ("if (norm) weight *= simt::to_float(gain.x[e]);", ""),
+    "the other route forgotten": ("weight -= simt::to_float(other.x[e])",
+                                  "weight -= 0.0f * simt::to_float(other.x[e])"),
+    "no weight in the norm": ("weight *= simt::to_float(gain.x[e])",
+                              "weight *= 0.0f * simt::to_float(gain.x[e]) + 1.0f"),
     "no eps": (" + a.eps)", ")"),
     "a sum in place of a mean": ("square / static_cast<float>(width)", "square"),
     "always a norm": ("if (norm) product /=", "product /="),
