@@ -25,7 +25,8 @@ ADAPTIVE_INLINE float widen_one(Float16 x) {
   const float tiny = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
   uint32_t bits = (magnitude << 13) + (112u << 23);
   bits += magnitude >= 0x7c00u ? 112u << 23 : 0u;  // inf and NaN keep an exponent of all ones
-  bits = magnitude < 0x400u ? __builtin_bit_cast(uint32_t, tiny) : bits;
+  const uint32_t small = 0u - static_cast<uint32_t>(magnitude < 0x400u);
+  bits = (__builtin_bit_cast(uint32_t, tiny) & small) | (bits & ~small);
   return __builtin_bit_cast(float, bits | (x.bits & 0x8000u) << 16);
 }
 
