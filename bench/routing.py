@@ -92,6 +92,7 @@ def ops_alone(layer: Layer, share: float) -> dict[str, Callable[[], object]]:
             hidden, hidden=hidden, update=small, tokens=tokens, weights=weights
         ),
         "layer of these rows": lambda: layer(rows),
+        "layer of all rows": lambda: layer(layer.hidden),
     }
 
 
@@ -122,6 +123,7 @@ def measure(layer: Layer, share: float, dtype: str, budget_s: float, flush: Any)
         "widened": layer.widened,
         "variants": {n: {**t.to_dict(), "error": errors.get(n)} for n, t in timed.items()},
         "ops_share": round(costs / timed["layer of these rows"].median_us, 5),
+        "ops_share_of_all": round(costs / timed["layer of all rows"].median_us, 5),
     }
 
 

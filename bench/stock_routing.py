@@ -52,6 +52,24 @@ def norm_and_linear(
     return logits[..., 0].sigmoid() if function == "sigmoid" else logits[..., 0]
 
 
+def in_float32(
+    hidden: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    function: str = "sigmoid",
+) -> Tensor:
+    """One product by router and norm together, and the sum of squares, of widened hidden states."""
+    wide, rows = hidden.float(), weight.float()
+    router = rows[-1] - rows[0] if function == "softmax" else rows[0]
+    if norm_weight is None:
+        logits = wide @ router
+    else:
+        scale = torch.rsqrt(torch.linalg.vecdot(wide, wide) / wide.shape[2] + eps)
+        logits = wide @ (router * norm_weight.float()) * scale
+    return logits if function == "identity" else logits.sigmoid()
+
+
 def by_gather(hidden: Tensor, tokens: Tensor) -> Tensor:
     """torch.gather along an expanded index, where the list has no -1."""
     return hidden.gather(1, tokens.long()[..., None].expand(-1, -1, hidden.shape[2]))
@@ -142,7 +160,7 @@ SUITES = {
         place=distinct,
     ),
     router_scores.name: Suite(
-        forms={"rms_norm + linear": norm_and_linear},
+        forms={"rms_norm + linear": norm_and_linear, "products in float32": in_float32},
         truth=scored,
         sweep=[
             {**PROMPT, "norm": True, "function": function} for function in ("sigmoid", "softmax")
