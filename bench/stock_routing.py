@@ -20,14 +20,15 @@ def topk_and_sort(
             places = taken.nonzero()[:, 0]
             row[: len(places)] = places
         return made
-    room = int(scores.shape[1] * (capacity or 0))
+    share = isinstance(capacity, float)
+    room = int(scores.shape[1] * capacity) if share else int(capacity or 0)
     places = scores.topk(room, dim=1, sorted=False).indices.sort(1).values
     return functional.pad(places.int(), (0, scores.shape[1] - room), value=-1)
 
 
 def routed(scores: Tensor, *options: object) -> Tensor:
     """The same positions, exactly."""
-    return route_tokens.reference(scores.double(), *options)[0]  # type: ignore[arg-type]
+    return route_tokens.reference(scores, *options)[0].double()  # type: ignore[arg-type]
 
 
 def distinct(scores: Tensor, *options: object) -> tuple[object, ...]:
@@ -75,27 +76,38 @@ def by_gather(hidden: Tensor, tokens: Tensor) -> Tensor:
     return hidden.gather(1, tokens.long()[..., None].expand(-1, -1, hidden.shape[2]))
 
 
+def rows_of(hidden: Tensor, tokens: Tensor) -> Tensor:
+    """The listed rows among those of all batch rows."""
+    first = hidden.shape[1] * torch.arange(len(hidden), dtype=tokens.dtype, device=tokens.device)
+    return (tokens + first[:, None]).flatten()
+
+
+def scaled(update: Tensor, weights: Tensor | None) -> Tensor:
+    """Updates times weights, as rows."""
+    factor = 1 if weights is None else weights[..., None].to(update.dtype)
+    return (update * factor).flatten(0, 1)
+
+
 def by_index_select(hidden: Tensor, tokens: Tensor) -> Tensor:
-    """index_select, which takes one row of a batch."""
-    return hidden[0].index_select(0, tokens[0])[None]
+    """index_select of the rows of all batch rows."""
+    made = hidden.flatten(0, 1).index_select(0, rows_of(hidden, tokens))
+    return made.view(*tokens.shape, hidden.shape[2])
 
 
 def by_index_add(
     hidden: Tensor, update: Tensor, tokens: Tensor, weights: Tensor | None = None
 ) -> Tensor:
-    """A product by the weights and index_add, out of place, which takes one row of a batch."""
-    scaled = update[0] if weights is None else update[0] * weights[0, :, None].to(update.dtype)
-    return hidden[0].index_add(0, tokens[0], scaled)[None]
+    """A product by the weights and index_add, out of place."""
+    rows = rows_of(hidden, tokens)
+    return hidden.flatten(0, 1).index_add(0, rows, scaled(update, weights)).view(hidden.shape)
 
 
 def by_advanced_index(
     hidden: Tensor, update: Tensor, tokens: Tensor, weights: Tensor | None = None
 ) -> Tensor:
     """A copy, then rows read, added to and written by an index."""
-    places = tokens[0].long()
-    factor = 1 if weights is None else weights[0, :, None].to(update.dtype)
     made = hidden.clone()
-    made[0, places] += update[0] * factor
+    made.view(-1, hidden.shape[2])[rows_of(hidden, tokens).long()] += scaled(update, weights)
     return made
 
 
@@ -108,7 +120,7 @@ def full_lists(*arguments: Tensor | None) -> tuple[Tensor | None, ...]:
     assert tokens is not None
     rng = torch.Generator().manual_seed(0)
     places = torch.randperm(hidden.shape[1], generator=rng)[: tokens.shape[1]].sort().values
-    made[at] = places.int()[None].to(hidden.device)
+    made[at] = places.int().expand(len(hidden), -1).contiguous().to(hidden.device)
     return tuple(made)
 
 
@@ -121,8 +133,8 @@ def combined(
     hidden: Tensor, update: Tensor, tokens: Tensor, weights: Tensor | None = None
 ) -> Tensor:
     """The sums in float64."""
-    factor = 1 if weights is None else weights[0, :, None].double()
-    return hidden[0].double().index_add(0, tokens[0], update[0].double() * factor)[None]
+    wide = None if weights is None else weights.double()
+    return by_index_add(hidden.double(), update.double(), tokens, wide)
 
 
 def scored(

@@ -168,6 +168,7 @@ def test_every_op_has_something_to_measure_and_a_truth_that_its_reference_meets(
         small |= {"chosen": 20, "budget": 20, "rows": 3, "in_features": 64, "out_features": 50}
         small |= {"tokens": 128, "window": 20, "block_size": 64, "width": 64}
         small |= {"nodes": 7, "tree": False, "vocab": 50}
+        small |= {"norm": True, "function": "softmax", "weighted": True}
         suite = stock.suite_for(op)
         sizes = {name: small[name] for name in (suite.sweep or op.models)[0]}
         arguments = op.make_inputs(**sizes, dtype=torch.float32, device="cpu")
@@ -178,7 +179,8 @@ def test_every_op_has_something_to_measure_and_a_truth_that_its_reference_meets(
         assert truth.dtype == torch.float64
         forms = {"reference": lambda op=op, s=suite, a=arguments: s.pick(op.reference(*a))}
         forms |= {n: lambda f=f, a=arguments: f(*a) for n, f in suite.forms.items()}
-        rounds = suite.pick(op.reference(*arguments)).is_floating_point()
+        copies = op.name == "gather_tokens"  # values come out as they went in
+        rounds = suite.pick(op.reference(*arguments)).is_floating_point() and not copies
         assert (max(prove(forms, truth, 1e-4).values()) > 0) is rounds
 
 
