@@ -23,6 +23,14 @@ def block_sparse_attention(
     softcap: float = 0.0,
     causal: bool = True,
 ) -> int: ...
+def combine_tokens(
+    out: Tensor,
+    workspace: Tensor | None,
+    hidden: Tensor,
+    update: Tensor,
+    tokens: Tensor,
+    weights: Tensor | None = None,
+) -> int: ...
 def decode_attention(
     out: Tensor,
     lse: Tensor,
@@ -69,6 +77,7 @@ def gather_attention(
     causal: bool = True,
     page_size: int = 1,
 ) -> int: ...
+def gather_tokens(out: Tensor, workspace: Tensor | None, hidden: Tensor, tokens: Tensor) -> int: ...
 def local_attention(
     out: Tensor,
     lse: Tensor,
@@ -90,6 +99,25 @@ def pool_blocks(
     source: Tensor,
     block_size: int = 64,
     offsets: Tensor | None = None,
+) -> int: ...
+def route_tokens(
+    tokens: Tensor,
+    counts: Tensor,
+    slots: Tensor,
+    workspace: Tensor | None,
+    scores: Tensor,
+    threshold: float | None = None,
+    capacity: float | None = None,
+    valid: Tensor | None = None,
+) -> int: ...
+def router_scores(
+    scores: Tensor,
+    workspace: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    function: str = "sigmoid",
 ) -> int: ...
 def score_tokens(
     scores: Tensor,

@@ -22,6 +22,7 @@ ROW_FIELDS: dict[str, frozenset[str]] = {
     "early_exit": frozenset({"criterion", "threshold", "exits", "mean_depth", "tasks"}),
     "early_exit_rows": frozenset({"model", "criterion", "threshold", "exits", "variants"}),
     "quality_prefill": frozenset({"policy", "choice", "context", "scores_share", "tasks"}),
+    "routing": frozenset({"capacity", "dtype", "threads", "tokens", "variants", "ops_share"}),
     "prompts": frozenset({"model", "tokens", "dtype", "threads", "layers", "variants"}),
     "speculation_shape": frozenset({"what", "text", "exit_layer", "variants"}),
     "speculation_head": frozenset({"what", "text", "draft", "exit_layer", "variants"}),
@@ -45,6 +46,7 @@ VARIANT_FIELDS: dict[str, frozenset[str]] = {
     "speculation_head": frozenset({"ms", "clean", "speedup", "against_whole", "head_bytes"}),
     "speculation": frozenset({"ms", "clean", "speedup", "same_tokens"}),
     "skip_search": frozenset({"ms", "clean", "speedup", "same_tokens"}),
+    "routing": frozenset({"us", "us_min", "clean", "dropped", "error"}),
     "prompts": frozenset({"ms", "ms_min", "clean", "dropped", "error", "speedup"}),
     "block_transformer": frozenset(
         {"batch", "kv_bytes", "prefill_s", "decode_tokens_per_s", "tokens_per_s", "error"}

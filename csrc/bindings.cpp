@@ -69,11 +69,15 @@ PYBIND11_MODULE(_native, m) {
   m.def("cpu_level", [] { return level_name(cpu::level()); });
   m.def("set_cpu_level", &set_cpu_level, py::arg("level"));
   bind_block_sparse_attention(m);
+  bind_combine_tokens(m);
   bind_decode_attention(m);
   bind_exit_confidence(m);
   bind_gather_attention(m);
+  bind_gather_tokens(m);
   bind_local_attention(m);
   bind_pool_blocks(m);
+  bind_route_tokens(m);
+  bind_router_scores(m);
   bind_score_tokens(m);
   bind_select_tokens(m);
   bind_skinny_linear(m);

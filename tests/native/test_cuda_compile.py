@@ -14,16 +14,20 @@ CSRC = ROOT / "csrc"
 SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
 TARGETS = ["80", "90a"]
 KERNELS = {
+    "combine_tokens.cu": [*["add_rows"] * 3, *["copy_rows"] * 3],
     "decode_attention.cu": ["attend_fma"] * 3,
     "decode_attention_mma.cu": ["attend_mma"] * 6,
     "device.cu": [],
     "exit_confidence.cu": [*["summarise_slice"] * 18, "merge_slices"],
     "gather_attention.cu": ["attend_fma"] * 3,
     "gather_attention_mma.cu": ["attend_mma"] * 6,
+    "gather_tokens.cu": ["gather_rows"] * 2,
     "local_attention.cu": ["attend_local"] * 3,
     "local_attention_mma.cu": ["attend_local"] * 6,
     "plan.cu": ["merge_rows"],
     "pool_blocks.cu": ["pool_rows"] * 3,
+    "route_tokens.cu": ["route_rows"],
+    "router_scores.cu": ["score_rows"] * 3,
     "score_tokens.cu": ["reduce_scores", *["attend_fma"] * 6],
     "score_tokens_mma.cu": ["attend_mma"] * 12,
     "select_tokens.cu": ["prepare", "measure", "count", "write", *["descend"] * 6],
