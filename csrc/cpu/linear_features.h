@@ -15,6 +15,8 @@ namespace {
 constexpr int kLinearFeatures = 4;  // weight rows at a time
 constexpr int kAheadBytes = 1024;   // of each weight row, fetched before their use
 
+ADAPTIVE_INLINE float widen_one(Float32 x) { return x.value; }
+
 ADAPTIVE_INLINE float widen_one(Bfloat16 x) {
   return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16);
 }
@@ -31,7 +33,7 @@ ADAPTIVE_INLINE float widen_one(Float16 x) {
 
 ADAPTIVE_INLINE float bias_of(const SkinnyLinearArgs& args, int64_t feature) {
   switch (args.dtype) {
-    case DType::kFloat32: return static_cast<const float*>(args.bias)[feature];
+    case DType::kFloat32: return widen_one(static_cast<const Float32*>(args.bias)[feature]);
     case DType::kFloat16: return widen_one(static_cast<const Float16*>(args.bias)[feature]);
     default: return widen_one(static_cast<const Bfloat16*>(args.bias)[feature]);
   }
