@@ -137,7 +137,7 @@ def test_cropping_and_reordering_are_those_of_the_tokens():
 @pytest.mark.parametrize("unit", ["block", "attention"])
 @pytest.mark.parametrize("case", ["llama", "qwen3"])
 def test_compact_positions_count_the_tokens_that_ran(case, unit):
-    """A last layer that sees compact positions is the layer on the compacted sequence."""
+    """Step by step as in one pass, and other than with original positions."""
     model, ids = deep(case), token_ids(1, 24)
     policy = tokenwise(model, unit, positions="compact")
     with adaptive.patch(model, policy):
