@@ -10,8 +10,8 @@ from torch import Tensor
 
 from adaptive.layers.hf_mask import LazyMask
 from adaptive.layers.pooling import pool_weights, pooled
-from adaptive.layers.routed_tokens import route_tokens
 from adaptive.layers.switch import Switch
+from adaptive.ops import route_tokens
 from adaptive.policy import MixtureOfDepths
 
 _STATES = 3
@@ -138,9 +138,9 @@ class Routes:
             chosen, counts = runs.long() - 1, runs[:, 0].long()
         else:
             chosen, counts, _ = route_tokens(
-                logits.sigmoid(),
+                logits.detach().sigmoid(),
                 threshold=None if prompt else least,
-                capacity=policy.capacity if prompt else None,
+                capacity=float(policy.capacity or 0) if prompt else None,
                 valid=valid,
             )
         offered = batch * tokens if valid is None else int(valid.sum())
