@@ -77,7 +77,9 @@ def by_gather(hidden: Tensor, tokens: Tensor) -> Tensor:
 
 
 def rows_of(hidden: Tensor, tokens: Tensor) -> Tensor:
-    """The listed rows among those of all batch rows."""
+    """The listed rows among those of all batch rows; nothing to compute of a single one."""
+    if len(hidden) == 1:
+        return tokens[0]
     first = hidden.shape[1] * torch.arange(len(hidden), dtype=tokens.dtype, device=tokens.device)
     return (tokens + first[:, None]).flatten()
 
