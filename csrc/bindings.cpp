@@ -73,6 +73,7 @@ PYBIND11_MODULE(_native, m) {
   bind_exit_confidence(m);
   bind_gather_attention(m);
   bind_local_attention(m);
+  bind_merge_tokens(m);
   bind_pool_blocks(m);
   bind_score_tokens(m);
   bind_select_tokens(m);

@@ -14,6 +14,7 @@ void bind_decode_attention(pybind11::module_& m);
 void bind_exit_confidence(pybind11::module_& m);
 void bind_gather_attention(pybind11::module_& m);
 void bind_local_attention(pybind11::module_& m);
+void bind_merge_tokens(pybind11::module_& m);
 void bind_pool_blocks(pybind11::module_& m);
 void bind_score_tokens(pybind11::module_& m);
 void bind_select_tokens(pybind11::module_& m);

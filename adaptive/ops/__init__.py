@@ -9,6 +9,7 @@ from adaptive.ops.gather_attention import gather_attention
 from adaptive.ops.head_scores import head_scores
 from adaptive.ops.hidden_cosine import hidden_cosine
 from adaptive.ops.local_attention import local_attention
+from adaptive.ops.merge_tokens import merge_tokens, unmerge_tokens
 from adaptive.ops.pool_blocks import pool_blocks
 from adaptive.ops.score_blocks import block_ranges, score_blocks, score_lines
 from adaptive.ops.score_tokens import score_tokens
@@ -32,6 +33,7 @@ __all__ = [
     "head_scores",
     "hidden_cosine",
     "local_attention",
+    "merge_tokens",
     "pool_blocks",
     "recorded",
     "score_blocks",
@@ -42,6 +44,7 @@ __all__ = [
     "skinny_linear",
     "sum_tokens",
     "tree_attention",
+    "unmerge_tokens",
     "verify_draft",
     "verify_samples",
 ]
