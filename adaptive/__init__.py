@@ -36,6 +36,7 @@ from adaptive.policy import (
     SelfSpeculative,
     StreamingLLM,
     TidalDecode,
+    TokenMerging,
 )
 
 __version__ = "0.1.0"
@@ -62,6 +63,7 @@ __all__ = [
     "StreamingLLM",
     "Support",
     "TidalDecode",
+    "TokenMerging",
     "UnknownFamily",
     "UnsupportedModel",
     "__version__",

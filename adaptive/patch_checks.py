@@ -9,7 +9,7 @@ from torch import nn
 from adaptive.layers.changes import own_forward
 from adaptive.layers.state import ENCODER
 from adaptive.layers.survey import Survey
-from adaptive.policy import EncoderExit, Plan, Policy
+from adaptive.policy import EncoderExit, Plan, Policy, TokenMerging
 from adaptive.policy.plan import DENSE, GLOBAL_LOCAL, STOCK
 
 
@@ -50,7 +50,10 @@ def generation_problems(
     every = [p for each in policies for p in (each.policies if isinstance(each, Plan) else (each,))]
     for policy in every:
         if isinstance(policy, EncoderExit):
-            found += _exit_problems(root, survey)
+            found += _layer_problems(root, survey, "EncoderExit")
+        if isinstance(policy, TokenMerging):
+            found += _layer_problems(root, survey, "TokenMerging")
+            found += _place_problems(survey)
         if not policy.generates:
             continue
         name = type(policy).__name__
@@ -65,15 +68,25 @@ def generation_problems(
     return found
 
 
-def _exit_problems(root: nn.Module, survey: Survey) -> list[str]:
-    """Why sequences cannot leave the model's layers early."""
+def _layer_problems(root: nn.Module, survey: Survey, policy: str) -> list[str]:
+    """Why the model's layers cannot be given less to do, sequences or tokens."""
     if not is_encoder(survey):
-        return ["EncoderExit does not fit: it is for encoders of transformers, and this is none"]
+        return [f"{policy} does not fit: it is for encoders of transformers, and this is none"]
     return [
-        f"EncoderExit does not fit: {name!r} has a forward of its own, set by someone else"
+        f"{policy} does not fit: {name!r} has a forward of its own, set by someone else"
         for name in survey.layers
         if own_forward(root.get_submodule(name)) is not None
     ][:1]
+
+
+def _place_problems(survey: Survey) -> list[str]:
+    """Why tokens of the model cannot merge: its layers must not ask where a token stands."""
+    if survey.family in ("modernbert", "dinov3_vit"):
+        return [
+            "TokenMerging does not fit: the layers of this family turn queries and keys by their "
+            "places, and merged tokens have none"
+        ]
+    return []
 
 
 def _has_plain_head(root: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from adaptive.layers.encoder_exit_log import EncoderExitLog
 from adaptive.layers.exit_log import ExitLog
 from adaptive.layers.speculation_log import SpeculationLog
 from adaptive.layers.state import LayerState, PatchRecord
+from adaptive.layers.token_merge_log import TokenMergeLog
 
 WIDTH = 100
 """Columns that the printed table fits in."""
@@ -88,6 +89,7 @@ class Report:
         speculation: What self-speculation did; None without it.
         exits: What early exit did; None without it.
         encoder_exit: After how many layers sequences left an encoder; None where they may not.
+        token_merging: How many tokens of an encoder were left; None where none merge.
     """
 
     model: str
@@ -103,11 +105,12 @@ class Report:
     speculation: SpeculationLog | None = None
     exits: ExitLog | None = None
     encoder_exit: EncoderExitLog | None = None
+    token_merging: TokenMergeLog | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
         values = asdict(self)
-        for name in ("speculation", "exits", "encoder_exit"):
+        for name in ("speculation", "exits", "encoder_exit", "token_merging"):
             log = getattr(self, name)
             values[name] = None if log is None else log.to_dict()
         return {**values, "policies": list(self.policies), "layers": list(values["layers"])}
@@ -172,7 +175,7 @@ class Report:
         if dense := sum(layer.dense_scores for layer in self.layers):
             computed = sum(layer.scores for layer in self.layers)
             lines.append(f"scores computed in long native calls: {computed / dense:.1%} of dense")
-        logs = (self.speculation, self.exits, self.encoder_exit)
+        logs = (self.speculation, self.exits, self.encoder_exit, self.token_merging)
         lines += [str(log) for log in logs if log is not None]
         lines += [f"{count} x {note}" for note, count in self.notes.items()]
         return "\n".join(lines)
@@ -203,6 +206,7 @@ def report(model: str, record: PatchRecord, native_calls: dict[str, int]) -> Rep
         speculation=copy.deepcopy(record.speculation),
         exits=copy.deepcopy(record.exits),
         encoder_exit=copy.deepcopy(record.encoder_exit_log),
+        token_merging=copy.deepcopy(record.token_merge_log),
     )
 
 

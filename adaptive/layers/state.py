@@ -40,6 +40,7 @@ from adaptive.layers.encoder_exit_log import EncoderExitLog
 from adaptive.layers.exit_log import ExitLog
 from adaptive.layers.speculation_log import SpeculationLog
 from adaptive.layers.survey import Site
+from adaptive.layers.token_merge_log import TokenMergeLog
 from adaptive.policy import Plan, Policy
 
 RECORD = "_adaptive_record"
@@ -90,6 +91,8 @@ class PatchRecord:
         exits: What early exit did; None without it.
         encoder_exits: Which sequences go on in an encoder; None where no policy lets them leave.
         encoder_exit_log: What became of them; None likewise.
+        token_merges: What became of the tokens of an encoder; None where no policy merges them.
+        token_merge_log: How many were left; None likewise.
     """
 
     COUNTERS: ClassVar[tuple[str, ...]] = (
@@ -100,6 +103,7 @@ class PatchRecord:
         "speculation",
         "exits",
         "encoder_exit_log",
+        "token_merge_log",
     )
 
     policies: tuple[Policy, ...]
@@ -128,6 +132,8 @@ class PatchRecord:
     exits: ExitLog | None = None
     encoder_exits: Any = None
     encoder_exit_log: EncoderExitLog | None = None
+    token_merges: Any = None
+    token_merge_log: TokenMergeLog | None = None
 
     @property
     def enabled(self) -> bool:
@@ -165,6 +171,8 @@ class PatchRecord:
         self.exits = ExitLog(layers=self.exits.layers) if self.exits is not None else None
         if self.encoder_exit_log is not None:
             self.encoder_exit_log = EncoderExitLog(layers=self.encoder_exit_log.layers)
+        if self.token_merge_log is not None:
+            self.token_merge_log = TokenMergeLog()
 
 
 @dataclass(slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from adaptive.policy.self_speculative import SelfSpeculative
 from adaptive.policy.shape import ModelShape
 from adaptive.policy.streaming import StreamingLLM
 from adaptive.policy.tidal import TidalDecode
+from adaptive.policy.token_merging import TokenMerging
 
 __all__ = [
     "BlockSparsePrefill",
@@ -33,5 +34,6 @@ __all__ = [
     "SelfSpeculative",
     "StreamingLLM",
     "TidalDecode",
+    "TokenMerging",
     "alibi_windows",
 ]

@@ -11,6 +11,10 @@ from adaptive.policy.plan import DENSE, LOCAL, PREFILL, SELECT, STOCK, WINDOW, W
 
 _WHY = {
     frozenset({"EarlyExit", "SelfSpeculative"}): "both decode by passes of their own",
+    frozenset({"EncoderExit", "TokenMerging"}): "both decide what states a layer gets",
+    frozenset({"GlobalLocalAttention", "TokenMerging"}): (
+        "a window counts places, and merged tokens have none"
+    ),
     frozenset({"Quest", "TidalDecode"}): "both choose the keys of the same heads",
     frozenset({"RazorAttention", "StreamingLLM"}): "both choose the window of the same heads",
 }
