@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kMeanThreads) average(const __grid_constant__ 
     float sum = 0.0f;
     total = 0.0f;
     members = 0;
-    for (int64_t tile = slot; tile < a.tokens; tile += kLanes) {  // none goes to a later slot
+    for (int64_t tile = 0; tile < a.tokens; tile += kLanes) {
       unsigned found = __ballot_sync(~0u, tile + lane < a.tokens && groups[tile + lane] == slot);
       for (; found != 0; found &= found - 1) {
         last = tile + __ffs(static_cast<int>(found)) - 1;
