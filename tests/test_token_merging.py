@@ -205,9 +205,9 @@ def test_fields_are_checked(name):
 
 def test_what_cannot_be_is_refused_by_name():
     model, given = deep("vit"), given_for("vit")
-    with pytest.raises(ValueError, match="TokenMerging.layers must be below 3, the last layer"):
+    with pytest.raises(ValueError, match=r"TokenMerging\.layers must be below 3, the last layer"):
         adaptive.patch(model, adaptive.TokenMerging(r=1, layers=(3,)))
-    with pytest.raises(ValueError, match="TokenMerging and EncoderExit cannot be combined"):
+    with pytest.raises(ValueError, match=r"TokenMerging and EncoderExit cannot be combined"):
         adaptive.patch(model, adaptive.EncoderExit(layer=2), adaptive.TokenMerging(r=1))
     with pytest.raises(adaptive.UnsupportedModel, match="merged tokens have none"):
         adaptive.patch(deep("dinov3_vit"), adaptive.TokenMerging(r=1))

@@ -34,7 +34,7 @@ class TokenMerges:
         in_graph: Whether torch.compile is at work on it.
         lengths: Real tokens of each row before the next merge, ``[batch]``; None: all.
         sizes: Original tokens that each token stands for, ``[batch, tokens]``; None: one each.
-        groups: Which token each original one is part of, ``[batch, original tokens]``; None: itself.
+        groups: Which token each original one is part of, ``[batch, all tokens]``; None: itself.
         bias: Added to the scores of each key, ``[batch, 1, 1, tokens]``; None: nothing.
         tokens: Real tokens that went through each layer so far.
         merge_seconds: Time spent on merging.
@@ -100,7 +100,7 @@ class TokenMerges:
         return states
 
     def _merge(self, states: Tensor) -> Tensor:
-        batch, tokens, _ = states.shape
+        tokens = states.shape[1]
         removed = self.policy.removed(tokens, self.protect)
         counts = None
         if self._real is not None:

@@ -18,6 +18,7 @@ from adaptive.layers.speculation_log import SpeculationLog
 from adaptive.layers.state import LayerState, PatchRecord
 from adaptive.layers.token_merge_log import TokenMergeLog
 
+_LOGS = ("speculation", "exits", "encoder_exit", "token_merging")
 WIDTH = 100
 """Columns that the printed table fits in."""
 
@@ -110,7 +111,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
         values = asdict(self)
-        for name in ("speculation", "exits", "encoder_exit", "token_merging"):
+        for name in _LOGS:
             log = getattr(self, name)
             values[name] = None if log is None else log.to_dict()
         return {**values, "policies": list(self.policies), "layers": list(values["layers"])}
@@ -175,7 +176,7 @@ class Report:
         if dense := sum(layer.dense_scores for layer in self.layers):
             computed = sum(layer.scores for layer in self.layers)
             lines.append(f"scores computed in long native calls: {computed / dense:.1%} of dense")
-        logs = (self.speculation, self.exits, self.encoder_exit, self.token_merging)
+        logs = [getattr(self, name) for name in _LOGS]
         lines += [str(log) for log in logs if log is not None]
         lines += [f"{count} x {note}" for note, count in self.notes.items()]
         return "\n".join(lines)
@@ -253,17 +254,8 @@ def _groups(layers: Sequence[LayerReport]) -> list[list[LayerReport]]:
 
 
 def _alike(layer: LayerReport) -> dict[str, Any]:
-    own = (
-        "layer",
-        "name",
-        "seconds",
-        "kv_tokens",
-        "kv_bytes",
-        "scores",
-        "mass_mean",
-        "mass_of_heads",
-        *PERCENTILES,
-    )
+    own = ["layer", "name", "seconds", "kv_tokens", "kv_bytes", "scores"]
+    own += ["mass_mean", "mass_of_heads", *PERCENTILES]
     return {k: v for k, v in asdict(layer).items() if k not in own[: None if _skips(layer) else 3]}
 
 

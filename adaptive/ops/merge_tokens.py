@@ -11,7 +11,7 @@ _NO_COSINE = -2.0  # stands for NaN: below every cosine
 _AXES = 3
 
 
-def make_inputs(
+def make_inputs(  # noqa: PLR0913
     batch: int,
     tokens: int,
     width: int = 64,
@@ -58,19 +58,23 @@ def outputs(
     protect: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised ``out``, ``out_sizes`` and ``groups`` for these arguments."""
-    if not isinstance(hidden, Tensor) or hidden.dim() != _AXES:
-        got = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
-        kind = ValueError if isinstance(hidden, Tensor) else TypeError
-        raise kind(
-            "adaptive::merge_tokens: hidden must be a torch.Tensor of 3 dimensions, got "
-            f"{f'shape {got}' if isinstance(got, list) else got}"
+    if not isinstance(hidden, Tensor):
+        raise TypeError(
+            f"adaptive::merge_tokens: hidden must be a torch.Tensor, got {type(hidden).__name__}"
+        )
+    if hidden.dim() != _AXES:
+        raise ValueError(
+            f"adaptive::merge_tokens: hidden must have 3 dimensions, got shape {list(hidden.shape)}"
         )
     batch, tokens, width = hidden.shape
-    if type(removed) is not int or not 0 <= removed <= tokens:
-        kind = ValueError if type(removed) is int else TypeError
-        raise kind(
-            "adaptive::merge_tokens: removed must be a whole number of at most half the tokens, "
-            f"got {removed!r}"
+    if type(removed) is not int:
+        raise TypeError(
+            f"adaptive::merge_tokens: removed must be a whole number, got {type(removed).__name__}"
+        )
+    if not 0 <= removed <= tokens:
+        raise ValueError(
+            "adaptive::merge_tokens: removed must be at least 0 and at most about half the "
+            f"tokens, got {removed}"
         )
     kept = tokens - removed
     return (

@@ -22,6 +22,7 @@ KERNELS = {
     "gather_attention_mma.cu": ["attend_mma"] * 6,
     "local_attention.cu": ["attend_local"] * 3,
     "local_attention_mma.cu": ["attend_local"] * 6,
+    "merge_tokens.cu": [*["match_sources"] * 3, "place_tokens", *["average"] * 3],
     "plan.cu": ["merge_rows"],
     "pool_blocks.cu": ["pool_rows"] * 3,
     "score_tokens.cu": ["reduce_scores", *["attend_fma"] * 6],
