@@ -24,7 +24,7 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     left.plot(shares, made, "o-", color=MERGED, label="merged")
     for row, share, speed in zip(images, shares, made, strict=True):
         label = f"r={row['setting']}" if row["setting"] else "stock"
-        left.annotate(label, (share, speed), (0, 8), textcoords="offset points", fontsize=8)
+        left.annotate(label, (share, speed), (0, -14), textcoords="offset points", fontsize=8)
     left.set_xlabel("tokens of all layers, %", color=INK)
     left.set_ylabel("images a second", color=INK)
     left.set_ylim(0, 1.2 * max(made))

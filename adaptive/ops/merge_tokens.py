@@ -26,7 +26,7 @@ def make_inputs(  # noqa: PLR0913
     device: str,
     seed: int = 0,
 ) -> tuple[Any, ...]:
-    """Random tokens; with ``ragged`` some rows have padding, which holds NaN."""
+    """Random tokens; with ``ragged`` some rows have padding, of other tokens by far."""
     rng = torch.Generator().manual_seed(seed)
     hidden = torch.randn(batch, tokens, width, generator=rng)
     metric = torch.randn(batch, tokens, metric_width, generator=rng)
@@ -35,7 +35,7 @@ def make_inputs(  # noqa: PLR0913
     if ragged:
         lengths = torch.randint(0, tokens + 1, (batch,), generator=rng).int()
         padding = torch.arange(tokens) >= lengths[:, None]
-        hidden[padding] = metric[padding] = torch.nan
+        hidden[padding] = metric[padding] = 1e4
     if counted:
         counts = torch.randint(0, tokens, (batch,), generator=rng).int()
     made = (hidden.to(dtype), metric.to(dtype), removed, sizes, lengths, counts, protect)
@@ -179,7 +179,7 @@ def merge_tokens(
     rows = into[..., None].expand(-1, -1, width)
     clean = hidden.float().masked_fill(~real[..., None], 0.0)
     empty = weight.new_zeros(batch, kept + 1)
-    total = empty.scatter_add(1, into, weight)[:, :kept]
+    total = empty.scatter_add(1, into, weight)[:, :kept].contiguous()
     members = empty.scatter_add(1, into, torch.ones_like(weight))[:, :kept, None]
     summed = empty.new_zeros(batch, kept + 1, width).scatter_add(1, rows, clean * weight[..., None])
     alone = empty.new_zeros(batch, kept + 1, width).scatter_add(1, rows, clean)
