@@ -182,7 +182,7 @@ def test_unmerged_tokens_have_the_state_of_their_group(arguments):
             assert torch.equal(states[row, t], wanted)
 
 
-@pytest.mark.parametrize("level", ("baseline", "avx2", "avx512"))
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_instruction_set_gives_the_reference(level, dtype):
     levels = ("baseline", "avx2", "avx512")
