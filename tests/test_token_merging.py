@@ -214,6 +214,9 @@ def test_what_cannot_be_is_refused_by_name():
     with adaptive.patch(model, adaptive.TokenMerging(r=1)):
         with pytest.raises(NotImplementedError, match="output_hidden_states is not supported"):
             model(**given, output_hidden_states=True)
+        if OLD:
+            with pytest.raises(NotImplementedError, match="head_mask is not supported"):
+                model(**given, head_mask=torch.ones(4, 4))
         assert torch.isfinite(run(model, given)).all()
 
 

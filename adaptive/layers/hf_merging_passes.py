@@ -48,7 +48,7 @@ def begin(
 
     Raises:
         NotImplementedError: The pass must return attention weights or the states of every layer,
-            which have no rows for tokens that merged.
+            which have no rows for tokens that merged; or some heads are masked.
         ValueError: The mask does not say which tokens at the start of a row are real.
     """
     merges: TokenMerges | None = record.token_merges
@@ -66,6 +66,10 @@ def begin(
                 f"adaptive: output_{name} is not supported with TokenMerging: tokens that merged "
                 "have none of their own"
             )
+    if argument(base, "head_mask", args, kwargs) is not None:
+        raise NotImplementedError(
+            "adaptive: head_mask is not supported with TokenMerging: its place is taken by sizes"
+        )
     merges.begin(_lengths(argument(base, "attention_mask", args, kwargs)))
 
 

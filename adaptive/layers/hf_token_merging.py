@@ -87,7 +87,9 @@ class TokenMerges:
             return call
         # Rounded to 16 bits the logarithm would be off by up to half a percent of a weight; kernels
         # of CUDA take no other dtype than the query's.
-        return call._replace(mask=self.bias if call.query.is_cpu else self.bias.to(call.query))
+        bias = self.bias if call.query.is_cpu else self.bias.to(call.query)
+        # Always by SDPA: some eager functions of transformers 4 multiply with what they get.
+        return call._replace(mask=bias, eager=False)
 
     def after(self, index: int, states: Tensor) -> Tensor:
         """Return what a layer made, after its tokens merged; all tokens after the last layer."""
