@@ -38,6 +38,7 @@ from adaptive.policy import (
     SelfSpeculative,
     StreamingLLM,
     TidalDecode,
+    TokenMerging,
     TokenRouting,
 )
 
@@ -67,6 +68,7 @@ __all__ = [
     "StreamingLLM",
     "Support",
     "TidalDecode",
+    "TokenMerging",
     "TokenRouting",
     "UnknownFamily",
     "UnsupportedModel",

@@ -93,6 +93,19 @@ def local_attention(
     softcap: float = 0.0,
     causal: bool = True,
 ) -> int: ...
+def merge_tokens(
+    out: Tensor,
+    out_sizes: Tensor,
+    groups: Tensor,
+    workspace: Tensor | None,
+    hidden: Tensor,
+    metric: Tensor,
+    removed: int,
+    sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    counts: Tensor | None = None,
+    protect: int = 1,
+) -> int: ...
 def pool_blocks(
     means: Tensor,
     workspace: Tensor | None,

@@ -18,6 +18,7 @@ from adaptive.policy import (
     MixtureOfDepths,
     Plan,
     Policy,
+    TokenMerging,
     TokenRouting,
 )
 from adaptive.policy.plan import DENSE, GLOBAL_LOCAL, LOCAL, STOCK
@@ -94,14 +95,18 @@ def _layer_problems(root: nn.Module, survey: Survey, policy: Policy) -> list[str
         return hf_width.problems(root, survey, policy)
     if isinstance(policy, MixtureOfDepths):
         return _routing_problems(root, survey, policy)
-    return _exit_problems(root, survey) if isinstance(policy, EncoderExit) else []
+    if isinstance(policy, TokenMerging):
+        return _encoder_problems(root, survey, "TokenMerging") + _place_problems(survey)
+    if isinstance(policy, EncoderExit):
+        return _encoder_problems(root, survey, "EncoderExit")
+    return []
 
 
-def _exit_problems(root: nn.Module, survey: Survey) -> list[str]:
-    """Why sequences cannot leave the model's layers early."""
+def _encoder_problems(root: nn.Module, survey: Survey, policy: str) -> list[str]:
+    """Why the model's layers cannot be given less to do, sequences or tokens."""
     if not is_encoder(survey):
-        return ["EncoderExit does not fit: it is for encoders of transformers, and this is none"]
-    return _own_forwards(root, "EncoderExit", survey.layers)
+        return [f"{policy} does not fit: it is for encoders of transformers, and this is none"]
+    return _own_forwards(root, policy, survey.layers)
 
 
 def _own_forwards(root: nn.Module, policy: str, modules: Sequence[str]) -> list[str]:
@@ -148,6 +153,16 @@ def _routing_problems(root: nn.Module, survey: Survey, policy: MixtureOfDepths) 
         for name, module in modules.items()
         if own_forward(module) is not None
     ][:1]
+
+
+def _place_problems(survey: Survey) -> list[str]:
+    """Why tokens of the model cannot merge: its layers must not ask where a token stands."""
+    if survey.family in ("modernbert", "dinov3_vit"):
+        return [
+            "TokenMerging does not fit: the layers of this family turn queries and keys by their "
+            "places, and merged tokens have none"
+        ]
+    return []
 
 
 def _has_plain_head(root: nn.Module) -> bool:

@@ -75,6 +75,7 @@ PYBIND11_MODULE(_native, m) {
   bind_gather_attention(m);
   bind_gather_tokens(m);
   bind_local_attention(m);
+  bind_merge_tokens(m);
   bind_pool_blocks(m);
   bind_route_tokens(m);
   bind_router_scores(m);

@@ -197,6 +197,9 @@ def _attend(call: Call) -> Attended:
 
 def _attend_both_ways(call: Call, state: LayerState) -> Attended:
     """As `_attend`, for an encoder."""
+    merges = state.record.token_merges
+    if merges is not None and merges.active:
+        call = merges.attend(call)
     pattern = encoder.pattern_of(call)
     reason = "plan" if state.row[0] == STOCK else why_stock(call, state)
     reason = reason or encoder.why_stock_encoder(call, state, pattern)

@@ -18,8 +18,10 @@ from adaptive.layers.routing_log import RoutingLog
 from adaptive.layers.sparse_ffn import SparseFfnLog, held_bytes
 from adaptive.layers.speculation_log import SpeculationLog
 from adaptive.layers.state import LayerState, PatchRecord
+from adaptive.layers.token_merge_log import TokenMergeLog
 from adaptive.layers.units import in_bytes
 
+_LOGS = ("speculation", "exits", "encoder_exit", "token_merging", "routing", "sparse_ffn")
 WIDTH = 100
 """Columns that the printed table fits in."""
 
@@ -90,6 +92,7 @@ class Report:
         encoder_exit: After how many layers sequences left an encoder; None where they may not.
         routing: How much of which layer ran; None where no policy routes.
         sparse_ffn: Neurons computed where the model leaves most at 0; None where it does not.
+        token_merging: How many tokens of an encoder were left; None where none merge.
     """
 
     model: str
@@ -107,11 +110,12 @@ class Report:
     encoder_exit: EncoderExitLog | None = None
     routing: RoutingLog | None = None
     sparse_ffn: SparseFfnLog | None = None
+    token_merging: TokenMergeLog | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
         values = asdict(self)
-        for name in ("speculation", "exits", "encoder_exit", "routing", "sparse_ffn"):
+        for name in _LOGS:
             log = getattr(self, name)
             values[name] = None if log is None else log.to_dict()
         return {**values, "policies": list(self.policies), "layers": list(values["layers"])}
@@ -176,7 +180,7 @@ class Report:
         if dense := sum(layer.dense_scores for layer in self.layers):
             computed = sum(layer.scores for layer in self.layers)
             lines.append(f"scores computed in long native calls: {computed / dense:.1%} of dense")
-        logs = (self.speculation, self.exits, self.encoder_exit, self.routing, self.sparse_ffn)
+        logs = [getattr(self, name) for name in _LOGS]
         lines += [str(log) for log in logs if log is not None]
         lines += [f"{count} x {note}" for note, count in self.notes.items()]
         return "\n".join(lines)
@@ -209,6 +213,7 @@ def report(model: str, record: PatchRecord, native_calls: dict[str, int]) -> Rep
         encoder_exit=copy.deepcopy(record.encoder_exit_log),
         routing=copy.deepcopy(record.routing_log),
         sparse_ffn=held_bytes(record.switch.sparse_ffn, record.log),
+        token_merging=copy.deepcopy(record.token_merge_log),
     )
 
 
@@ -255,8 +260,8 @@ def _groups(layers: Sequence[LayerReport]) -> list[list[LayerReport]]:
 
 
 def _alike(layer: LayerReport) -> dict[str, Any]:
-    first = ("layer", "name", "seconds", "kv_tokens", "kv_bytes", "scores", "mass_mean")
-    own = (*first, "mass_of_heads", *PERCENTILES)
+    own = ["layer", "name", "seconds", "kv_tokens", "kv_bytes", "scores"]
+    own += ["mass_mean", "mass_of_heads", *PERCENTILES]
     return {k: v for k, v in asdict(layer).items() if k not in own[: None if _skips(layer) else 3]}
 
 

@@ -4,9 +4,7 @@ The seam between `adaptive.patch` and the code that runs attention: a *backend* 
 package that exports two functions::
 
     def survey(root: nn.Module) -> Survey
-        # What is there: one Site per attention module, in execution order, and every reason for a
-        # refusal, by name. Changes nothing, raises nothing.
-
+        # One Site per attention module, in order, and all reasons to refuse. Changes nothing.
     def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None
         # Makes the changes, each through record.log.set(root, name, key, value) or
         # record.log.hook(root, name, table, function): undone by name, and if a later one fails.
@@ -19,14 +17,12 @@ reports, deepcopy and plan rows are then common to all.
 The hot path of a backend reads its state and counts what it did::
 
     state = module.__dict__[STATE]
-    if not state.record.enabled:      # Patched.disabled(): the stock path, uncounted
-        ...
+    if not state.record.enabled: ...  # Patched.disabled(): the stock path, uncounted
     state.count_native(query_tokens, kv_tokens, kv_bytes, seconds)   # a native kernel ran
     state.count_stock("prefill", query_tokens)                       # stock ran; the reason
 
-Rules: functions are module-level or `types.MethodType`, never closures or partials (a deepcopy
-would run the original's weights); nothing but these dicts holds state; no counting while
-`torch.compiler.is_compiling()`.
+Rules: functions are module-level or `types.MethodType`, never closures or partials (a deepcopy would
+run the original's weights); only these dicts hold state; nothing counts under `torch.compile`.
 """
 
 from dataclasses import dataclass, field, fields
@@ -42,6 +38,7 @@ from adaptive.layers.routing_log import RoutingLog
 from adaptive.layers.speculation_log import SpeculationLog
 from adaptive.layers.survey import Site
 from adaptive.layers.switch import Switch
+from adaptive.layers.token_merge_log import TokenMergeLog
 from adaptive.policy import Plan, Policy
 
 RECORD = "_adaptive_record"
@@ -89,6 +86,8 @@ class PatchRecord:
         encoder_exit_log: What became of them; None likewise.
         routes: What routed layers share; None where no policy routes.
         routing_log: What became of what they were offered; None likewise.
+        token_merges: What became of the tokens of an encoder; None where no policy merges them.
+        token_merge_log: How many were left; None likewise.
     """
 
     COUNTERS: ClassVar[tuple[str, ...]] = (
@@ -100,6 +99,7 @@ class PatchRecord:
         "exits",
         "encoder_exit_log",
         "routing_log",
+        "token_merge_log",
     )
 
     policies: tuple[Policy, ...]
@@ -130,6 +130,8 @@ class PatchRecord:
     exits: ExitLog | None = None
     encoder_exits: Any = None
     encoder_exit_log: EncoderExitLog | None = None
+    token_merges: Any = None
+    token_merge_log: TokenMergeLog | None = None
     routes: Any = None
     routing_log: RoutingLog | None = None
 
@@ -178,6 +180,7 @@ class PatchRecord:
             self.encoder_exit_log = EncoderExitLog(layers=self.encoder_exit_log.layers)
         if (log := self.routing_log) is not None:
             self.routing_log = RoutingLog(unit=log.unit, decide=log.decide)
+        self.token_merge_log = self.token_merge_log and TokenMergeLog()
 
 
 @dataclass(slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from adaptive.ops.gather_tokens import gather_tokens
 from adaptive.ops.head_scores import head_scores
 from adaptive.ops.hidden_cosine import hidden_cosine
 from adaptive.ops.local_attention import local_attention
+from adaptive.ops.merge_tokens import merge_tokens, unmerge_tokens
 from adaptive.ops.pool_blocks import pool_blocks
 from adaptive.ops.quantize_weight import quantize_weight
 from adaptive.ops.route_tokens import route_tokens
@@ -40,6 +41,7 @@ __all__ = [
     "head_scores",
     "hidden_cosine",
     "local_attention",
+    "merge_tokens",
     "pool_blocks",
     "quantize_weight",
     "recorded",
@@ -54,6 +56,7 @@ __all__ = [
     "sparse_row_ffn",
     "sum_tokens",
     "tree_attention",
+    "unmerge_tokens",
     "verify_draft",
     "verify_samples",
 ]

@@ -18,6 +18,7 @@ from adaptive.policy.self_speculative import SelfSpeculative
 from adaptive.policy.shape import ModelShape
 from adaptive.policy.streaming import StreamingLLM
 from adaptive.policy.tidal import TidalDecode
+from adaptive.policy.token_merging import TokenMerging
 from adaptive.policy.token_routing import TokenRouting
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "SelfSpeculative",
     "StreamingLLM",
     "TidalDecode",
+    "TokenMerging",
     "TokenRouting",
     "alibi_windows",
 ]

@@ -14,6 +14,10 @@ _WHY = {
     frozenset({"EarlyExit", "MixtureOfDepths"}): "both choose the layers that a token runs",
     frozenset({"MixtureOfDepths", "SelfSpeculative"}): "both choose the layers that a token runs",
     frozenset({"MixtureOfDepths", "TokenRouting"}): "both decide what of an FFN runs",
+    frozenset({"EncoderExit", "TokenMerging"}): "both decide what states a layer gets",
+    frozenset({"GlobalLocalAttention", "TokenMerging"}): (
+        "a window counts places, and merged tokens have none"
+    ),
     frozenset({"Quest", "TidalDecode"}): "both choose the keys of the same heads",
     frozenset({"RazorAttention", "StreamingLLM"}): "both choose the window of the same heads",
     frozenset({"SelfSpeculative", "TokenRouting"}): "both decide what of an FFN runs",

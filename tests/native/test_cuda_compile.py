@@ -24,6 +24,7 @@ KERNELS = {
     "gather_tokens.cu": ["gather_rows"] * 2,
     "local_attention.cu": ["attend_local"] * 3,
     "local_attention_mma.cu": ["attend_local"] * 6,
+    "merge_tokens.cu": [*["match_sources"] * 3, "place_tokens", *["average"] * 3],
     "plan.cu": ["merge_rows"],
     "pool_blocks.cu": ["pool_rows"] * 3,
     "route_tokens.cu": ["route_rows"],
