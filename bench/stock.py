@@ -144,9 +144,11 @@ def suite_for(op: Op[..., Any]) -> Suite:
     from bench.stock_exit import SUITES as EXIT
     from bench.stock_linear import SUITES as LINEAR
     from bench.stock_local import SUITES as LOCAL
+    from bench.stock_merge import SUITES as MERGE
     from bench.stock_sparse import SUITES as SPARSE
 
-    if op.name in (suites := {**SUITES, **SPARSE, **LINEAR, **LOCAL, **EXIT, **DRAFT}):
+    suites = {**SUITES, **SPARSE, **LINEAR, **LOCAL, **MERGE, **EXIT, **DRAFT}
+    if op.name in suites:
         return suites[op.name]
     return Suite(
         forms={"reference": lambda *a: first(op.reference(*a))}, truth=_as_double(op.reference)

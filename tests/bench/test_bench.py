@@ -167,7 +167,7 @@ def test_every_op_has_something_to_measure_and_a_truth_that_its_reference_meets(
         small = {"batch": 2, "heads": 8, "kv_heads": 2, "capacity": 70, "head_dim": 32}
         small |= {"chosen": 20, "budget": 20, "rows": 3, "in_features": 64, "out_features": 50}
         small |= {"tokens": 128, "window": 20, "block_size": 64, "width": 64}
-        small |= {"nodes": 7, "tree": False, "vocab": 50}
+        small |= {"nodes": 7, "tree": False, "vocab": 50, "removed": 13}
         suite = stock.suite_for(op)
         sizes = {name: small[name] for name in (suite.sweep or op.models)[0]}
         arguments = op.make_inputs(**sizes, dtype=torch.float32, device="cpu")
