@@ -21,8 +21,8 @@ The hot path of a backend reads its state and counts what it did::
     state.count_native(query_tokens, kv_tokens, kv_bytes, seconds)   # a native kernel ran
     state.count_stock("prefill", query_tokens)                       # stock ran; the reason
 
-Rules: functions are module-level or `types.MethodType`, never closures or partials (a deepcopy would
-run the original's weights); only these dicts hold state; nothing counts under `torch.compile`.
+Rules: functions are module-level or `types.MethodType`, never closures or partials (a deepcopy
+would run the original's weights); only these dicts hold state; no counts in `torch.compile`.
 """
 
 from dataclasses import dataclass, field, fields

@@ -158,7 +158,8 @@ def merge_tokens(
     free = real & (place >= protect)
     source, target = free & (place % 2 == 0), free & (place % 2 == 1)
 
-    unit = torch.nn.functional.normalize(metric.float(), dim=-1)
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    unit = torch.nn.functional.normalize(metric.to(wide), dim=-1)
     cosine = (unit @ unit.transpose(1, 2)).nan_to_num(_NO_COSINE)
     cosine = cosine.masked_fill(~target[:, None], -torch.inf)
     if tokens:
@@ -175,14 +176,15 @@ def merge_tokens(
     slot = (real & ~goes).long().cumsum(1) - 1
     groups = torch.where(goes, slot.gather(1, found), slot).masked_fill(~real, -1)
     into = groups.masked_fill(~real, kept)  # padding goes to a slot that is cut off
-    weight = (torch.ones_like(best) if sizes is None else sizes).masked_fill(~real, 0.0)
+    ones = torch.ones(batch, tokens, device=device)
+    weight = (ones if sizes is None else sizes).masked_fill(~real, 0.0)
     rows = into[..., None].expand(-1, -1, width)
-    clean = hidden.float().masked_fill(~real[..., None], 0.0)
+    clean = hidden.to(wide).masked_fill(~real[..., None], 0.0)
     empty = weight.new_zeros(batch, kept + 1)
     total = empty.scatter_add(1, into, weight)[:, :kept].contiguous()
     members = empty.scatter_add(1, into, torch.ones_like(weight))[:, :kept, None]
-    summed = empty.new_zeros(batch, kept + 1, width).scatter_add(1, rows, clean * weight[..., None])
-    alone = empty.new_zeros(batch, kept + 1, width).scatter_add(1, rows, clean)
+    summed = clean.new_zeros(batch, kept + 1, width).scatter_add(1, rows, clean * weight[..., None])
+    alone = clean.new_zeros(batch, kept + 1, width).scatter_add(1, rows, clean)
     mean = summed[:, :kept] / total[..., None].masked_fill(members == 0, 1.0)
     out = torch.where(members == 1, alone[:, :kept], mean).to(hidden.dtype)
     return out, total, groups
