@@ -138,7 +138,7 @@ def tune_router(  # noqa: PLR0913
             loss, share = _losses(root, gates, batch)
             over = functional.relu(share - target)
             value = loss + strength * over
-            if not math.isfinite(float(value)):
+            if not math.isfinite(float(value.detach())):
                 raise FloatingPointError(
                     f"adaptive: the loss must be finite, got {float(value)} at step {step}"
                 )
