@@ -23,6 +23,14 @@ def block_sparse_attention(
     softcap: float = 0.0,
     causal: bool = True,
 ) -> int: ...
+def combine_tokens(
+    out: Tensor,
+    workspace: Tensor | None,
+    hidden: Tensor,
+    update: Tensor,
+    tokens: Tensor,
+    weights: Tensor | None = None,
+) -> int: ...
 def decode_attention(
     out: Tensor,
     lse: Tensor,
@@ -69,6 +77,7 @@ def gather_attention(
     causal: bool = True,
     page_size: int = 1,
 ) -> int: ...
+def gather_tokens(out: Tensor, workspace: Tensor | None, hidden: Tensor, tokens: Tensor) -> int: ...
 def local_attention(
     out: Tensor,
     lse: Tensor,
@@ -84,12 +93,44 @@ def local_attention(
     softcap: float = 0.0,
     causal: bool = True,
 ) -> int: ...
+def merge_tokens(
+    out: Tensor,
+    out_sizes: Tensor,
+    groups: Tensor,
+    workspace: Tensor | None,
+    hidden: Tensor,
+    metric: Tensor,
+    removed: int,
+    sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    counts: Tensor | None = None,
+    protect: int = 1,
+) -> int: ...
 def pool_blocks(
     means: Tensor,
     workspace: Tensor | None,
     source: Tensor,
     block_size: int = 64,
     offsets: Tensor | None = None,
+) -> int: ...
+def route_tokens(
+    tokens: Tensor,
+    counts: Tensor,
+    slots: Tensor,
+    workspace: Tensor | None,
+    scores: Tensor,
+    threshold: float | None = None,
+    capacity: float | None = None,
+    valid: Tensor | None = None,
+) -> int: ...
+def router_scores(
+    scores: Tensor,
+    workspace: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    function: str = "sigmoid",
 ) -> int: ...
 def score_tokens(
     scores: Tensor,
@@ -137,6 +178,14 @@ def skinny_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     weight_scales: Tensor | None = None,
+) -> int: ...
+def sparse_row_ffn(
+    out: Tensor,
+    workspace: Tensor | None,
+    activations: Tensor,
+    input: Tensor,
+    up: Tensor,
+    down: Tensor,
 ) -> int: ...
 def sum_tokens(
     sums: Tensor,

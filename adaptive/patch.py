@@ -10,7 +10,7 @@ from torch import nn
 from adaptive import _native
 from adaptive.adapters import EncoderFamily, family_for
 from adaptive.errors import PatchConflict, UnknownFamily, UnsupportedModel
-from adaptive.layers import hf_linear
+from adaptive.layers import hf_linear, hf_sparse_ffn, hf_width
 from adaptive.layers.fingerprint import fingerprint
 from adaptive.layers.state import RECORD, STATE, LayerState, PatchRecord
 from adaptive.layers.survey import Survey
@@ -83,7 +83,8 @@ def patch(model: nn.Module, *policies: Policy | Plan, exact_linear: bool = True)
         exact_linear: Whether large linear layers of a model of transformers on a CPU are computed
             faster, too: by a native kernel where there are 1..16 rows, and by slices of weights
             widened to float32 where there are 32 or more, the weights have 16 bits and the
-            processor has no units for them. The same mathematics, summed in float32.
+            processor has no units for them; and whether FFNs that leave most neurons at 0
+            (Gemma 3n) compute the others alone. The same mathematics, summed in float32.
 
     Returns:
         The handle: a context manager, with reports, verification and `unpatch()`.
@@ -112,6 +113,7 @@ def patch(model: nn.Module, *policies: Policy | Plan, exact_linear: bool = True)
         _install(root, survey, record)
         if exact_linear and _is_pretrained(root):
             hf_linear.install(root, record)
+            hf_sparse_ffn.install(root, record)
         record.reset(_native.calls())
     except BaseException:
         record.log.undo(root)
@@ -243,8 +245,12 @@ def _survey(root: nn.Module) -> Survey:
     if found.problems:
         return found
     layers = family.layer_names(root)
-    mlps = [] if isinstance(family, EncoderFamily) else family.mlp_names(root)
-    return replace(found, layers=tuple(layers), mlps=tuple(mlps))
+    if isinstance(family, EncoderFamily):
+        return replace(found, layers=tuple(layers))
+    mlps, norms = tuple(family.mlp_names(root)), tuple(family.norm_names(root))
+    return replace(
+        found, layers=tuple(layers), mlps=mlps, norms=norms, exact_only=family.exact_only
+    )
 
 
 def _nothing(root: nn.Module, problem: str) -> Survey:
@@ -272,6 +278,7 @@ def _install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
 
         backend = hf_encoder if is_encoder(survey) else hf_model
         backend.install(root, survey, record)
+        hf_width.install(root, survey, record)
     else:
         from adaptive.layers import torch_attention
 

@@ -6,11 +6,21 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from adaptive.layers import hf_width
 from adaptive.layers.changes import own_forward
 from adaptive.layers.head_copy import can_copy
 from adaptive.layers.state import ENCODER
 from adaptive.layers.survey import Survey
-from adaptive.policy import EncoderExit, LocalAttention, Plan, Policy
+from adaptive.policy import (
+    EncoderExit,
+    Exact,
+    LocalAttention,
+    MixtureOfDepths,
+    Plan,
+    Policy,
+    TokenMerging,
+    TokenRouting,
+)
 from adaptive.policy.plan import DENSE, GLOBAL_LOCAL, LOCAL, STOCK
 
 
@@ -56,9 +66,10 @@ def generation_problems(
     """Why the model cannot generate as the policies say."""
     found = []
     every = [p for each in policies for p in (each.policies if isinstance(each, Plan) else (each,))]
+    if survey.exact_only and (names := [type(p).__name__ for p in every if type(p) is not Exact]):
+        return [f"{', '.join(names)} does not fit {survey.family}: {survey.exact_only}"]
     for policy in every:
-        if isinstance(policy, EncoderExit):
-            found += _exit_problems(root, survey)
+        found += _layer_problems(root, survey, policy)
         if not policy.generates:
             continue
         name = type(policy).__name__
@@ -78,11 +89,24 @@ def generation_problems(
     return found
 
 
-def _exit_problems(root: nn.Module, survey: Survey) -> list[str]:
-    """Why sequences cannot leave the model's layers early."""
+def _layer_problems(root: nn.Module, survey: Survey, policy: Policy) -> list[str]:
+    """Why layers of the model cannot be run as the policy says."""
+    if isinstance(policy, TokenRouting):
+        return hf_width.problems(root, survey, policy)
+    if isinstance(policy, MixtureOfDepths):
+        return _routing_problems(root, survey, policy)
+    if isinstance(policy, TokenMerging):
+        return _encoder_problems(root, survey, "TokenMerging") + _place_problems(survey)
+    if isinstance(policy, EncoderExit):
+        return _encoder_problems(root, survey, "EncoderExit")
+    return []
+
+
+def _encoder_problems(root: nn.Module, survey: Survey, policy: str) -> list[str]:
+    """Why the model's layers cannot be given less to do, sequences or tokens."""
     if not is_encoder(survey):
-        return ["EncoderExit does not fit: it is for encoders of transformers, and this is none"]
-    return _own_forwards(root, "EncoderExit", survey.layers)
+        return [f"{policy} does not fit: it is for encoders of transformers, and this is none"]
+    return _own_forwards(root, policy, survey.layers)
 
 
 def _own_forwards(root: nn.Module, policy: str, modules: Sequence[str]) -> list[str]:
@@ -105,6 +129,40 @@ def _needs_plain_head(policy: Policy | Plan) -> str:
 
 def _head_width(root: nn.Module) -> int:
     return int(root.get_output_embeddings().weight.shape[1])  # type: ignore[operator]
+
+
+def _routing_problems(root: nn.Module, survey: Survey, policy: MixtureOfDepths) -> list[str]:
+    """Why the model's layers cannot be run for some of the tokens or sequences alone."""
+    if not survey.layers or is_encoder(survey):
+        return ["MixtureOfDepths does not fit: it is for decoders of transformers"]
+    needs = {
+        "an MLP": survey.mlps if policy.unit == "mlp" or policy.weighted == "mlp" else None,
+        "an input norm": survey.norms if policy.unit == "block" else None,
+    }
+    for what, names in needs.items():
+        if names is not None and len(names) != len(survey.layers):
+            return [f"MixtureOfDepths does not fit: some layers have no {what} that is known"]
+    attention = tuple(site.name for site in survey.sites)
+    unit = {"block": survey.layers, "attention": attention, "mlp": survey.mlps}[policy.unit]
+    modules = {name: root.get_submodule(name) for name in unit}
+    kinds = {type(module).__name__ for module in modules.values()}
+    if policy.unit != "mlp" and len(kinds) > 1:
+        return [f"MixtureOfDepths does not fit: layers differ, {', '.join(sorted(kinds))}"]
+    return [
+        f"MixtureOfDepths does not fit: {name!r} has a forward of its own, set by someone else"
+        for name, module in modules.items()
+        if own_forward(module) is not None
+    ][:1]
+
+
+def _place_problems(survey: Survey) -> list[str]:
+    """Why tokens of the model cannot merge: its layers must not ask where a token stands."""
+    if survey.family in ("modernbert", "dinov3_vit"):
+        return [
+            "TokenMerging does not fit: the layers of this family turn queries and keys by their "
+            "places, and merged tokens have none"
+        ]
+    return []
 
 
 def _has_plain_head(root: nn.Module) -> bool:

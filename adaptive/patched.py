@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from adaptive import _native
 from adaptive.errors import PatchConflict
 from adaptive.layers.hf_linear import LinearForward
+from adaptive.layers.hf_width import PrefixForward
 from adaptive.layers.report import Report, report
+from adaptive.layers.sparse_ffn import SparseFfnForward
 from adaptive.layers.state import ENCODER, RECORD, STATE, PatchRecord
 from adaptive.layers.verify import Verification, verify, verify_encoder
 from adaptive.policy import Plan
@@ -119,6 +121,7 @@ class Patched:
         self._require_active("verify")
         record = self._record
         before, states = copy.copy(record), [copy.copy(state) for state in record.states]
+        ffns = record.switch.sparse_ffn
         start = _native.calls()
         self.reset_stats()
         enabled, record.enabled = record.enabled, True  # inside disabled(), too
@@ -131,6 +134,7 @@ class Patched:
             spent = _minus(_native.calls(), start)
             for counter in PatchRecord.COUNTERS:
                 setattr(record, counter, getattr(before, counter))
+            record.switch.sparse_ffn = ffns
             record.native_start = _minus(before.native_start, spent, sign=1)
             for state, saved in zip(record.states, states, strict=True):
                 state.restore(saved)
@@ -175,7 +179,8 @@ class Patched:
 def _is_touched(module: nn.Module) -> bool:
     known = module.__dict__
     marked = STATE in known or RECORD in known
-    return marked or isinstance(known.get("forward"), LinearForward)
+    forwards = LinearForward | PrefixForward | SparseFfnForward
+    return marked or isinstance(known.get("forward"), forwards)
 
 
 def _minus(calls: dict[str, int], other: dict[str, int], sign: int = -1) -> dict[str, int]:

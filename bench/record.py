@@ -11,20 +11,25 @@ SCHEMA = 1
 ROW_FIELDS: dict[str, frozenset[str]] = {
     "ops": frozenset({"op", "sizes", "dtype", "threads", "moved_bytes", "variants"}),
     "modules": frozenset({"what", "memory", "dtype", "threads", "variants", "speedup"}),
+    "token_routing": frozenset({"model", "tokens", "dtype", "threads", "variants"}),
+    "sparse_ffn": frozenset({"model", "rows", "dtype", "threads", "active_share", "variants"}),
     "encoders": frozenset({"model", "layers", "tokens", "batch", "padded", "dtype", "threads"}),
     "encoder_exit": frozenset(
         {"rule", "setting", "sentences", "skipped_share", "ms", "time_saved", "cosine_mean"}
     ),
+    "token_merging": frozenset({"model", "rule", "setting", "kept_share", "ms", "of_ideal"}),
     "models": frozenset({"model", "context", "dtype", "threads", "kv_bytes", "variants"}),
     "prefill": frozenset({"heads", "tokens", "dtype", "threads", "variants", "split_ms"}),
     "early_exit": frozenset({"criterion", "threshold", "exits", "mean_depth", "tasks"}),
     "early_exit_rows": frozenset({"model", "criterion", "threshold", "exits", "variants"}),
     "quality_prefill": frozenset({"policy", "choice", "context", "scores_share", "tasks"}),
+    "routing": frozenset({"capacity", "dtype", "threads", "tokens", "variants", "ops_share"}),
     "prompts": frozenset({"model", "tokens", "dtype", "threads", "layers", "variants"}),
     "speculation_shape": frozenset({"what", "text", "exit_layer", "variants"}),
     "speculation_head": frozenset({"what", "text", "draft", "exit_layer", "variants"}),
     "speculation": frozenset({"what", "text", "batch", "variants"}),
     "skip_search": frozenset({"what", "text", "batch", "found", "variants"}),
+    "mixture_of_depths": frozenset({"what", "tokens", "batch", "share", "ms"}),
     "quality": frozenset({"policy", "budget", "context", "kv_read_share", "tasks"}),
     "block_transformer": frozenset(
         {"model", "batch", "prompt_tokens", "new_tokens", "threads", "variants", "speedup"}
@@ -34,12 +39,15 @@ VARIANT_FIELDS: dict[str, frozenset[str]] = {
     "prefill": frozenset({"us", "us_min", "clean", "dropped", "error"}),
     "ops": frozenset({"kind", "us", "us_min", "clean", "dropped", "gb_s", "error"}),
     "modules": frozenset({"us", "us_min", "clean", "dropped", "error"}),
+    "token_routing": frozenset({"us", "us_min", "clean", "dropped", "error", "speedup"}),
+    "sparse_ffn": frozenset({"us", "us_min", "clean", "dropped", "error", "speedup"}),
     "encoders": frozenset({"ms", "ms_min", "clean", "dropped", "error", "computed_share"}),
     "models": frozenset({"ms", "ms_min", "clean", "dropped", "error", "argmax_agreement"}),
     "speculation_shape": frozenset({"ms", "clean", "speedup", "by_bytes"}),
     "speculation_head": frozenset({"ms", "clean", "speedup", "against_whole", "head_bytes"}),
     "speculation": frozenset({"ms", "clean", "speedup", "same_tokens"}),
     "skip_search": frozenset({"ms", "clean", "speedup", "same_tokens"}),
+    "routing": frozenset({"us", "us_min", "clean", "dropped", "error"}),
     "prompts": frozenset({"ms", "ms_min", "clean", "dropped", "error", "speedup"}),
     "block_transformer": frozenset(
         {"batch", "kv_bytes", "prefill_s", "decode_tokens_per_s", "tokens_per_s", "error"}

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from adaptive.ops import Op
 
-Sizes = dict[str, int]
+Sizes = dict[str, Any]
 Form = Callable[..., Tensor]
 
 
@@ -147,9 +147,13 @@ def suite_for(op: Op[..., Any]) -> Suite:
     from bench.stock_int8 import SUITES as INT8
     from bench.stock_linear import SUITES as LINEAR
     from bench.stock_local import SUITES as LOCAL
+    from bench.stock_merge import SUITES as MERGE
+    from bench.stock_routing import SUITES as ROUTING
     from bench.stock_sparse import SUITES as SPARSE
+    from bench.stock_sparse_ffn import SUITES as SPARSE_FFN
 
-    if op.name in (suites := {**SUITES, **SPARSE, **LINEAR, **LOCAL, **EXIT, **DRAFT}):
+    more = {**SPARSE, **LINEAR, **LOCAL, **EXIT, **DRAFT, **SPARSE_FFN, **ROUTING, **MERGE}
+    if op.name in (suites := {**SUITES, **more}):
         return replace(suites[op.name], others=INT8.get(op.name, ()))
     return Suite(
         forms={"reference": lambda *a: first(op.reference(*a))}, truth=_as_double(op.reference)

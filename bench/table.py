@@ -13,7 +13,13 @@ from pathlib import Path
 
 from bench.markdown import Document, machine_line, render, tokens_label
 from bench.record import load
-from bench.table_encoders import encoder_exit_table, encoders_quality_table, encoders_table
+from bench.table_encoders import (
+    encoder_exit_table,
+    encoders_quality_table,
+    encoders_table,
+    token_merging_quality_table,
+    token_merging_table,
+)
 from bench.table_local import local_ops_table, prompts_table
 from bench.table_prefill import prefill_table, quality_prefill_table
 from bench.table_skip_search import skip_search_table
@@ -160,6 +166,8 @@ TABLES: dict[str, tuple[str, Callable[[Document], str]]] = {
     "speculation_forced": ("speculation_shape", forced_table),
     "sparse_models": ("models", sparse_models_table),
     "sparse_ops": ("ops", sparse_ops_table),
+    "token_merging": ("token_merging", token_merging_table),
+    "token_merging_quality": ("token_merging", token_merging_quality_table),
 }
 """Name between the markers -> kind of result file it is made from, and how."""
 

@@ -39,6 +39,9 @@ class Family:
         head: The output projection, from the model; "a|b" where versions of transformers differ.
         mlp: The feed-forward module, from a layer; "a|b" as in ``head``. What it returns is added
             to the hidden states.
+        exact_only: Why only the exact policy fits these models; "": others do, too.
+        input_norm: The norm that a layer's first module reads through, from a layer; empty if
+            it reads the hidden states themselves.
         unsupported: Settings that patch() must refuse: (field of the config, value, reason).
     """
 
@@ -50,6 +53,8 @@ class Family:
     norm: str = "norm"
     head: str = "lm_head"
     mlp: str = "mlp"
+    exact_only: str = ""
+    input_norm: str = "input_layernorm"
     unsupported: tuple[tuple[str, object, str], ...] = ()
 
     def __post_init__(self) -> None:
@@ -59,6 +64,9 @@ class Family:
             names = path.split("|") if several else [path]
             if not all(isinstance(name, str) and _PATH.fullmatch(name) for name in names):
                 raise ValueError(f"Family: {field} must be a dotted path, got {path!r}")
+        norm = self.input_norm
+        if not isinstance(norm, str) or (norm and not _PATH.fullmatch(norm)):
+            raise ValueError(f"Family: input_norm must be a dotted path or empty, got {norm!r}")
         types = self.model_types
         if not isinstance(types, tuple) or not types or not all(isinstance(t, str) for t in types):
             raise ValueError(f"Family: model_types must be a tuple of names, got {types!r}")
@@ -98,6 +106,19 @@ class Family:
             for name in self.layer_names(model)
             for path in self.mlp.split("|")
             if _find(model.get_submodule(name), path) is not None
+        ]
+
+    def norm_names(self, model: nn.Module) -> list[str]:
+        """Dotted names of the layers' input norms, empty where there is none by design.
+
+        Fewer than layers if some lack the norm that they should have.
+        """
+        if not self.input_norm:
+            return ["" for _ in self._layers(model)]
+        return [
+            f"{name}.{self.input_norm}"
+            for name in self.layer_names(model)
+            if _find(model.get_submodule(name), self.input_norm) is not None
         ]
 
     def problems(self, model: nn.Module) -> list[str]:

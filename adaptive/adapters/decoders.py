@@ -11,7 +11,6 @@ for _name in (
     "llama",
     "mistral",
     "olmo",
-    "olmo2",
     "phi3",
     "qwen2",
     "qwen3",
@@ -20,6 +19,8 @@ for _name in (
 ):
     register_family(Family(name=_name, model_types=(_name,)))
 
+# Its norms come after attention and MLP.
+register_family(Family(name="olmo2", model_types=("olmo2",), input_norm=""))
 register_family(Family(name="mixtral", model_types=("mixtral",), mlp="mlp|block_sparse_moe"))
 
 register_family(
@@ -34,6 +35,14 @@ register_family(
         name="gemma3",
         model_types=("gemma3_text",),
         unsupported=(("use_bidirectional_attention", True, _BIDIRECTIONAL),),
+    )
+)
+register_family(
+    Family(
+        name="gemma3n",
+        model_types=("gemma3n_text",),
+        exact_only="its last layers read the keys and values of earlier ones, and between layers "
+        "there are four hidden states of a token",
     )
 )
 register_family(
@@ -54,6 +63,7 @@ register_family(
         layers="h",
         attention="attn",
         norm="ln_f",
+        input_norm="ln_1",
         unsupported=(
             ("reorder_and_upcast_attn", True, "its attention never reaches the interface"),
             ("add_cross_attention", True, _CROSS),
@@ -68,6 +78,7 @@ REFUSED.update(
         "deepseek_v2": "Its values are narrower than its keys (MLA), which the kernels do not do.",
         "deepseek_v3": "Its values are narrower than its keys (MLA), which the kernels do not do.",
         "gemma3": "It is multimodal: patch its language model, model.model.language_model.",
+        "gemma3n": "It is multimodal: patch its language model, model.model.language_model.",
         **dict.fromkeys(("bloom", "codegen", "falcon", "gptj", "mpt"), _NO_INTERFACE),
         **dict.fromkeys(("mamba", "mamba2", "rwkv"), "It has no attention."),
     }

@@ -48,3 +48,14 @@ def sample(tensor: Tensor) -> bytes:
     places = torch.arange(min(SAMPLES, count), device=tensor.device) * count
     flat = tensor.detach().reshape(-1)[places // max(min(SAMPLES, count), 1)]
     return flat.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes()
+
+
+def source_of(weight: Tensor) -> tuple[object, ...]:
+    """What a copy was made of: it is another weight, or was written to, where this differs.
+
+    Memory, layout and dtype; how often PyTorch's operators wrote to it, which they count; and a
+    sample of its values, for those who write past PyTorch.
+    """
+    version = None if weight.is_inference() else weight._version  # inference tensors count nothing
+    layout = weight.data_ptr(), tuple(weight.shape), weight.stride(), weight.dtype, weight.device
+    return *layout, version, sample(weight)

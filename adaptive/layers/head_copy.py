@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adaptive.layers.fingerprint import sample
+from adaptive.layers.fingerprint import source_of
 from adaptive.ops.quantize_weight import GROUPS, quantize_weight
 
 _GROUP = 64
@@ -26,7 +26,7 @@ class HeadCopy:
 
     def of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The weight, ``[vocab, width]``, as `quantize_weight` makes it."""
-        source = _describe(weight)
+        source = source_of(weight)
         if self._held is None or source != self._source:
             self._held = None  # before there are two
             self._held = quantize_weight(weight.detach(), _group(weight.shape[1]))
@@ -53,9 +53,3 @@ def can_copy(width: int) -> bool:
 
 def _group(width: int) -> int:
     return _GROUP if width % _GROUP == 0 else min(GROUPS)
-
-
-def _describe(weight: Tensor) -> tuple[object, ...]:
-    version = None if weight.is_inference() else weight._version  # inference tensors count nothing
-    layout = weight.data_ptr(), tuple(weight.shape), weight.stride(), weight.dtype, weight.device
-    return *layout, version, sample(weight)

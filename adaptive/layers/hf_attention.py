@@ -9,7 +9,7 @@ stock function on the stock mask, bit for bit.
 import sys
 from collections.abc import Callable
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -142,13 +142,11 @@ def stock_function(module: nn.Module, implementation: str) -> Callable[..., Atte
         AdaptiveError: There is no eager function beside the module's class.
     """
     if implementation != "eager":
-        found: Callable[..., Attended] = ALL_ATTENTION_FUNCTIONS[implementation]
-        return found
+        return cast("Callable[..., Attended]", ALL_ATTENTION_FUNCTIONS[implementation])
     for kind in type(module).__mro__:
         function = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
         if function is not None:
-            eager: Callable[..., Attended] = function
-            return eager
+            return cast("Callable[..., Attended]", function)
     raise AdaptiveError(
         f"adaptive: {type(module).__name__} has no eager_attention_forward in its module"
     )
@@ -166,7 +164,7 @@ def _attend(call: Call) -> Attended:
         return _stock(call, None)
     if state.site.kind == ENCODER:
         return _attend_both_ways(call, state)
-    if state.record.depth is not None and state.record.depth.keys_only:
+    if state.record.keys_only:
         raise KeysKept
     layer = _layer_of(call)
     split = None if layer is None else layer.store
@@ -197,6 +195,8 @@ def _attend(call: Call) -> Attended:
 
 def _attend_both_ways(call: Call, state: LayerState) -> Attended:
     """As `_attend`, for an encoder."""
+    if (merges := state.record.token_merges) is not None and merges.active:
+        call = merges.attend(call)
     pattern = encoder.pattern_of(call)
     reason = "plan" if state.row[0] == STOCK else why_stock(call, state)
     reason = reason or encoder.why_stock_encoder(call, state, pattern)

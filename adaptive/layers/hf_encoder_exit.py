@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from adaptive.layers.hf_mask import LazyMask
 from adaptive.layers.pooling import pool_weights, pooled
-from adaptive.layers.state import Switch
+from adaptive.layers.switch import Switch
 from adaptive.policy import EncoderExit
 from adaptive.policy.encoder_exit import GATE_THRESHOLD
 

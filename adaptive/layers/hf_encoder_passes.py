@@ -66,7 +66,7 @@ def begin(
             "adaptive: output_attentions is not supported with EncoderExit: sequences that left "
             "have no attention weights"
         )
-    mask = _argument(base, "attention_mask", args, kwargs)
+    mask = argument(base, "attention_mask", args, kwargs)
     reads = exits.policy.layer is None or exits.policy.audit_every is not None
     if reads and isinstance(mask, Tensor) and mask.dim() != _PER_TOKEN:
         raise ValueError(
@@ -104,7 +104,7 @@ def end(
         log.count_audit(cosines, perf_counter() - start if record.timed else 0.0)
 
 
-def _argument(base: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def argument(base: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What the base module was given for an argument, by name or by position."""
     if name in kwargs or not args:
         return kwargs.get(name)

@@ -6,12 +6,14 @@ is near that limit, and nn.Linear is left alone. A prompt has many rows; see `wi
 """
 
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adaptive import _native
-from adaptive.layers.state import PatchRecord, Switch
+from adaptive.layers.state import PatchRecord
+from adaptive.layers.switch import Switch
 from adaptive.layers.torch_guard import autocast_dtype, why_not_plain
 from adaptive.layers.widened_linear import MIN_ROWS, slow_dtypes, widened_linear
 from adaptive.ops import skinny_linear
@@ -27,6 +29,7 @@ SLOW_DTYPES = slow_dtypes()
 """16-bit types for which this processor has no units of its own."""
 
 _WRAPPED = ".base_layer"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _CAPABILITIES = getattr(
     torch.cpu, "get_capabilities", None
 )  # torch 2.11 may not tell: careful then
@@ -59,12 +62,25 @@ class LinearForward:
         """Return what the layer's own forward does: the kernel's sums, or the very same."""
         linear = self._linear()
         assert linear is not None  # it is what calls
-        if torch.compiler.is_compiling() or not self.switch.on or not _can_run(linear, input):
-            return type(linear).forward(linear, input)
-        rows = input.reshape(-1, linear.in_features)
-        run = skinny_linear if len(rows) <= most_rows(input.dtype) else widened_linear
-        out = run(rows, linear.weight, linear.bias)
-        return out.view(*input.shape[:-1], linear.out_features)
+        stock = torch.compiler.is_compiling() or not self.switch.on
+        out = None if stock else fast_linear(input, linear.weight, linear.bias)
+        return type(linear).forward(linear, input) if out is None else out
+
+
+def fast_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """What F.linear returns, sooner; None where ours may not answer or would not be faster."""
+    if not _can_run(input, weight, bias):
+        return None
+    rows = input.reshape(-1, weight.shape[1])
+    run = skinny_linear if len(rows) <= most_rows(input.dtype) else widened_linear
+    return run(rows, weight, bias).view(*input.shape[:-1], weight.shape[0])
+
+
+def is_plain(linear: Any) -> bool:
+    """Whether this is an nn.Linear that nobody but this module wrapped or watches."""
+    if type(linear) is not nn.Linear or any(getattr(linear, hooks) for hooks in _HOOKS):
+        return False
+    return isinstance(linear.__dict__.get("forward"), LinearForward | None)
 
 
 def install(root: nn.Module, record: PatchRecord) -> None:
@@ -101,18 +117,16 @@ def _gains(name: str, linear: nn.Linear) -> bool:
     )
 
 
-def _can_run(linear: nn.Linear, input: Tensor) -> bool:
+def _can_run(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether ours may answer: rows in range, plain memory that nobody records, no gradient."""
     if torch.is_grad_enabled() or type(input) is not Tensor or not input.is_cpu:
         return False
-    weight, bias = linear.weight, linear.bias
-    width = linear.in_features
-    if input.dim() == 0 or input.shape[-1] != width:
+    if weight.dim() != 2 or input.dim() == 0 or input.shape[-1] != weight.shape[1]:  # noqa: PLR2004
         return False
-    rows = input.numel() // width
+    rows = input.numel() // max(weight.shape[1], 1)
     if not 1 <= rows <= most_rows(input.dtype) and not _widens(rows, input.dtype):
         return False
-    if weight.shape != (linear.out_features, width) or not _alike(input, weight, bias):
+    if not _alike(input, weight, bias):
         return False
     if weight.stride(1) != 1 or autocast_dtype(input) is not None:
         return False

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from adaptive.layers import hf_adopt, hf_attention, hf_generate
+from adaptive.layers import hf_adopt, hf_attention, hf_generate, hf_routing_passes
 from adaptive.layers.correction import correct, note_pass
 from adaptive.layers.hf_config import ask_for
 from adaptive.layers.hf_layer_rows import LayerRows
@@ -125,6 +125,8 @@ def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
     record.log.hook(root, survey.base, "_forward_pre_hooks", before_forward)
     record.log.hook(root, survey.base, "_forward_hooks", after_forward)
     hf_generate.install(root, survey, record)
+    eager = name == hf_attention.ADAPTIVE_EAGER
+    hf_routing_passes.install(root, survey, record, eager)
 
 
 def refuse_continuous_batching(*_: object, **__: object) -> NoReturn:
@@ -156,7 +158,7 @@ def before_forward(
         record.refuse_compiling()
         return None
     changed = None
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or record.routes is not None:
         cache = kwargs.get("past_key_values")
         if cache is None and len(args) <= 1 and _uses_cache(base, kwargs):
             cache = DynamicCache(config=config)
@@ -166,6 +168,7 @@ def before_forward(
             hf_adopt.lock(cache, False)
             if record.correct_every:
                 correct(base, record, kwargs, cache, record.correct_every)
+    hf_routing_passes.begin(base, record, *(changed or (args, kwargs)))
     record.forward_start = perf_counter()
     return changed
 
@@ -183,6 +186,7 @@ def after_forward(
     record.forward_calls += 1
     if record.timed:
         record.forward_seconds += perf_counter() - record.forward_start
+    hf_routing_passes.end(record, output)
     cache = kwargs.get("past_key_values")
     hf_adopt.lock(cache, True)
     if record.correct_every and not torch.is_grad_enabled():

@@ -14,14 +14,16 @@ from rich.table import Table
 
 from adaptive.layers.encoder_exit_log import EncoderExitLog
 from adaptive.layers.exit_log import ExitLog
+from adaptive.layers.routing_log import RoutingLog
+from adaptive.layers.sparse_ffn import SparseFfnLog, held_bytes
 from adaptive.layers.speculation_log import SpeculationLog
 from adaptive.layers.state import LayerState, PatchRecord
+from adaptive.layers.token_merge_log import TokenMergeLog
+from adaptive.layers.units import in_bytes
 
+_LOGS = ("speculation", "exits", "encoder_exit", "token_merging", "routing", "sparse_ffn")
 WIDTH = 100
 """Columns that the printed table fits in."""
-
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-_STEP = 1024
 
 PERCENTILES = {"mass_min": 0.0, "mass_p01": 0.01, "mass_p10": 0.1, "mass_p50": 0.5}
 """Fields of a LayerReport, and the share of the measured masses that lie below each."""
@@ -88,6 +90,9 @@ class Report:
         speculation: What self-speculation did; None without it.
         exits: What early exit did; None without it.
         encoder_exit: After how many layers sequences left an encoder; None where they may not.
+        routing: How much of which layer ran; None where no policy routes.
+        sparse_ffn: Neurons computed where the model leaves most at 0; None where it does not.
+        token_merging: How many tokens of an encoder were left; None where none merge.
     """
 
     model: str
@@ -103,11 +108,14 @@ class Report:
     speculation: SpeculationLog | None = None
     exits: ExitLog | None = None
     encoder_exit: EncoderExitLog | None = None
+    routing: RoutingLog | None = None
+    sparse_ffn: SparseFfnLog | None = None
+    token_merging: TokenMergeLog | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
         values = asdict(self)
-        for name in ("speculation", "exits", "encoder_exit"):
+        for name in _LOGS:
             log = getattr(self, name)
             values[name] = None if log is None else log.to_dict()
         return {**values, "policies": list(self.policies), "layers": list(values["layers"])}
@@ -145,8 +153,8 @@ class Report:
                 str(one.native_calls) + spared,
                 why or "-",
                 str(one.query_tokens),
-                _bytes(sum(layer.kv_bytes for layer in group)),
-                _bytes(sum(layer.held_bytes for layer in group)),
+                in_bytes(sum(layer.kv_bytes for layer in group)),
+                in_bytes(sum(layer.held_bytes for layer in group)),
                 self._share(sum(layer.seconds for layer in group)),
                 *(_skipped(group) if skips else ()),
                 *((_scores(group),) if local else ()),
@@ -168,11 +176,11 @@ class Report:
         if paths:
             lines.append("calls: " + ", ".join(f"{n} {path}" for path, n in sorted(paths.items())))
         if dropped := sum(layer.dropped_bytes for layer in self.layers):
-            lines.append(f"KV dropped for good: {_bytes(dropped)}")
+            lines.append(f"KV dropped for good: {in_bytes(dropped)}")
         if dense := sum(layer.dense_scores for layer in self.layers):
             computed = sum(layer.scores for layer in self.layers)
             lines.append(f"scores computed in long native calls: {computed / dense:.1%} of dense")
-        logs = (self.speculation, self.exits, self.encoder_exit)
+        logs = [getattr(self, name) for name in _LOGS]
         lines += [str(log) for log in logs if log is not None]
         lines += [f"{count} x {note}" for note, count in self.notes.items()]
         return "\n".join(lines)
@@ -203,6 +211,9 @@ def report(model: str, record: PatchRecord, native_calls: dict[str, int]) -> Rep
         speculation=copy.deepcopy(record.speculation),
         exits=copy.deepcopy(record.exits),
         encoder_exit=copy.deepcopy(record.encoder_exit_log),
+        routing=copy.deepcopy(record.routing_log),
+        sparse_ffn=held_bytes(record.switch.sparse_ffn, record.log),
+        token_merging=copy.deepcopy(record.token_merge_log),
     )
 
 
@@ -249,17 +260,8 @@ def _groups(layers: Sequence[LayerReport]) -> list[list[LayerReport]]:
 
 
 def _alike(layer: LayerReport) -> dict[str, Any]:
-    own = (
-        "layer",
-        "name",
-        "seconds",
-        "kv_tokens",
-        "kv_bytes",
-        "scores",
-        "mass_mean",
-        "mass_of_heads",
-        *PERCENTILES,
-    )
+    own = ["layer", "name", "seconds", "kv_tokens", "kv_bytes", "scores"]
+    own += ["mass_mean", "mass_of_heads", *PERCENTILES]
     return {k: v for k, v in asdict(layer).items() if k not in own[: None if _skips(layer) else 3]}
 
 
@@ -290,11 +292,3 @@ def _scores(group: Sequence[LayerReport]) -> str:
     """Share of the pairs of query and key of dense attention which long calls computed."""
     dense = sum(layer.dense_scores for layer in group)
     return f"{sum(layer.scores for layer in group) / dense:.1%}" if dense else "-"
-
-
-def _bytes(count: float) -> str:
-    for unit in _UNITS[:-1]:
-        if count < _STEP:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= _STEP
-    return f"{count:.1f} {_UNITS[-1]}"

@@ -4,9 +4,7 @@ The seam between `adaptive.patch` and the code that runs attention: a *backend* 
 package that exports two functions::
 
     def survey(root: nn.Module) -> Survey
-        # What is there: one Site per attention module, in execution order, and every reason for a
-        # refusal, by name. Changes nothing, raises nothing.
-
+        # One Site per attention module, in order, and all reasons to refuse. Changes nothing.
     def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None
         # Makes the changes, each through record.log.set(root, name, key, value) or
         # record.log.hook(root, name, table, function): undone by name, and if a later one fails.
@@ -19,14 +17,12 @@ reports, deepcopy and plan rows are then common to all.
 The hot path of a backend reads its state and counts what it did::
 
     state = module.__dict__[STATE]
-    if not state.record.enabled:      # Patched.disabled(): the stock path, uncounted
-        ...
+    if not state.record.enabled: ...  # Patched.disabled(): the stock path, uncounted
     state.count_native(query_tokens, kv_tokens, kv_bytes, seconds)   # a native kernel ran
     state.count_stock("prefill", query_tokens)                       # stock ran; the reason
 
 Rules: functions are module-level or `types.MethodType`, never closures or partials (a deepcopy
-would run the original's weights); nothing but these dicts holds state; no counting while
-`torch.compiler.is_compiling()`.
+would run the original's weights); only these dicts hold state; no counts in `torch.compile`.
 """
 
 from dataclasses import dataclass, field, fields
@@ -38,8 +34,11 @@ from adaptive.layers.certificate import MassLog, ReadLog
 from adaptive.layers.changes import ChangeLog
 from adaptive.layers.encoder_exit_log import EncoderExitLog
 from adaptive.layers.exit_log import ExitLog
+from adaptive.layers.routing_log import RoutingLog
 from adaptive.layers.speculation_log import SpeculationLog
 from adaptive.layers.survey import Site
+from adaptive.layers.switch import Switch
+from adaptive.layers.token_merge_log import TokenMergeLog
 from adaptive.policy import Plan, Policy
 
 RECORD = "_adaptive_record"
@@ -50,13 +49,6 @@ STATE = "_adaptive"
 
 ENCODER = "encoder"
 """The kind of an attention module of a transformers model whose tokens see both ways."""
-
-
-@dataclass
-class Switch:
-    """Whether a patch is at work; what a module may hold of it without reaching the whole model."""
-
-    on: bool = True
 
 
 @dataclass(kw_only=True)
@@ -92,6 +84,10 @@ class PatchRecord:
         exits: What early exit did; None without it.
         encoder_exits: Which sequences go on in an encoder; None where no policy lets them leave.
         encoder_exit_log: What became of them; None likewise.
+        routes: What routed layers share; None where no policy routes.
+        routing_log: What became of what they were offered; None likewise.
+        token_merges: What became of the tokens of an encoder; None where no policy merges them.
+        token_merge_log: How many were left; None likewise.
     """
 
     COUNTERS: ClassVar[tuple[str, ...]] = (
@@ -102,6 +98,8 @@ class PatchRecord:
         "speculation",
         "exits",
         "encoder_exit_log",
+        "routing_log",
+        "token_merge_log",
     )
 
     policies: tuple[Policy, ...]
@@ -132,6 +130,16 @@ class PatchRecord:
     exits: ExitLog | None = None
     encoder_exits: Any = None
     encoder_exit_log: EncoderExitLog | None = None
+    token_merges: Any = None
+    token_merge_log: TokenMergeLog | None = None
+    routes: Any = None
+    routing_log: RoutingLog | None = None
+
+    @property
+    def keys_only(self) -> bool:
+        """Whether attention only adds keys and values to the cache."""
+        parts = (self.depth, self.routes)
+        return any(part is not None and part.keys_only for part in parts)
 
     @property
     def enabled(self) -> bool:
@@ -165,10 +173,14 @@ class PatchRecord:
         self.forward_seconds = 0.0
         self.native_start = dict(native_calls)
         self.notes = {}
+        self.switch.reset()
         self.speculation = SpeculationLog() if self.speculation is not None else None
         self.exits = ExitLog(layers=self.exits.layers) if self.exits is not None else None
         if self.encoder_exit_log is not None:
             self.encoder_exit_log = EncoderExitLog(layers=self.encoder_exit_log.layers)
+        if (log := self.routing_log) is not None:
+            self.routing_log = RoutingLog(unit=log.unit, decide=log.decide)
+        self.token_merge_log = self.token_merge_log and TokenMergeLog()
 
 
 @dataclass(slots=True, kw_only=True)

@@ -43,6 +43,8 @@ class Survey:
         extra: What the backend wants to hand from survey to install.
         layers: Names of the modules that hold a layer each, in execution order.
         mlps: Names of the layers' feed-forward modules; fewer if some layers have none.
+        exact_only: Why policies that are not exact do not fit the family; "": they do.
+        norms: Names of the norms that the layers' first modules read through; "" for none.
     """
 
     family: str
@@ -56,3 +58,5 @@ class Survey:
     extra: Any = None
     layers: tuple[str, ...] = ()
     mlps: tuple[str, ...] = ()
+    exact_only: str = ""
+    norms: tuple[str, ...] = ()

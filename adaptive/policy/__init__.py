@@ -9,13 +9,17 @@ from adaptive.policy.encoder_gate import EncoderGate
 from adaptive.policy.exact import Exact
 from adaptive.policy.global_local import GlobalLocalAttention
 from adaptive.policy.local import LocalAttention
+from adaptive.policy.mixture_of_depths import MixtureOfDepths
 from adaptive.policy.plan import Plan
 from adaptive.policy.quest import Quest
 from adaptive.policy.razor import RazorAttention
+from adaptive.policy.router_weights import RouterWeights
 from adaptive.policy.self_speculative import SelfSpeculative
 from adaptive.policy.shape import ModelShape
 from adaptive.policy.streaming import StreamingLLM
 from adaptive.policy.tidal import TidalDecode
+from adaptive.policy.token_merging import TokenMerging
+from adaptive.policy.token_routing import TokenRouting
 
 __all__ = [
     "BlockSparsePrefill",
@@ -25,13 +29,17 @@ __all__ = [
     "Exact",
     "GlobalLocalAttention",
     "LocalAttention",
+    "MixtureOfDepths",
     "ModelShape",
     "Plan",
     "Policy",
     "Quest",
     "RazorAttention",
+    "RouterWeights",
     "SelfSpeculative",
     "StreamingLLM",
     "TidalDecode",
+    "TokenMerging",
+    "TokenRouting",
     "alibi_windows",
 ]

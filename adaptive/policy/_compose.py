@@ -11,8 +11,16 @@ from adaptive.policy.plan import DENSE, LOCAL, PREFILL, SELECT, STOCK, WINDOW, W
 
 _WHY = {
     frozenset({"EarlyExit", "SelfSpeculative"}): "both decode by passes of their own",
+    frozenset({"EarlyExit", "MixtureOfDepths"}): "both choose the layers that a token runs",
+    frozenset({"MixtureOfDepths", "SelfSpeculative"}): "both choose the layers that a token runs",
+    frozenset({"MixtureOfDepths", "TokenRouting"}): "both decide what of an FFN runs",
+    frozenset({"EncoderExit", "TokenMerging"}): "both decide what states a layer gets",
+    frozenset({"GlobalLocalAttention", "TokenMerging"}): (
+        "a window counts places, and merged tokens have none"
+    ),
     frozenset({"Quest", "TidalDecode"}): "both choose the keys of the same heads",
     frozenset({"RazorAttention", "StreamingLLM"}): "both choose the window of the same heads",
+    frozenset({"SelfSpeculative", "TokenRouting"}): "both decide what of an FFN runs",
 }
 
 
@@ -39,6 +47,12 @@ def begin(policy: Policy, table: Plan) -> Plan:
                     f"adaptive: {type(one).__name__} and {type(other).__name__} cannot be "
                     "combined: several tokens go through layers in one pass, and some are taken "
                     "back, while the other chooses or drops keys token by token"
+                )
+            if one.routes and not set(other.modes) <= set(PREFILL):
+                raise ValueError(
+                    f"adaptive: {type(one).__name__} and {type(other).__name__} cannot be "
+                    "combined: a routed layer holds keys of some rows or tokens alone, and the "
+                    "other chooses or drops keys of all"
                 )
     stock = stock_layers(table)
     rows = [

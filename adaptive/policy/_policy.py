@@ -22,11 +22,13 @@ class Policy:
         exact: Whether the model computes the same mathematics as without it.
         modes: Modes of a plan in which it tells layers what to do; empty if they need no numbers.
         generates: Whether it answers `generate` by passes of its own.
+        routes: Whether it runs layers for some of the tokens or sequences alone.
     """
 
     exact: ClassVar[bool] = False
     modes: ClassVar[tuple[str, ...]] = ()
     generates: ClassVar[bool] = False
+    routes: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -1,15 +1,21 @@
-"""Training for adaptive computation: exits after every layer, and gates that choose exits."""
+"""Training for adaptive computation: exits after every layer, gates for exits, and routers."""
 
 from adaptive.train._result import EarlyExitTraining
 from adaptive.train._schedule import curriculum_mask, dropout_probabilities, exit_weights
 from adaptive.train.early_exit import early_exit
 from adaptive.train.encoder_gate import encoder_gate
+from adaptive.train.layer_similarity import layer_similarity, least_changing
+from adaptive.train.tune_router import RouterTuning, tune_router
 
 __all__ = [
     "EarlyExitTraining",
+    "RouterTuning",
     "curriculum_mask",
     "dropout_probabilities",
     "early_exit",
     "encoder_gate",
     "exit_weights",
+    "layer_similarity",
+    "least_changing",
+    "tune_router",
 ]

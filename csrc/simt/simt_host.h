@@ -54,6 +54,7 @@ T max(T a, T b) {
 
 inline float __expf(float x) { return std::exp(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 namespace simt {
 

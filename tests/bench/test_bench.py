@@ -167,7 +167,8 @@ def test_every_op_has_something_to_measure_and_a_truth_that_its_reference_meets(
         small = {"batch": 2, "heads": 8, "kv_heads": 2, "capacity": 70, "head_dim": 32}
         small |= {"chosen": 20, "budget": 20, "rows": 3, "in_features": 64, "out_features": 50}
         small |= {"tokens": 128, "window": 20, "block_size": 64, "width": 64}
-        small |= {"nodes": 7, "tree": False, "vocab": 50, "group": 32}
+        small |= {"nodes": 7, "tree": False, "vocab": 50, "group": 32, "neurons": 90}
+        small |= {"norm": True, "function": "softmax", "weighted": True, "removed": 13}
         whole = stock.suite_for(op)
         for suite in (whole, *whole.others):
             assert_measurable(op, suite, small)
@@ -183,7 +184,8 @@ def assert_measurable(op, suite, small):
     assert truth.dtype == torch.float64
     forms = {"reference": lambda op=op, s=suite, a=arguments: s.pick(op.reference(*a))}
     forms |= {n: lambda f=f, a=arguments: f(*a) for n, f in suite.forms.items()}
-    rounds = suite.pick(op.reference(*arguments)).is_floating_point()
+    copies = op.name == "gather_tokens"  # values come out as they went in
+    rounds = suite.pick(op.reference(*arguments)).is_floating_point() and not copies
     assert (max(prove(forms, truth, 1e-4).values()) > 0) is rounds
 
 

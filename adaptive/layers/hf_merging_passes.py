@@ -1,0 +1,141 @@
+"""Whole passes of an encoder in which tokens merge: before, after, and the audits."""
+
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptive.layers.hf_encoder_passes import argument
+from adaptive.layers.hf_token_merging import MergingLayerForward, TokenMerges
+from adaptive.layers.pooling import pool_weights, pooled
+from adaptive.layers.state import PatchRecord
+from adaptive.layers.survey import Survey
+from adaptive.layers.token_merge_log import TokenMergeLog
+from adaptive.policy import TokenMerging
+
+_PER_TOKEN = 2
+_FEATURES = 8
+
+
+def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
+    """Give each layer a MergingLayerForward, undoably, if a policy merges tokens.
+
+    Raises:
+        ValueError: The width of the model is no multiple of 8.
+    """
+    policy = next((p for p in record.policies if isinstance(p, TokenMerging)), None)
+    if policy is None:
+        return
+    config: Any = root.get_submodule(survey.base).config
+    if config.hidden_size % _FEATURES:
+        raise ValueError(
+            f"adaptive: TokenMerging needs a hidden size that is a multiple of {_FEATURES}, got "
+            f"{config.hidden_size}"
+        )
+    merges = TokenMerges(policy, len(survey.layers), _protected(config), record.switch)
+    record.token_merges = merges
+    record.token_merge_log = TokenMergeLog()
+    for index, name in enumerate(survey.layers):
+        forward = MergingLayerForward(root.get_submodule(name), index, merges)
+        record.log.set(root, name, "forward", forward)
+
+
+def begin(
+    base: nn.Module, record: PatchRecord, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Before a pass of the base module.
+
+    Raises:
+        NotImplementedError: The pass must return attention weights or the states of every layer,
+            which have no rows for tokens that merged; or some heads are masked.
+        ValueError: The mask does not say which tokens at the start of a row are real.
+    """
+    merges: TokenMerges | None = record.token_merges
+    if merges is None:
+        return
+    if record.in_graph:
+        merges.in_graph = True
+        return
+    wanted = argument(base, "output_hidden_states", args, kwargs)
+    config: Any = base.config
+    states = config.output_hidden_states if wanted is None else wanted
+    for name, asked in (("attentions", record.want_weights), ("hidden_states", states)):
+        if asked:
+            raise NotImplementedError(
+                f"adaptive: output_{name} is not supported with TokenMerging: tokens that merged "
+                "have none of their own"
+            )
+    if argument(base, "head_mask", args, kwargs) is not None:
+        raise NotImplementedError(
+            "adaptive: head_mask is not supported with TokenMerging: its place is taken by sizes"
+        )
+    merges.begin(_lengths(argument(base, "attention_mask", args, kwargs)))
+
+
+def end(
+    base: nn.Module,
+    record: PatchRecord,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
+    seconds: float,
+) -> None:
+    """After a pass of the base module: count it, and audit it if it is its turn."""
+    merges: TokenMerges | None = record.token_merges
+    log = record.token_merge_log
+    if merges is None or log is None or not merges.active:
+        return
+    tokens, merge_seconds = merges.end()
+    if not tokens:
+        return
+    log.count(tokens, seconds, merge_seconds)
+    every = merges.policy.audit_every
+    if every is None or (log.calls - 1) % every or base.training:  # dropout would differ
+        return
+    start = perf_counter()
+    with torch.no_grad():
+        full: Tensor = base.forward(*args, **kwargs)[0]
+        mask = argument(base, "attention_mask", args, kwargs)
+        weights = pool_weights(full, mask, merges.policy.pool)
+        ours, theirs = (pooled(made, weights) for made in (output[0].detach(), full))
+        known = weights.sum(1) > 0
+        cosines = torch.cosine_similarity(ours, theirs, dim=-1)[known].clamp(max=1).tolist()
+    if cosines:
+        log.count_audit(cosines, perf_counter() - start if record.timed else 0.0)
+
+
+def _lengths(mask: Any) -> Tensor | None:
+    """How many tokens of each row are real, ``[batch]``, int32; None: all.
+
+    Raises:
+        ValueError: Padding lies elsewhere than behind the tokens.
+    """
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() != _PER_TOKEN:
+        got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            "adaptive: attention_mask must be [batch, tokens] with TokenMerging, to tell padding "
+            f"from tokens, got {got}"
+        )
+    real = mask != 0
+    lengths = real.sum(1, dtype=torch.int32)
+    if bool(real.all()):
+        return None
+    if not bool((real[:, :-1] >= real[:, 1:]).all()):
+        raise ValueError(
+            "adaptive: attention_mask must have all padding behind the tokens of its row with "
+            "TokenMerging (padding_side='right'), got padding before or between them"
+        )
+    return lengths
+
+
+def _protected(config: Any) -> int:
+    """Tokens at the start of a sequence that heads read by their place, and that never merge."""
+    kind = config.model_type
+    if kind.startswith("siglip"):
+        return 0
+    if kind == "deit":
+        return 2
+    return 1 + getattr(config, "num_register_tokens", 0)

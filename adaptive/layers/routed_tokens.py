@@ -1,0 +1,37 @@
+"""The way of chosen tokens there and back, for any dtype and in place: gather and combine."""
+
+from torch import Tensor
+
+
+def gather_tokens(hidden: Tensor, tokens: Tensor) -> Tensor:
+    """Return the states at ``tokens``, zeros where -1.
+
+    Args:
+        hidden: ``[batch, tokens, width]``.
+        tokens: ``[batch, chosen]``.
+
+    Returns:
+        ``[batch, chosen, width]``.
+    """
+    index = tokens.long().clamp(min=0)[..., None].expand(-1, -1, hidden.shape[2])
+    return hidden.gather(1, index).masked_fill(tokens[..., None] < 0, 0)
+
+
+def combine_tokens(
+    hidden: Tensor, update: Tensor, tokens: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """Add ``weights * update`` to the states at ``tokens``, in place, and return ``hidden``.
+
+    Args:
+        hidden: ``[batch, tokens, width]``.
+        update: ``[batch, chosen, width]``.
+        tokens: ``[batch, chosen]``; -1: nothing is added.
+        weights: ``[batch, chosen]``; None: ones.
+    """
+    if weights is not None:
+        update = update * weights[..., None].to(update.dtype)
+    row, place = (tokens >= 0).nonzero(as_tuple=True)
+    # No token is chosen twice, so nothing is added up in an order that could vary.
+    at = (row, tokens[row, place].long())
+    hidden[at] = hidden[at] + update[row, place].to(hidden.dtype)
+    return hidden

@@ -1,0 +1,23 @@
+"""What a module may hold of the patch that it belongs to, without reaching the whole model."""
+
+from dataclasses import dataclass
+
+from adaptive.layers.sparse_ffn import SparseFfnLog
+
+
+@dataclass
+class Switch:
+    """Whether a patch is at work, and what modules that know no more of it count.
+
+    Attributes:
+        on: Off inside `Patched.disabled()`.
+        sparse_ffn: What FFNs of few active neurons did; None without one.
+    """
+
+    on: bool = True
+    sparse_ffn: SparseFfnLog | None = None
+
+    def reset(self) -> None:
+        """Set the counters to zero."""
+        if self.sparse_ffn is not None:
+            self.sparse_ffn = SparseFfnLog(layers=self.sparse_ffn.layers)

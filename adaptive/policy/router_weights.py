@@ -1,0 +1,221 @@
+"""RouterWeights: linear routers that score tokens or sequences, one per routed layer."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptive.policy._plan_file import short
+
+FORMAT = 1
+MAX_FILE_BYTES = 1 << 30
+_META = "adaptive_router"
+_PAIR = 2
+"""Rows of a router that was trained with a softmax over skipping and running."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterWeights:
+    """Weights of one linear router per layer: ``logit = weight . state + bias``.
+
+    A value like a policy: it compares, hashes, and makes the round trip through JSON. Made by
+    `adaptive.train.tune_router`, or from the tensors of a checkpoint by `from_tensors`. Its numbers
+    are rounded to float32.
+
+    Attributes:
+        layers: Layers that have a router, ascending.
+        weight: ``[len(layers), width]``.
+        bias: ``[len(layers)]``; None: zeros.
+    """
+
+    layers: tuple[int, ...]
+    weight: tuple[tuple[float, ...], ...] = field(repr=False)
+    bias: tuple[float, ...] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        layers = self.layers
+        whole = isinstance(layers, list | tuple) and all(type(i) is int and i >= 0 for i in layers)
+        if not whole or not layers or list(layers) != sorted(set(layers)):
+            raise _refused("layers", "be ascending layer numbers from 0", layers)
+        weight, bias = self.weight, self.bias
+        if not isinstance(weight, list | tuple) or len(weight) != len(layers):
+            raise _refused("weight", f"have {len(layers)} rows, one per layer", weight)
+        rows = tuple(
+            _numbers(f"weight of layer {i}", row) for i, row in zip(layers, weight, strict=True)
+        )
+        if len({len(row) for row in rows}) != 1 or not rows[0]:
+            raise _refused("weight", "have rows of one width", [len(row) for row in rows])
+        if bias is not None:
+            bias = _numbers("bias", bias)
+            if len(bias) != len(layers):
+                raise _refused("bias", f"have {len(layers)} numbers, or be None", len(bias))
+        for name, value in (("layers", tuple(layers)), ("weight", rows), ("bias", bias)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def width(self) -> int:
+        """Of the states that it reads."""
+        return len(self.weight[0])
+
+    def of(self, layer: int, device: torch.device) -> tuple[Tensor, float]:
+        """Return the weight ``[width]``, float32, and the bias of a layer's router."""
+        at = self.layers.index(layer)
+        return self._tensor.to(device)[at], 0.0 if self.bias is None else self.bias[at]
+
+    @cached_property
+    def _tensor(self) -> Tensor:
+        return torch.tensor(self.weight, dtype=torch.float32)
+
+    @staticmethod
+    def random(layers: Sequence[int], width: int, *, seed: int = 0) -> RouterWeights:
+        """Return routers that nobody trained: what others are to be compared with.
+
+        Weights are normal with standard deviation ``1 / sqrt(width)``: logits of normalised states
+        are about standard normal, and half of them positive.
+        """
+        if type(width) is not int or width < 1:
+            raise _refused("width", "be a whole number from 1 on", width)
+        rng = torch.Generator().manual_seed(seed)
+        weight = torch.randn(len(layers), width, generator=rng) / math.sqrt(width)
+        return RouterWeights(layers=tuple(layers), weight=tuple(map(tuple, weight.tolist())))
+
+    @staticmethod
+    def from_tensors(weights: Mapping[int, Tensor]) -> RouterWeights:
+        """Return the routers of a checkpoint.
+
+        Args:
+            weights: For each layer ``[width]`` or ``[1, width]``, whose logit goes through a
+                sigmoid; or ``[2, width]``, whose two logits, skip and run, go through a softmax:
+                the same as the sigmoid of their difference.
+
+        Raises:
+            TypeError: A weight is no tensor.
+            ValueError: It has another shape, or numbers that are not finite; the layer is named.
+        """
+        rows = []
+        for layer, given in sorted(weights.items()):
+            if not isinstance(given, Tensor):
+                kind = type(given).__name__
+                raise TypeError(f"adaptive: router of layer {layer} must be a tensor, got {kind}")
+            found = given.detach().cpu().float()
+            found = found[None] if found.dim() == 1 else found
+            if found.dim() != _PAIR or not 1 <= len(found) <= _PAIR:
+                rule = "have shape [width], [1, width] or [2, width]"
+                raise _refused(f"weight of layer {layer}", rule, list(given.shape))
+            rows.append(tuple((found[1] - found[0] if len(found) == _PAIR else found[0]).tolist()))
+        return RouterWeights(layers=tuple(sorted(weights)), weight=tuple(rows))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {
+            "layers": list(self.layers),
+            "weight": [list(row) for row in self.weight],
+            "bias": None if self.bias is None else list(self.bias),
+        }
+
+    @staticmethod
+    def from_dict(values: Any) -> RouterWeights:
+        """Return the routers that `to_dict` described.
+
+        Raises:
+            TypeError: ``values`` is not a dict.
+            ValueError: A field is missing, unknown or wrong; named in the message.
+        """
+        if not isinstance(values, dict):
+            kind = type(values).__name__
+            raise TypeError(f"adaptive: RouterWeights must be an object, got {kind}")
+        known = {f.name for f in fields(RouterWeights)}
+        wrong = sorted(known ^ values.keys())
+        if wrong:
+            rule = "a field" if wrong[0] in known else "no field"
+            raise ValueError(f"adaptive: RouterWeights must have {rule} {wrong[0]!r}")
+        return RouterWeights(**values)
+
+    def save(self, path: str | Path) -> None:
+        """Write safetensors, ``layers.<number>.router.weight`` and ``.bias``, and what they are.
+
+        Raises:
+            ImportError: The package safetensors is missing.
+        """
+        tensors = {_key(i): self.of(i, torch.device("cpu"))[0][None].clone() for i in self.layers}
+        for layer, bias in zip(self.layers, self.bias or (), strict=False):
+            tensors[_key(layer, "bias")] = torch.tensor([bias])
+        meta = {"format": FORMAT, "layers": self.layers, "bias": self.bias is not None}
+        _safetensors().save_file(tensors, Path(path), metadata={_META: json.dumps(meta)})
+
+    @staticmethod
+    def load(path: str | Path) -> RouterWeights:
+        """Read routers that `save` wrote. Only safetensors and JSON are read.
+
+        Raises:
+            OSError: The file cannot be read.
+            ImportError: The package safetensors is missing.
+            ValueError: It holds no routers, or lacks that of a layer, or has one too many; named.
+        """
+        path = Path(path)
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ValueError(f"adaptive: {path} must be at most {MAX_FILE_BYTES} bytes")
+        _safetensors()
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                meta = json.loads((file.metadata() or {}).get(_META, "{}"))
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return _read(meta, tensors)
+        except (SafetensorError, ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"adaptive: {path} holds no routers: {error}") from error
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            "adaptive: files of routers need the package safetensors: pip install safetensors"
+        ) from error
+    return safetensors.torch
+
+
+def _key(layer: int, part: str = "weight") -> str:
+    return f"layers.{layer}.router.{part}"
+
+
+def _read(meta: Any, tensors: dict[str, Tensor]) -> RouterWeights:
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise ValueError(f"{_META}.format must be {FORMAT}")
+    layers, biased = meta.get("layers"), bool(meta.get("bias"))
+    if not isinstance(layers, list) or not all(type(i) is int for i in layers):
+        raise ValueError(f"{_META}.layers must be a list of whole numbers, got {short(layers)}")
+    parts = ("weight", "bias") if biased else ("weight",)
+    wanted = {_key(layer, part) for layer in layers for part in parts}
+    for key in sorted(wanted - tensors.keys()):
+        raise ValueError(f"it must have {key!r}")
+    for key in sorted(tensors.keys() - wanted):
+        raise ValueError(f"it must not have {key!r}")
+    found = RouterWeights.from_tensors({layer: tensors[_key(layer)] for layer in layers})
+    if not biased:
+        return found
+    bias = tuple(float(tensors[_key(layer, "bias")].reshape(())) for layer in layers)
+    return RouterWeights(layers=found.layers, weight=found.weight, bias=bias)
+
+
+def _numbers(name: str, values: Any) -> tuple[float, ...]:
+    if not isinstance(values, list | tuple) or not all(type(v) in (int, float) for v in values):
+        raise _refused(name, "hold numbers", values)
+    rounded = torch.tensor(values, dtype=torch.float32)
+    if not bool(rounded.isfinite().all()):
+        raise _refused(name, "hold finite numbers", values)
+    return tuple(rounded.tolist())
+
+
+def _refused(name: str, rule: str, value: object) -> ValueError:
+    return ValueError(f"adaptive: RouterWeights.{name} must {rule}, got {short(repr(value))}")

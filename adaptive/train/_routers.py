@@ -1,0 +1,152 @@
+"""Routers while they learn: every unit runs in full, and its output counts by a hard decision."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptive.adapters import Family
+from adaptive.errors import UnsupportedModel
+from adaptive.layers.changes import ChangeLog, own_forward
+from adaptive.layers.pooling import pool_weights, pooled
+from adaptive.policy.mixture_of_depths import THRESHOLD
+
+
+@dataclass
+class Gates:
+    """What the routed modules share while routers learn.
+
+    Attributes:
+        layers: That have a router.
+        unit: "block", "attention" or "mlp".
+        decide: "sequence" or "token".
+        weight: Of the routers, ``[len(layers), width]``, float32, requires gradients.
+        mask: Which tokens of the pass are not padding, ``[batch, tokens]``; None: all.
+        shares: Of each layer in the pass, the share that ran, with a straight-through gradient.
+        similarity: If not None: cosines of states before and after the unit are added up here.
+    """
+
+    layers: tuple[int, ...]
+    unit: str
+    decide: str
+    weight: Tensor
+    mask: Tensor | None = None
+    shares: list[Tensor] = field(default_factory=list)
+    similarity: dict[int, list[Tensor]] | None = None
+
+    def decide_on(self, index: int, states: Tensor) -> Tensor:
+        """Return 1 for what runs layer ``index``, else 0, ``[batch, tokens or 1]``, and count it.
+
+        The gradient is that of the score: a straight-through estimate.
+        """
+        weight = self.weight[self.layers.index(index)]
+        real = pool_weights(states, self.mask, "mean")
+        if self.decide == "sequence":
+            logits = (pooled(states, real) @ weight)[:, None]
+            counted = (real.sum(1, keepdim=True) > 0).float()
+        else:
+            logits, counted = states.float() @ weight, (real > 0).float()
+        score = logits.sigmoid()
+        runs = (score >= THRESHOLD).float() + score - score.detach()
+        self.shares.append((runs * counted).sum() / counted.sum().clamp(min=1))
+        return runs
+
+
+class GateForward:
+    """The forward of a routed module while its router learns; it holds no strong reference."""
+
+    def __init__(self, module: nn.Module, index: int, norm: nn.Module | None, gates: Gates) -> None:
+        """Know the module, its layer, the norm that its router reads through, and the routers."""
+        self._module = weakref.ref(module)
+        self._norm = None if norm is None else weakref.ref(norm)
+        self.index, self.gates = index, gates
+        self._first = list(inspect.signature(type(module).forward).parameters)[1]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module, and let its output count where the router says so."""
+        module, gates = self._module(), self.gates
+        assert module is not None  # it is what calls
+        hidden: Tensor = args[0] if args else kwargs[self._first]
+        out = type(module).forward(module, *args, **kwargs)
+        made = out[0] if isinstance(out, tuple) else out
+        norm = None if self._norm is None else self._norm()
+        if gates.similarity is not None:
+            self._compare(hidden, made)
+            return out
+        runs = gates.decide_on(self.index, hidden if norm is None else norm(hidden))
+        runs = runs[..., None].to(made.dtype)
+        made = hidden + runs * (made - hidden) if gates.unit == "block" else runs * made
+        return (made, *out[1:]) if isinstance(out, tuple) else made
+
+    def _compare(self, hidden: Tensor, made: Tensor) -> None:
+        gates = self.gates
+        assert gates.similarity is not None
+        after = made if gates.unit == "block" else hidden + made
+        real = pool_weights(hidden, gates.mask, "mean") > 0
+        cosines = torch.cosine_similarity(hidden.float(), after.float(), dim=-1)
+        gates.similarity.setdefault(self.index, []).append(cosines[real])
+
+
+def modules_of(
+    root: nn.Module, family: Family, unit: str
+) -> tuple[list[str], list[nn.Module | None]]:
+    """Return the names of the unit's modules by layer, and the norms that routers read through.
+
+    Raises:
+        UnsupportedModel: A layer lacks one, or someone has set a forward of its own on it.
+    """
+    names = {
+        "block": family.layer_names,
+        "attention": family.attention_names,
+        "mlp": family.mlp_names,
+    }[unit](root)
+    norms = family.norm_names(root) if unit == "block" else ["" for _ in names]
+    layers = len(family.layer_names(root))
+    if len(names) != layers or len(norms) != layers:
+        raise UnsupportedModel(f"adaptive: some layers have no {unit} or norm that is known")
+    for name in names:
+        if own_forward(root.get_submodule(name)) is not None:
+            raise UnsupportedModel(f"adaptive: {name!r} has a forward of its own")
+    return names, [root.get_submodule(norm) if norm else None for norm in norms]
+
+
+@contextmanager
+def gated(root: nn.Module, family: Family, gates: Gates) -> Iterator[None]:
+    """Let the routers of ``gates`` decide inside the block; afterwards the model is as before.
+
+    No parameter of the model gets a gradient, and nothing of it drops out.
+    """
+    names, norms = modules_of(root, family, gates.unit)
+    modes = {module: module.training for module in root.modules()}
+    wanted = [parameter for parameter in root.parameters() if parameter.requires_grad]
+    log = ChangeLog()
+    root.eval()
+    try:
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        for index in gates.layers:
+            module = root.get_submodule(names[index])
+            log.set(root, names[index], "forward", GateForward(module, index, norms[index], gates))
+        yield
+    finally:
+        log.undo(root)
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+        for module, training in modes.items():
+            module.training = training
+
+
+def step_of(width: int) -> float:
+    """A learning rate with which Adam moves a logit of normalised states by about 0.05 a step.
+
+    At width 4096 it is the 1e-5 of Router-Tuning.
+    """
+    return 0.05 / (width * math.sqrt(2 / math.pi))

@@ -1,0 +1,11 @@
+// combine_tokens' kernel for AVX-512.
+
+#include "cpu/combine_tokens_impl.h"
+
+namespace adaptive::cpu {
+
+void combine_row_avx512(DType dtype, int64_t width, const CombineRow& row) {
+  combine_row(dtype, width, row);
+}
+
+}  // namespace adaptive::cpu
