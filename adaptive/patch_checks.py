@@ -90,13 +90,17 @@ def generation_problems(
 
 
 def _layer_problems(root: nn.Module, survey: Survey, policy: Policy) -> list[str]:
-    """Why layers of the model cannot be run as the policy says."""
+    """Why layers of the model cannot be run as the policy says.
+
+    Raises:
+        ValueError: The policy is for a model of other sizes.
+    """
     if isinstance(policy, TokenRouting):
         return hf_width.problems(root, survey, policy)
     if isinstance(policy, MixtureOfDepths):
         return _routing_problems(root, survey, policy)
     if isinstance(policy, TokenMerging):
-        return _encoder_problems(root, survey, "TokenMerging") + _place_problems(survey)
+        return _encoder_problems(root, survey, "TokenMerging") or _merging_problems(root, survey)
     if isinstance(policy, EncoderExit):
         return _encoder_problems(root, survey, "EncoderExit")
     return []
@@ -148,6 +152,9 @@ def _routing_problems(root: nn.Module, survey: Survey, policy: MixtureOfDepths) 
     kinds = {type(module).__name__ for module in modules.values()}
     if policy.unit != "mlp" and len(kinds) > 1:
         return [f"MixtureOfDepths does not fit: layers differ, {', '.join(sorted(kinds))}"]
+    from adaptive.layers import hf_routing_passes
+
+    hf_routing_passes.check_fit(root, survey, policy)
     return [
         f"MixtureOfDepths does not fit: {name!r} has a forward of its own, set by someone else"
         for name, module in modules.items()
@@ -155,13 +162,16 @@ def _routing_problems(root: nn.Module, survey: Survey, policy: MixtureOfDepths) 
     ][:1]
 
 
-def _place_problems(survey: Survey) -> list[str]:
+def _merging_problems(root: nn.Module, survey: Survey) -> list[str]:
     """Why tokens of the model cannot merge: its layers must not ask where a token stands."""
     if survey.family in ("modernbert", "dinov3_vit"):
         return [
             "TokenMerging does not fit: the layers of this family turn queries and keys by their "
             "places, and merged tokens have none"
         ]
+    from adaptive.layers import hf_merging_passes
+
+    hf_merging_passes.check_fit(root, survey)
     return []
 
 

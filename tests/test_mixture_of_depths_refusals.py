@@ -1,5 +1,8 @@
 """What MixtureOfDepths is refused for, aloud: models, policies beside it, and calls."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from encoder_models import make as make_encoder
@@ -48,6 +51,9 @@ def test_what_is_not_in_the_model(case, policy, message):
     with pytest.raises(ValueError, match=f"MixtureOfDepths.{message}"):
         adaptive.patch(model, policy)
     assert set(model.__dict__) == before
+    found = adaptive.check(model, policy)
+    assert not found.ok
+    assert message in found.problems[0]
 
 
 def test_an_mlp_of_the_first_layer_may_be_routed():
@@ -170,6 +176,60 @@ def test_caches_of_others(fields):
     kept = MixtureOfDepths(router=router(model), threshold=0.5, kv="kept")
     with adaptive.patch(model, kept), pytest.raises(NotImplementedError, match="use_cache must be"):
         model(token_ids(4), use_cache=False)
+
+
+def test_caches_of_policies_that_hold_other_keys():
+    """Keys of skipped rows, of skipped tokens, or turned by other places are not there."""
+    model = deep("llama")
+    weights = router(model, seed=1)
+    forms = [
+        MixtureOfDepths(router=weights, unit="attention", decide="sequence"),
+        MixtureOfDepths(router=weights, unit="mlp", decide="sequence"),
+        *(MixtureOfDepths(router=weights, kv=kv) for kv in ("dropped", "kept")),
+        MixtureOfDepths(router=weights, positions="compact"),
+    ]
+    caches = []
+    for policy in forms:
+        with adaptive.patch(model, policy), torch.no_grad():
+            caches.append(model(token_ids(4), use_cache=True).past_key_values)
+    for one, policy in enumerate(forms):
+        with adaptive.patch(model, policy), torch.no_grad():
+            for other, cache in enumerate(caches):
+                if one != other:
+                    with pytest.raises(NotImplementedError, match="Layer of another policy; start"):
+                        model(token_ids(4, 1), past_key_values=cache)
+    fewer = MixtureOfDepths(router=router(model, layers=(2,)))
+    with (
+        adaptive.patch(model, fewer),
+        torch.no_grad(),
+        pytest.raises(NotImplementedError, match="layer 3 is a TokenCacheLayer of another policy"),
+    ):
+        model(token_ids(4, 1), past_key_values=caches[2])
+    with adaptive.patch(model, MixtureOfDepths(router=weights, threshold=0.4)), torch.no_grad():
+        assert model(token_ids(4, 1), past_key_values=caches[2]).logits.isfinite().all()
+
+
+def test_a_copy_of_a_routed_module_is_not_left_behind():
+    model = deep("llama")
+    with adaptive.patch(model, MixtureOfDepths.drop((2,), unit="mlp")) as patched:
+        model.extra = copy.deepcopy(model.model.layers[2].mlp)
+        with pytest.raises(adaptive.PatchConflict, match="'extra' came later, and is a copy"):
+            patched.unpatch()
+        del model.extra
+
+
+def test_a_pass_that_an_exception_ended_is_in_no_copy():
+    model = deep("llama")
+    policy = MixtureOfDepths(router=router(model), positions="compact")
+    with adaptive.patch(model, policy), torch.no_grad():
+        wanted = model(token_ids()).logits
+        hook = model.model.layers[3].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(token_ids())
+        hook.remove()
+        twin = pickle.loads(pickle.dumps(model))
+        assert torch.equal(twin(token_ids()).logits, wanted)
+        assert torch.equal(model(token_ids()).logits, wanted)
 
 
 def test_modules_with_a_forward_of_their_own():

@@ -157,6 +157,25 @@ def test_gradients_flow_through_a_merge():
     assert all(g is not None and torch.isfinite(g).all() for g in gradients)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_that_run_again_for_gradients_are_refused(reentrant):
+    """They would run without sizes then, and gradients be those of another model."""
+    model, given = copy.deepcopy(deep("vit")).train(), given_for("vit")
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    with adaptive.patch(model, adaptive.TokenMerging(r=9)):
+        with pytest.raises(NotImplementedError, match="gradient checkpointing is not supported"):
+            model(**given)
+        assert torch.isfinite(run(model.eval(), given)).all()
+
+
+def test_shares_are_rounded_up_as_numbers_of_the_page_are():
+    """0.55 * 20 is 11.000000000000002 in floats; 11 tokens are kept."""
+    kept = {0.55: 100, 0.56: 25, 0.9: 10, 0.7: 9}
+    wanted = {0.55: 55, 0.56: 14, 0.9: 9, 0.7: 7}
+    found = {k: n - adaptive.TokenMerging(keep=k).removed(n, 0) for k, n in kept.items()}
+    assert found == wanted
+
+
 def test_copies_pickles_and_disabled():
     model, given = deep("vit"), given_for("vit")
     stock = run(model, given)

@@ -146,6 +146,22 @@ def test_ffns_of_another_kind_are_refused(case):
         adaptive.patch(model, TokenRouting(widths=0.5))
 
 
+def test_an_ffn_that_does_more_is_refused():
+    """Its last lines are those of a gated FFN; what it does before them would be lost."""
+    model = make("llama")
+    mlp = model.model.layers[0].mlp
+
+    class Scaled(type(mlp)):
+        def forward(self, x):
+            x = x * 2
+            down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+            return down_proj
+
+    mlp.__class__ = Scaled
+    with pytest.raises(adaptive.UnsupportedModel, match="layer 0 has an FFN, Scaled, that is no"):
+        adaptive.patch(model, TokenRouting(widths=0.5))
+
+
 def test_what_does_not_fit_is_refused():
     model = make("llama")
     with pytest.raises(ValueError, match="layers must be below the model's 2 layers, got 2"):

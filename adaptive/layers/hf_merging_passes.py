@@ -18,21 +18,26 @@ _PER_TOKEN = 2
 _FEATURES = 8
 
 
-def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
-    """Give each layer a MergingLayerForward, undoably, if a policy merges tokens.
+def check_fit(root: nn.Module, survey: Survey) -> None:
+    """Look, before anything is changed, whether tokens of this model can merge.
 
     Raises:
         ValueError: The width of the model is no multiple of 8.
     """
-    policy = next((p for p in record.policies if isinstance(p, TokenMerging)), None)
-    if policy is None:
-        return
     config: Any = root.get_submodule(survey.base).config
     if config.hidden_size % _FEATURES:
         raise ValueError(
             f"adaptive: TokenMerging needs a hidden size that is a multiple of {_FEATURES}, got "
             f"{config.hidden_size}"
         )
+
+
+def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
+    """Give each layer a MergingLayerForward, undoably, if a policy merges tokens."""
+    policy = next((p for p in record.policies if isinstance(p, TokenMerging)), None)
+    if policy is None:
+        return
+    config: Any = root.get_submodule(survey.base).config
     merges = TokenMerges(policy, len(survey.layers), _protected(config), record.switch)
     record.token_merges = merges
     record.token_merge_log = TokenMergeLog()
@@ -48,7 +53,8 @@ def begin(
 
     Raises:
         NotImplementedError: The pass must return attention weights or the states of every layer,
-            which have no rows for tokens that merged; or some heads are masked.
+            which have no rows for tokens that merged; or some heads are masked; or layers are to
+            run again for the gradients.
         ValueError: The mask does not say which tokens at the start of a row are real.
     """
     merges: TokenMerges | None = record.token_merges
@@ -69,6 +75,12 @@ def begin(
     if argument(base, "head_mask", args, kwargs) is not None:
         raise NotImplementedError(
             "adaptive: head_mask is not supported with TokenMerging: its place is taken by sizes"
+        )
+    again = base.training and torch.is_grad_enabled()
+    if again and any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
+        raise NotImplementedError(
+            "adaptive: gradient checkpointing is not supported with TokenMerging: layers would run "
+            "again without the sizes of their tokens; call gradient_checkpointing_disable()"
         )
     merges.begin(_lengths(argument(base, "attention_mask", args, kwargs)))
 

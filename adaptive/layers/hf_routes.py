@@ -74,6 +74,11 @@ class Routes:
     counted: dict[int, tuple[int, int]] = field(default_factory=dict)
     mlp_weights: Tensor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out a pass that an exception ended: what it points at is not the copy's."""
+        ended: dict[str, Any] = {"active": False, "keys_only": False, "known": None, "counted": {}}
+        return {**self.__dict__, **ended, "cache": None, "rotary": None, "mlp_weights": None}
+
     def begin(self, cache: Any, past: int, known: Tensor | None, rotary: Any) -> None:
         """Route the pass that begins now."""
         self.end()

@@ -23,15 +23,12 @@ _PER_TOKEN = 2
 _KINDS = (RowCacheLayer, TokenCacheLayer)  # KeptCacheLayer is a RowCacheLayer
 
 
-def install(root: nn.Module, survey: Survey, record: PatchRecord, eager: bool) -> None:
-    """Give each routed module a RoutedForward, undoably, if a policy routes.
+def check_fit(root: nn.Module, survey: Survey, policy: MixtureOfDepths) -> None:
+    """Look, before anything is changed, whether the policy is for this model.
 
     Raises:
         ValueError: The router is for states of another width, or positions cannot be compact.
     """
-    policy = next((p for p in record.policies if isinstance(p, MixtureOfDepths)), None)
-    if policy is None:
-        return
     base: Any = root.get_submodule(survey.base)
     width = base.config.hidden_size
     if policy.router is not None and policy.router.width != width:
@@ -44,6 +41,13 @@ def install(root: nn.Module, survey: Survey, record: PatchRecord, eager: bool) -
             "adaptive: MixtureOfDepths.positions must be 'original': this model has no rotary_emb "
             "that makes the positions of all its layers, got 'compact'"
         )
+
+
+def install(root: nn.Module, survey: Survey, record: PatchRecord, eager: bool) -> None:
+    """Give each routed module a RoutedForward, undoably, if a policy routes."""
+    policy = next((p for p in record.policies if isinstance(p, MixtureOfDepths)), None)
+    if policy is None:
+        return
     routes = Routes(policy, record.switch, record.plan.shape.windows, eager)
     record.routes = routes
     record.routing_log = RoutingLog(unit=policy.unit, decide=policy.decide)
@@ -125,7 +129,8 @@ def take_over(cache: Cache, policy: MixtureOfDepths, layers: int, past: int) -> 
     """Put the policy's layers into an empty cache.
 
     Raises:
-        NotImplementedError: The cache is of another kind, or was filled without the policy.
+        NotImplementedError: The cache is of another kind, or was filled without the policy, or by
+            one that holds other keys.
     """
     if not isinstance(cache, DynamicCache) or cache.offloading:
         raise NotImplementedError(
@@ -138,21 +143,36 @@ def take_over(cache: Cache, policy: MixtureOfDepths, layers: int, past: int) -> 
         hf_adopt.adopt(cache)
         while len(cache.layers) < layers:
             cache.layers.append(AdaptiveCacheLayer())
-    for index in policy.routed:
-        layer = cache.layers[index]
-        if isinstance(layer, _KINDS):
+    form = form_of(policy)
+    layer: Any
+    for index, layer in enumerate(cache.layers):
+        routed, ours = index in policy.routed, isinstance(layer, _KINDS)
+        if (ours and layer.form == form) if routed else not ours:
             continue
-        if past or not isinstance(layer, AdaptiveCacheLayer):
+        if past or ours or not isinstance(layer, AdaptiveCacheLayer):
+            of = " of another policy" if ours else ""
             raise NotImplementedError(
                 "adaptive: MixtureOfDepths needs a cache that it filled from the start, got one "
-                f"whose layer {index} is a {type(layer).__name__}; start with a new cache"
+                f"whose layer {index} is a {type(layer).__name__}{of}; start with a new cache"
             )
-        if policy.decide == "sequence":
-            cache.layers[index] = RowCacheLayer(layer, drops=policy.unit != "mlp")
-        elif policy.kv == "kept":
-            cache.layers[index] = KeptCacheLayer(layer)
-        else:
-            cache.layers[index] = TokenCacheLayer(getattr(layer, "sliding_window", None))
+        cache.layers[index] = _layer_for(policy, layer)
+
+
+def form_of(policy: MixtureOfDepths) -> tuple[object, ...]:
+    """What policies must have in common to go on with each other's caches: which keys they hold."""
+    return policy.decide, policy.unit == "mlp", policy.kv, policy.positions
+
+
+def _layer_for(policy: MixtureOfDepths, layer: AdaptiveCacheLayer) -> Any:
+    made: RowCacheLayer | TokenCacheLayer
+    if policy.decide == "sequence":
+        made = RowCacheLayer(layer, drops=policy.unit != "mlp")
+    elif policy.kv == "kept":
+        made = KeptCacheLayer(layer)
+    else:
+        made = TokenCacheLayer(getattr(layer, "sliding_window", None))
+    made.form = form_of(policy)
+    return made
 
 
 def _makes_positions(base: nn.Module) -> bool:

@@ -27,8 +27,10 @@ class RowCacheLayer(CacheLayerMixin):
         runs: Which rows of the batch run, ``[batch]``, bool, on the CPU; None: not decided yet.
         seen: Tokens of each sequence so far.
         is_sliding: Whether the layer has a window.
+        form: Of the policy that fills it; see `hf_routing_passes.form_of`.
     """
 
+    form: tuple[object, ...] = ()
     is_compileable = False
     is_croppable = True
 

@@ -44,10 +44,11 @@ class TokenCacheLayer(CacheLayerMixin):
         longest: The most tokens that a row holds.
         seen: Tokens of each sequence so far.
         complete: Whether every row holds all tokens seen.
-        window: Of the layer; None: it has none. All tokens that ran are held even so.
-        is_sliding: Whether it has one.
+        window: Of the layer; None: not ``is_sliding``. All tokens that ran are held even so.
+        form: Of the policy that fills it; see `hf_routing_passes.form_of`.
     """
 
+    form: tuple[object, ...] = ()
     is_compileable = False
     is_croppable = True
 
@@ -250,7 +251,8 @@ class TokenCacheLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows that ``indices`` picks: numbers, or one boolean per row."""
         if self.lengths is not None:
-            self.reorder_cache(torch.arange(len(self.lengths))[indices])
+            rows = torch.arange(len(self.lengths), device=self.lengths.device)
+            self.reorder_cache(rows[indices])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Make each row of the batch ``repeats`` adjacent rows."""

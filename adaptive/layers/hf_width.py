@@ -18,7 +18,8 @@ from adaptive.policy.token_routing import TokenRouting, neurons_of
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _FORWARD = re.compile(
-    r"down_proj = self\.down_proj\(self\.act_fn\(self\.gate_proj\((\w+)\)\) "
+    r"def forward\(self, (\w+)[^)]*\)(?: -> [\w.]+)?:\s+"
+    r"down_proj = self\.down_proj\(self\.act_fn\(self\.gate_proj\(\1\)\) "
     r"\* self\.up_proj\(\1\)\)"
     r"\s+return down_proj\s*$"
 )

@@ -206,10 +206,9 @@ class MixtureOfDepths(Policy):
         """
         table = begin(self, table)
         check_layers_exist(self, "layers", self.routed, len(table.rows))
-        windows = table.shape.windows
-        first = {windows.index(window) for window in set(windows)} | {0}
+        first = always_run(self.unit, table.shape.windows)
         for layer in self.routed:
-            if self.unit != "mlp" and layer in first:
+            if layer in first:
                 rule = (
                     "leave out the first layer, and the first with each window: masks and "
                     "positions of all tokens are made for it"
@@ -221,3 +220,13 @@ class MixtureOfDepths(Policy):
         """Return JSON values, with the class under "kind" and the weights of the routers."""
         router = None if self.router is None else self.router.to_dict()
         return {**super().to_dict(), "router": router}
+
+
+def always_run(unit: str, windows: Sequence[int | None]) -> set[int]:
+    """Layers that cannot be skipped: masks and positions of all tokens are made for them.
+
+    Args:
+        unit: What is skipped.
+        windows: Window of each layer; None: it sees all tokens.
+    """
+    return set() if unit == "mlp" else {windows.index(window) for window in set(windows)} | {0}

@@ -204,14 +204,17 @@ def _read(meta: Any, tensors: dict[str, Tensor]) -> RouterWeights:
     found = RouterWeights.from_tensors({layer: tensors[_key(layer)] for layer in layers})
     if not biased:
         return found
-    bias = tuple(float(tensors[_key(layer, "bias")].reshape(())) for layer in layers)
+    bias = tuple(float(tensors[_key(layer, "bias")].reshape(())) for layer in found.layers)
     return RouterWeights(layers=found.layers, weight=found.weight, bias=bias)
 
 
 def _numbers(name: str, values: Any) -> tuple[float, ...]:
     if not isinstance(values, list | tuple) or not all(type(v) in (int, float) for v in values):
         raise _refused(name, "hold numbers", values)
-    rounded = torch.tensor(values, dtype=torch.float32)
+    try:
+        rounded = torch.tensor(values, dtype=torch.float32)
+    except OverflowError:  # a whole number beyond all floats
+        rounded = torch.tensor([torch.inf])
     if not bool(rounded.isfinite().all()):
         raise _refused(name, "hold finite numbers", values)
     return tuple(rounded.tolist())

@@ -75,7 +75,8 @@ class TokenMerging(Policy):
             wanted = self.r
         else:
             assert self.keep is not None
-            wanted = tokens - math.ceil(self.keep * tokens)
+            # 0.55 * 20 is 11.000000000000002, of which 12 would be kept
+            wanted = tokens - math.ceil(round(self.keep * tokens, 9))
         return min(wanted, most_pairs(tokens, protect))
 
     def plan(self, table: Plan) -> Plan:

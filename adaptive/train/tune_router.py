@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from adaptive.layers.hf_windows import own_windows
 from adaptive.policy import MixtureOfDepths, RouterWeights
-from adaptive.policy.mixture_of_depths import DECODES, UNITS
+from adaptive.policy.mixture_of_depths import DECODES, UNITS, always_run
 from adaptive.progress import ProgressBar
 from adaptive.train._batch import Batch
 from adaptive.train._checks import causal_lm
@@ -91,7 +92,8 @@ def tune_router(  # noqa: PLR0913
         batches: As many as ``steps``: token ids ``[batch, tokens]``, or mappings with "input_ids"
             and, if wanted, "attention_mask" and "labels" of that shape.
         steps: Of the optimiser, Adam.
-        layers: That get a router, ascending; None: the deeper half of the layers but the last.
+        layers: That get a router, ascending; None: the deeper half of the layers but the last,
+            and but those that the policy must always run.
         unit: "attention", "mlp" or "block".
         decide: "sequence" or "token".
         target: Share that is to run, in [0, 1).
@@ -114,15 +116,8 @@ def tune_router(  # noqa: PLR0913
     _check(steps, unit, decide, target, strength, learning_rate)
     root, family, total = causal_lm(model, 0.0)
     names, _ = modules_of(root, family, unit)
-    chosen = tuple(range(total // 2, total - 1)) if layers is None else tuple(layers)
-    if (
-        not chosen
-        or list(chosen) != sorted(set(chosen))
-        or not 0 <= chosen[0] <= chosen[-1] < total
-    ):
-        raise ValueError(
-            f"adaptive: layers must be ascending numbers below the model's {total}, got {layers!r}"
-        )
+    config: Any = root.get_submodule(family.base_name(root)).config
+    chosen = _chosen(layers, total, always_run(unit, own_windows(config, total)))
     width: int = root.config.hidden_size  # type: ignore[union-attr, assignment]
     start = RouterWeights.random(chosen, width, seed=seed)
     device = root.get_submodule(names[chosen[0]]).parameters().__next__().device
@@ -145,8 +140,8 @@ def tune_router(  # noqa: PLR0913
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
-            losses.append(float(loss))
-            shares.append(float(share))
+            losses.append(float(loss.detach()))
+            shares.append(float(share.detach()))
             bar.step(f"loss {losses[-1]:.3f}, {shares[-1]:.0%} run")
     rows = tuple(map(tuple, weight.detach().cpu().tolist()))
     policy = MixtureOfDepths(
@@ -164,6 +159,27 @@ def tune_router(  # noqa: PLR0913
         shares=tuple(shares),
         settings={"target": target, "strength": strength, "learning_rate": rate, "seed": seed},
     )
+
+
+def _chosen(layers: Sequence[int] | None, total: int, first: set[int]) -> tuple[int, ...]:
+    """The layers that get a router, none of which may be among the ``first``."""
+    if layers is None:
+        layers = [layer for layer in range(total // 2, total - 1) if layer not in first]
+    chosen = tuple(layers)
+    whole = all(type(layer) is int for layer in chosen)
+    if not chosen or not whole or list(chosen) != sorted(set(chosen)) or chosen[0] < 0:
+        raise ValueError(f"adaptive: layers must be ascending numbers from 0 on, got {layers!r}")
+    if chosen[-1] >= total:
+        raise ValueError(
+            f"adaptive: layers must be below the model's {total} layers, got {chosen[-1]}"
+        )
+    for layer in chosen:
+        if layer in first:
+            raise ValueError(
+                "adaptive: layers must leave out the first layer, and the first with each window, "
+                f"which MixtureOfDepths always runs, got {layer}"
+            )
+    return chosen
 
 
 def _losses(root: nn.Module, gates: Gates, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -55,6 +55,7 @@ def test_fields(fields, message):
         ({"weight": ((1.0,), (math.nan,))}, "weight of layer 2 must hold finite numbers"),
         ({"weight": ((1.0,), ("x",))}, "weight of layer 2 must hold numbers"),
         ({"bias": (1.0,)}, "bias must have 2 numbers, or be None, got 1"),
+        ({"bias": (1.0, 10**400)}, "bias must hold finite numbers, got"),
     ],
 )
 def test_weights(fields, message):
@@ -100,6 +101,19 @@ def test_files_that_lack_a_key_or_have_one_too_many(tmp_path, change, message):
     save_file(tensors, path, metadata={"adaptive_router": json.dumps(meta)})
     with pytest.raises(ValueError, match=message):
         RouterWeights.load(path)
+
+
+def test_files_whose_layers_are_in_another_order(tmp_path):
+    """Each bias stays beside the weight of its layer."""
+    from safetensors.torch import load_file, save_file
+
+    wanted = RouterWeights(layers=(1, 2), weight=((1.0,) * 8, (2.0,) * 8), bias=(0.1, 0.2))
+    wanted.save(tmp_path / "router.safetensors")
+    tensors = load_file(tmp_path / "router.safetensors")
+    meta = {"format": 1, "layers": [2, 1], "bias": True}
+    path = tmp_path / "other.safetensors"
+    save_file(tensors, path, metadata={"adaptive_router": json.dumps(meta)})
+    assert RouterWeights.load(path) == wanted
 
 
 def test_files_that_are_something_else(tmp_path):

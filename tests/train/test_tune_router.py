@@ -145,7 +145,9 @@ def test_the_layers_that_change_least():
         ({"learning_rate": 0}, "learning_rate must be positive, or None"),
         ({"unit": "head"}, "unit must be one of block, attention, mlp, got 'head'"),
         ({"decide": "row"}, "decide must be one of sequence, token, got 'row'"),
-        ({"layers": (4,)}, "layers must be ascending numbers below the model's 4"),
+        ({"layers": (0, 2)}, "layers must leave out the first layer, and the first with each"),
+        ({"layers": ("1",)}, "layers must be ascending numbers from 0 on"),
+        ({"layers": (4,)}, "layers must be below the model's 4 layers, got 4"),
     ],
 )
 def test_settings(fields, message):
@@ -159,3 +161,17 @@ def test_a_patched_model():
     model, batches = taught()
     with adaptive.patch(model), pytest.raises(adaptive.PatchConflict, match="unpatch"):
         tune_router(model, batches, steps=1)
+
+
+def test_layers_that_always_run_get_no_router():
+    """The first layer with each window is among the deeper half here, and patch() refuses it."""
+    kinds = ["sliding_attention"] * 2 + ["full_attention"] * 2
+    model = make("gemma2", implementation="eager", num_hidden_layers=4, layer_types=kinds)
+    batches = [token_ids(2)] * 3
+    with pytest.raises(ValueError, match=r"layers must be ascending .* got \[\]"):
+        tune_router(model, batches, steps=1, unit="block")
+    with pytest.raises(ValueError, match="which MixtureOfDepths always runs, got 2"):
+        tune_router(model, batches, steps=1, unit="block", layers=(2, 3))
+    for given in ({"unit": "block", "layers": (1, 3)}, {"unit": "mlp"}):
+        with adaptive.patch(model, tune_router(model, batches, steps=1, **given).policy):
+            pass
