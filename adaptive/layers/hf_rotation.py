@@ -49,7 +49,10 @@ def measure(
         return {}, "no module of it has the frequencies of a rotary embedding (a buffer 'inv_freq')"
     near = _keys(root, model, NEAR)
     if not near:
-        return {}, f"{type(model).__name__} kept no keys, as in training with gradient checkpointing"
+        return (
+            {},
+            f"{type(model).__name__} kept no keys, as in training with gradient checkpointing",
+        )
     candidates = _candidates(known)  # layers that rotate alike share one
     found = {}
     for layer in layers:
