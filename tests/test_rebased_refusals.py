@@ -76,6 +76,14 @@ def test_a_rotation_that_is_not_the_models_is_refused():
     assert adaptive.check(model.eval(), rebased()).ok
 
 
+def test_a_model_that_keeps_no_keys_is_refused_until_it_does():
+    model = make("llama").train()
+    model.gradient_checkpointing_enable()
+    support = adaptive.check(model, rebased())
+    assert "LlamaModel kept no keys" in support.problems[0]
+    assert adaptive.check(model.eval(), rebased()).ok
+
+
 def test_what_only_stock_can_do_is_refused_where_something_is_dropped():
     model, ids = make("llama", implementation="eager"), token_ids(tokens=40)
     holes = torch.ones_like(ids)

@@ -58,3 +58,21 @@ def test_what_a_graph_cannot_do_is_refused_by_name(what):
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         with pytest.raises(Exception, match=f"adaptive: {what}.* cannot run under torch.compile"):
             decode(model, compiled, ids, 40)
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        (REFUSED["layers whose heads drop keys"], "layers whose heads drop keys cannot run"),
+        (adaptive.LocalAttention(window=8, sinks=2), "cache was reduced by a policy"),
+    ],
+    ids=["windows", "a cache that dropped keys"],
+)
+def test_it_is_refused_where_graphs_may_break_too(policy, words):
+    """PyTorch swallows what is raised while it makes a graph, and goes on without one."""
+    model, ids = models.make("llama"), models.token_ids(1, 130)
+    with adaptive.patch(model, policy):
+        want = decode(model, model, ids, 128)
+        with pytest.raises(NotImplementedError, match=words):
+            decode(model, torch.compile(model, backend="eager"), ids, 128)
+        assert torch.equal(decode(model, model, ids, 128), want)

@@ -14,7 +14,7 @@ from adaptive.layers.window_store import WindowStore
 
 REDUCED = (
     "adaptive::kv_cache: this cache was reduced by a policy, some heads have dropped tokens; it "
-    "must be read by the patched model, without gradients"
+    "must be read by the patched model, without gradients and not under torch.compile"
 )
 
 

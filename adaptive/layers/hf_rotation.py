@@ -48,6 +48,11 @@ def measure(
     if not known:
         return {}, "no module of it has the frequencies of a rotary embedding (a buffer 'inv_freq')"
     near = _keys(root, model, NEAR)
+    if not near:
+        return (
+            {},
+            f"{type(model).__name__} kept no keys, as in training with gradient checkpointing",
+        )
     candidates = _candidates(known)  # layers that rotate alike share one
     found = {}
     for layer in layers:
@@ -102,7 +107,8 @@ def _keys(root: Any, model: Any, places: Sequence[int]) -> list[Tensor]:
     """Keys of the same tokens at several positions, as cached by each layer.
 
     Returns:
-        For each layer ``[places, tokens, kv_heads, head_dim]``, on the CPU.
+        For each layer ``[places, tokens, kv_heads, head_dim]``, on the CPU; nothing if some layer
+        has kept none.
     """
     table = root.get_input_embeddings().weight
     tokens = torch.linspace(0, table.shape[0] - 1, TOKENS, device=table.device).long()
@@ -115,6 +121,8 @@ def _keys(root: Any, model: Any, places: Sequence[int]) -> list[Tensor]:
         use_cache=True,
     )
     layers: Any = cache.layers
+    if not layers or any(layer.keys is None for layer in layers):
+        return []
     return [layer.keys[:, :, -1].unflatten(0, (len(places), -1)).cpu() for layer in layers]
 
 
