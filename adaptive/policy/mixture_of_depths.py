@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -107,7 +108,7 @@ class MixtureOfDepths(Policy):
     def _check_rule(self) -> None:
         for name in ("threshold", "decode_threshold"):
             value = getattr(self, name)
-            if value is not None and (type(value) not in (int, float) or math.isnan(value)):
+            if value is not None and not _is_number(value):
                 raise refused(self, name, "be a number or None", value)
         if self.capacity is not None:
             if self.threshold is not None:
@@ -230,3 +231,10 @@ def always_run(unit: str, windows: Sequence[int | None]) -> set[int]:
         windows: Window of each layer; None: it sees all tokens.
     """
     return set() if unit == "mlp" else {windows.index(window) for window in set(windows)} | {0}
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value is a number that a float can hold; inf is, NaN is not."""
+    if type(value) is int:
+        return abs(value) <= sys.float_info.max
+    return type(value) is float and not math.isnan(value)

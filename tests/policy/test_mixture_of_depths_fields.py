@@ -19,6 +19,7 @@ ROUTER = RouterWeights.random((1, 2), 8)
         ({"capacity": 1.5}, "capacity must be above 0 and at most 1, got 1.5"),
         ({"capacity": 0.5, "threshold": 0.5}, "threshold must be None together with capacity"),
         ({"threshold": math.nan}, "threshold must be a number or None, got nan"),
+        ({"threshold": 10**400}, "threshold must be a number or None, got 1000"),
         ({"unit": "head"}, "unit must be one of block, attention, mlp, got 'head'"),
         ({"decide": "batch"}, "decide must be one of sequence, token, got 'batch'"),
         ({"decode": "frozen"}, "decode must be 'threshold' with decide='token', got 'frozen'"),
