@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from adaptive.layers.cosine_audit import CosineAudits
 
-@dataclass
-class EncoderExitLog:
+
+@dataclass(kw_only=True)
+class EncoderExitLog(CosineAudits):
     """Counters of one patched encoder.
 
     Attributes:
@@ -17,11 +18,6 @@ class EncoderExitLog:
         depths: Sequences by the number of layers that ran for them.
         layer_rows: Times that a layer ran for a sequence, added up.
         seconds: Time in these passes, on CPU, audits left out.
-        audits: Passes that were audited: run in full, too.
-        audited: Sequences in them.
-        cosine_sum: Cosines of their pooled outputs with those of all layers, added up.
-        cosine_min: The least of them.
-        audit_seconds: Time in the full passes.
     """
 
     layers: int
@@ -29,11 +25,6 @@ class EncoderExitLog:
     depths: dict[int, int] = field(default_factory=dict)
     layer_rows: int = 0
     seconds: float = 0.0
-    audits: int = 0
-    audited: int = 0
-    cosine_sum: float = 0.0
-    cosine_min: float = math.inf
-    audit_seconds: float = 0.0
 
     @property
     def rows(self) -> int:
@@ -50,11 +41,6 @@ class EncoderExitLog:
         """Share of the layers that did not run, over all sequences."""
         return 1 - self.layer_rows / (self.rows * self.layers) if self.rows else None
 
-    @property
-    def agreement(self) -> tuple[float, float] | None:
-        """Mean and least cosine of audited pooled outputs with full ones; None: none audited."""
-        return (self.cosine_sum / self.audited, self.cosine_min) if self.audited else None
-
     def count(self, depths: list[int], seconds: float) -> None:
         """Count one pass and how many layers ran for each of its sequences."""
         self.calls += 1
@@ -62,14 +48,6 @@ class EncoderExitLog:
         self.layer_rows += sum(depths)
         for depth in depths:
             self.depths[depth] = self.depths.get(depth, 0) + 1
-
-    def count_audit(self, cosines: list[float], seconds: float) -> None:
-        """Count one full pass and the cosines of its sequences."""
-        self.audits += 1
-        self.audited += len(cosines)
-        self.cosine_sum += sum(cosines)
-        self.cosine_min = min(self.cosine_min, *cosines)
-        self.audit_seconds += seconds
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""

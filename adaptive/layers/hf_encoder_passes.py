@@ -1,7 +1,7 @@
 """Whole passes of an encoder that sequences may leave early: before, after, and the audits."""
 
+import functools
 import inspect
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from adaptive.layers.encoder_exit_log import EncoderExitLog
 from adaptive.layers.hf_encoder_exit import EncoderExits, EncoderLayerForward
-from adaptive.layers.pooling import pool_weights, pooled
 from adaptive.layers.state import PatchRecord
 from adaptive.layers.survey import Survey
 from adaptive.policy import EncoderExit
@@ -93,15 +92,8 @@ def end(
     log.count(exits.end(), seconds)
     if every is None or (log.calls - 1) % every:
         return
-    start = perf_counter()
-    with torch.no_grad():
-        full: Tensor = base.forward(*args, **kwargs)[0]
-        weights = pool_weights(full, mask, exits.policy.pool)
-        ours, theirs = (pooled(states, weights) for states in (output[0].detach(), full))
-        known = weights.sum(1) > 0  # not for rows of padding alone
-        cosines = torch.cosine_similarity(ours, theirs, dim=-1)[known].clamp(max=1).tolist()
-    if cosines:
-        log.count_audit(cosines, perf_counter() - start if record.timed else 0.0)
+    full = functools.partial(base.forward, *args, **kwargs)
+    log.audit(output[0], full, mask, exits.policy.pool, record.timed)
 
 
 def argument(base: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

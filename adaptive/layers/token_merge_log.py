@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from adaptive.layers.cosine_audit import CosineAudits
 
-@dataclass
-class TokenMergeLog:
+
+@dataclass(kw_only=True)
+class TokenMergeLog(CosineAudits):
     """Counters of one patched encoder.
 
     Attributes:
@@ -17,11 +18,6 @@ class TokenMergeLog:
         dense_tokens: Those that would have gone through each layer without merging.
         seconds: Time in these passes, on CPU, audits left out.
         merge_seconds: Of that, time in which tokens were matched and merged.
-        audits: Passes that were audited: run in full, too.
-        audited: Sequences in them.
-        cosine_sum: Cosines of their pooled outputs with those of the full pass, added up.
-        cosine_min: The least of them.
-        audit_seconds: Time in the full passes.
     """
 
     calls: int = 0
@@ -29,11 +25,6 @@ class TokenMergeLog:
     dense_tokens: int = 0
     seconds: float = 0.0
     merge_seconds: float = 0.0
-    audits: int = 0
-    audited: int = 0
-    cosine_sum: float = 0.0
-    cosine_min: float = math.inf
-    audit_seconds: float = 0.0
 
     @property
     def kept_shares(self) -> list[float]:
@@ -46,11 +37,6 @@ class TokenMergeLog:
         shares = self.kept_shares
         return sum(shares) / len(shares) if shares else None
 
-    @property
-    def agreement(self) -> tuple[float, float] | None:
-        """Mean and least cosine of audited pooled outputs with full ones; None: none audited."""
-        return (self.cosine_sum / self.audited, self.cosine_min) if self.audited else None
-
     def count(self, tokens: list[int], seconds: float, merge_seconds: float) -> None:
         """Count one pass, and the real tokens that went through each of its layers."""
         self.calls += 1
@@ -59,14 +45,6 @@ class TokenMergeLog:
         self.dense_tokens += tokens[0]
         known = self.tokens or [0] * len(tokens)
         self.tokens = [old + new for old, new in zip(known, tokens, strict=True)]
-
-    def count_audit(self, cosines: list[float], seconds: float) -> None:
-        """Count one full pass and the cosines of its sequences."""
-        self.audits += 1
-        self.audited += len(cosines)
-        self.cosine_sum += sum(cosines)
-        self.cosine_min = min(self.cosine_min, *cosines)
-        self.audit_seconds += seconds
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
