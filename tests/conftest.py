@@ -1,6 +1,7 @@
 """Shared by all tests: devices to run on, and memory that does not forgive."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -26,3 +27,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run any test that asks for a ``device`` on each device of this machine."""
     if "device" in metafunc.fixturenames:
         metafunc.parametrize("device", DEVICES)
+
+
+@pytest.fixture(autouse=True)
+def _no_compiled_code_is_left():
+    """Forget what a test compiled: code marked as not to be traced stays so for the process."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()

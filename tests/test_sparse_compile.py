@@ -32,7 +32,6 @@ def decode(model, step, ids, start):
 
 @pytest.fixture(autouse=True)
 def _fresh():
-    torch._dynamo.reset()
     with torch.no_grad():
         yield
 

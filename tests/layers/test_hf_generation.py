@@ -148,7 +148,6 @@ def test_after_training_the_store_takes_over_again(llama):
 @pytest.mark.parametrize("kind", ["none", "static", "adopted"])
 def test_a_model_compiles_whole_with_any_cache(llama, kind):
     ids = models.token_ids(1, 16)
-    torch._dynamo.reset()
     compiled = torch.compile(llama, backend="eager", fullgraph=True)
     cache = {
         "none": lambda: None,
@@ -178,7 +177,6 @@ def test_a_compiled_pass_runs_the_kernel_uncounted_and_takes_over_no_cache():
     """What docs/architecture.md says of torch.compile."""
     model = models.make("llama")
     patched = adaptive.patch(model)
-    torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     ids, cache = models.token_ids(1, 13), DynamicCache(config=model.config)
     with torch.no_grad():
