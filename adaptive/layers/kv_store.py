@@ -296,4 +296,4 @@ class KVStore:
 
     def _token_bytes(self) -> int:
         tensors = (t for t in (self._keys, self._values) if t is not None)
-        return sum(t.shape[0] * t.shape[1] * t.shape[3] * t.element_size() for t in tensors)
+        return sum(t.nbytes // max(t.shape[2], 1) for t in tensors)
