@@ -102,7 +102,9 @@ def _layer_problems(root: nn.Module, survey: Survey, policy: Policy) -> list[str
     if isinstance(policy, TokenMerging):
         return _encoder_problems(root, survey, "TokenMerging") or _merging_problems(root, survey)
     if isinstance(policy, EncoderExit):
-        return _encoder_problems(root, survey, "EncoderExit")
+        return _encoder_problems(root, survey, "EncoderExit") or _exit_problems(
+            root, survey, policy
+        )
     return []
 
 
@@ -172,6 +174,13 @@ def _merging_problems(root: nn.Module, survey: Survey) -> list[str]:
     from adaptive.layers import hf_merging_passes
 
     hf_merging_passes.check_fit(root, survey)
+    return []
+
+
+def _exit_problems(root: nn.Module, survey: Survey, policy: EncoderExit) -> list[str]:
+    from adaptive.layers import hf_encoder_passes
+
+    hf_encoder_passes.check_fit(root, survey, policy)
     return []
 
 
