@@ -39,6 +39,7 @@ from adaptive.policy import (
     StreamingLLM,
     TidalDecode,
     TokenMerging,
+    TokenPruning,
     TokenRouting,
 )
 
@@ -69,6 +70,7 @@ __all__ = [
     "Support",
     "TidalDecode",
     "TokenMerging",
+    "TokenPruning",
     "TokenRouting",
     "UnknownFamily",
     "UnsupportedModel",

@@ -19,6 +19,7 @@ from adaptive.policy import (
     Plan,
     Policy,
     TokenMerging,
+    TokenPruning,
     TokenRouting,
 )
 from adaptive.policy.plan import DENSE, GLOBAL_LOCAL, LOCAL, STOCK
@@ -99,10 +100,11 @@ def _layer_problems(root: nn.Module, survey: Survey, policy: Policy) -> list[str
         return hf_width.problems(root, survey, policy)
     if isinstance(policy, MixtureOfDepths):
         return _routing_problems(root, survey, policy)
-    if isinstance(policy, TokenMerging):
-        return _encoder_problems(root, survey, "TokenMerging") or _merging_problems(root, survey)
+    name = type(policy).__name__
+    if isinstance(policy, TokenMerging | TokenPruning):
+        return _encoder_problems(root, survey, name) or _reduction_problems(root, survey, policy)
     if isinstance(policy, EncoderExit):
-        return _encoder_problems(root, survey, "EncoderExit")
+        return _encoder_problems(root, survey, name) or _exit_problems(root, survey, policy)
     return []
 
 
@@ -162,16 +164,33 @@ def _routing_problems(root: nn.Module, survey: Survey, policy: MixtureOfDepths) 
     ][:1]
 
 
-def _merging_problems(root: nn.Module, survey: Survey) -> list[str]:
-    """Why tokens of the model cannot merge: its layers must not ask where a token stands."""
+def _reduction_problems(
+    root: nn.Module, survey: Survey, policy: TokenMerging | TokenPruning
+) -> list[str]:
+    """Why tokens of the model cannot merge or go: layers must not ask where a token stands."""
+    merges = isinstance(policy, TokenMerging)
     if survey.family in ("modernbert", "dinov3_vit"):
+        those = "merged tokens have none" if merges else "tokens that stay move to others"
         return [
-            "TokenMerging does not fit: the layers of this family turn queries and keys by their "
-            "places, and merged tokens have none"
+            f"{type(policy).__name__} does not fit: the layers of this family turn queries and "
+            f"keys by their places, and {those}"
         ]
-    from adaptive.layers import hf_merging_passes
+    from adaptive.layers import hf_reduction_passes
 
-    hf_merging_passes.check_fit(root, survey)
+    if merges:
+        hf_reduction_passes.check_width(root, survey)
+    elif not hf_reduction_passes.has_class_token(root, survey):
+        return [
+            "TokenPruning does not fit: this model has no class token, whose attention chooses; "
+            "TokenMerging needs none"
+        ]
+    return []
+
+
+def _exit_problems(root: nn.Module, survey: Survey, policy: EncoderExit) -> list[str]:
+    from adaptive.layers import hf_encoder_passes
+
+    hf_encoder_passes.check_fit(root, survey, policy)
     return []
 
 

@@ -124,7 +124,7 @@ def measure_texts(
                 "sentences": len(full),
                 "batch": BATCH,
                 "kept_share": round(logs[keep].kept_share, 4),
-                "merge_share": round(logs[keep].merge_seconds / logs[keep].seconds, 4),
+                "merge_share": round(logs[keep].reduce_seconds / logs[keep].seconds, 4),
                 "ms": round(timing.median_us / 1e3, 2),
                 "speedup": round(speedup(timings["1.0"], timing), 3),
                 "cosine_mean": round(float(cosine.mean()), 4),

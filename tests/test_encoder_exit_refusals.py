@@ -1,5 +1,7 @@
 """What EncoderExit is refused for, aloud: models, calls, and depths that are not there."""
 
+import re
+
 import pytest
 import torch
 import transformers
@@ -46,6 +48,9 @@ def test_what_is_not_in_the_model(policy, message):
     with pytest.raises(ValueError, match=message):
         adaptive.patch(model, policy)
     assert set(model.__dict__) == before
+    found = adaptive.check(model, policy)
+    assert re.search(message, "; ".join(found.problems))
+    assert found.error is ValueError
 
 
 def test_a_second_one():

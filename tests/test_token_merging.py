@@ -202,7 +202,7 @@ def test_special_tokens_stay_alone():
         "siglip_vision": 0,
     }.items():
         with adaptive.patch(deep(case), adaptive.TokenMerging(r=1)) as patched:
-            assert patched._record.token_merges.protect == protect
+            assert patched._record.token_reduction.protect == protect
 
 
 REFUSED = {

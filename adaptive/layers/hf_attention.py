@@ -195,8 +195,8 @@ def _attend(call: Call) -> Attended:
 
 def _attend_both_ways(call: Call, state: LayerState) -> Attended:
     """As `_attend`, for an encoder."""
-    if (merges := state.record.token_merges) is not None and merges.active:
-        call = merges.attend(call)
+    if (reduction := state.record.token_reduction) is not None and reduction.active:
+        call = reduction.attend(call)
     pattern = encoder.pattern_of(call)
     reason = "plan" if state.row[0] == STOCK else why_stock(call, state)
     reason = reason or encoder.why_stock_encoder(call, state, pattern)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from adaptive.layers import hf_attention, hf_encoder_passes, hf_merging_passes, hf_model
+from adaptive.layers import hf_attention, hf_encoder_passes, hf_model, hf_reduction_passes
 from adaptive.layers.hf_config import ask_for
 from adaptive.layers.state import ENCODER, PatchRecord
 from adaptive.layers.survey import Survey
@@ -65,7 +65,7 @@ def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
     base: Any = root.get_submodule(survey.base)
     ask_for(root, record.log, hf_attention.NAMES[base.config._attn_implementation])
     hf_encoder_passes.install(root, survey, record)
-    hf_merging_passes.install(root, survey, record)
+    hf_reduction_passes.install(root, survey, record)
     record.log.set(root, survey.base, FORWARD, record)
     record.log.hook(root, survey.base, "_forward_pre_hooks", before_forward)
     record.log.hook(root, survey.base, "_forward_hooks", after_forward)
@@ -81,7 +81,7 @@ def before_forward(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     record.want_weights = bool(config.output_attentions if wanted is None else wanted)
     record.in_graph = torch.compiler.is_compiling()
     hf_encoder_passes.begin(base, record, args, kwargs)
-    hf_merging_passes.begin(base, record, args, kwargs)
+    hf_reduction_passes.begin(base, record, args, kwargs)
     if not record.in_graph:
         record.forward_start = perf_counter()
 
@@ -97,7 +97,7 @@ def after_forward(
     seconds = perf_counter() - record.forward_start if record.timed else 0.0
     record.forward_seconds += seconds
     hf_encoder_passes.end(base, record, args, kwargs, output, seconds)
-    hf_merging_passes.end(base, record, args, kwargs, output, seconds)
+    hf_reduction_passes.end(base, record, args, kwargs, output, seconds)
 
 
 def _uses_interface(module: nn.Module) -> bool:

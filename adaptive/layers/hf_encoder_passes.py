@@ -16,15 +16,12 @@ from adaptive.policy import EncoderExit
 _PER_TOKEN = 2
 
 
-def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
-    """Give each layer an EncoderLayerForward, undoably, if a policy lets sequences leave.
+def check_fit(root: nn.Module, survey: Survey, policy: EncoderExit) -> None:
+    """Look, before anything is changed, whether the gate of the policy fits this model.
 
     Raises:
-        ValueError: The gate of the policy is for states of another width.
+        ValueError: It is for states of another width.
     """
-    policy = next((p for p in record.policies if isinstance(p, EncoderExit)), None)
-    if policy is None:
-        return
     config: Any = root.get_submodule(survey.base).config
     width = config.hidden_size
     if policy.gate is not None and policy.gate.width != width:
@@ -32,6 +29,13 @@ def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
             f"adaptive: EncoderExit.gate must be for states of width {width}, "
             f"got {policy.gate.width}"
         )
+
+
+def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
+    """Give each layer an EncoderLayerForward, undoably, if a policy lets sequences leave."""
+    policy = next((p for p in record.policies if isinstance(p, EncoderExit)), None)
+    if policy is None:
+        return
     exits = EncoderExits(policy, len(survey.layers), record.switch)
     record.encoder_exits = exits
     record.encoder_exit_log = EncoderExitLog(layers=exits.layers)

@@ -14,7 +14,8 @@ def pool_weights(states: Tensor, mask: Tensor | None, pool: str) -> Tensor:
     Args:
         states: ``[batch, tokens, width]``.
         mask: Which tokens are not padding, ``[batch, tokens]``, not 0; None: all.
-        pool: "mean", or "first": the first token that is not padding.
+        pool: "mean", or "first": the first token that is not padding. A row of padding alone has
+            no weights but 0.
 
     Raises:
         ValueError: The mask has another shape, and does not say what is padding.
@@ -30,7 +31,7 @@ def pool_weights(states: Tensor, mask: Tensor | None, pool: str) -> Tensor:
             f"padding from tokens, got {list(mask.shape)}"
         )
     if pool == "first":
-        return functional.one_hot(real.int().argmax(1), tokens).float()
+        return functional.one_hot(real.int().argmax(1), tokens).float() * real
     weights = real.float()
     return weights / weights.sum(1, keepdim=True).clamp(min=1)
 

@@ -18,10 +18,11 @@ from adaptive.layers.routing_log import RoutingLog
 from adaptive.layers.sparse_ffn import SparseFfnLog, held_bytes
 from adaptive.layers.speculation_log import SpeculationLog
 from adaptive.layers.state import LayerState, PatchRecord
-from adaptive.layers.token_merge_log import TokenMergeLog
+from adaptive.layers.token_reduction_log import TokenReductionLog, copy_of
 from adaptive.layers.units import in_bytes
 
-_LOGS = ("speculation", "exits", "encoder_exit", "token_merging", "routing", "sparse_ffn")
+_ENCODER_LOGS = ("encoder_exit", "token_merging", "token_pruning")
+_LOGS = ("speculation", "exits", *_ENCODER_LOGS, "routing", "sparse_ffn")
 WIDTH = 100
 """Columns that the printed table fits in."""
 
@@ -93,6 +94,7 @@ class Report:
         routing: How much of which layer ran; None where no policy routes.
         sparse_ffn: Neurons computed where the model leaves most at 0; None where it does not.
         token_merging: How many tokens of an encoder were left; None where none merge.
+        token_pruning: The same of pruning.
     """
 
     model: str
@@ -110,7 +112,8 @@ class Report:
     encoder_exit: EncoderExitLog | None = None
     routing: RoutingLog | None = None
     sparse_ffn: SparseFfnLog | None = None
-    token_merging: TokenMergeLog | None = None
+    token_merging: TokenReductionLog | None = None
+    token_pruning: TokenReductionLog | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -213,7 +216,8 @@ def report(model: str, record: PatchRecord, native_calls: dict[str, int]) -> Rep
         encoder_exit=copy.deepcopy(record.encoder_exit_log),
         routing=copy.deepcopy(record.routing_log),
         sparse_ffn=held_bytes(record.switch.sparse_ffn, record.log),
-        token_merging=copy.deepcopy(record.token_merge_log),
+        token_merging=copy_of(record.token_reduction_log, "merge"),
+        token_pruning=copy_of(record.token_reduction_log, "prune"),
     )
 
 

@@ -38,7 +38,7 @@ from adaptive.layers.routing_log import RoutingLog
 from adaptive.layers.speculation_log import SpeculationLog
 from adaptive.layers.survey import Site
 from adaptive.layers.switch import Switch
-from adaptive.layers.token_merge_log import TokenMergeLog
+from adaptive.layers.token_reduction_log import TokenReductionLog
 from adaptive.policy import Plan, Policy
 
 RECORD = "_adaptive_record"
@@ -86,8 +86,7 @@ class PatchRecord:
         encoder_exit_log: What became of them; None likewise.
         routes: What routed layers share; None where no policy routes.
         routing_log: What became of what they were offered; None likewise.
-        token_merges: What became of the tokens of an encoder; None where no policy merges them.
-        token_merge_log: How many were left; None likewise.
+        token_reduction, token_reduction_log: Likewise of the tokens of an encoder.
     """
 
     COUNTERS: ClassVar[tuple[str, ...]] = (
@@ -99,7 +98,7 @@ class PatchRecord:
         "exits",
         "encoder_exit_log",
         "routing_log",
-        "token_merge_log",
+        "token_reduction_log",
     )
 
     policies: tuple[Policy, ...]
@@ -130,8 +129,8 @@ class PatchRecord:
     exits: ExitLog | None = None
     encoder_exits: Any = None
     encoder_exit_log: EncoderExitLog | None = None
-    token_merges: Any = None
-    token_merge_log: TokenMergeLog | None = None
+    token_reduction: Any = None
+    token_reduction_log: TokenReductionLog | None = None
     routes: Any = None
     routing_log: RoutingLog | None = None
 
@@ -180,7 +179,8 @@ class PatchRecord:
             self.encoder_exit_log = EncoderExitLog(layers=self.encoder_exit_log.layers)
         if (log := self.routing_log) is not None:
             self.routing_log = RoutingLog(unit=log.unit, decide=log.decide)
-        self.token_merge_log = self.token_merge_log and TokenMergeLog()
+        if (reduced := self.token_reduction_log) is not None:
+            self.token_reduction_log = TokenReductionLog(verb=reduced.verb)
 
 
 @dataclass(slots=True, kw_only=True)

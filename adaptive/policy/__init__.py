@@ -19,6 +19,7 @@ from adaptive.policy.shape import ModelShape
 from adaptive.policy.streaming import StreamingLLM
 from adaptive.policy.tidal import TidalDecode
 from adaptive.policy.token_merging import TokenMerging
+from adaptive.policy.token_pruning import TokenPruning
 from adaptive.policy.token_routing import TokenRouting
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "StreamingLLM",
     "TidalDecode",
     "TokenMerging",
+    "TokenPruning",
     "TokenRouting",
     "alibi_windows",
 ]

@@ -18,6 +18,11 @@ _WHY = {
     frozenset({"GlobalLocalAttention", "TokenMerging"}): (
         "a window counts places, and merged tokens have none"
     ),
+    frozenset({"EncoderExit", "TokenPruning"}): "both decide what states a layer gets",
+    frozenset({"GlobalLocalAttention", "TokenPruning"}): (
+        "a window counts places, and tokens that stay move to others"
+    ),
+    frozenset({"TokenMerging", "TokenPruning"}): "both decide what tokens a layer gets",
     frozenset({"Quest", "TidalDecode"}): "both choose the keys of the same heads",
     frozenset({"RazorAttention", "StreamingLLM"}): "both choose the window of the same heads",
     frozenset({"SelfSpeculative", "TokenRouting"}): "both decide what of an FFN runs",

@@ -60,7 +60,7 @@ class TokenMerging(Policy):
             raise refused(self, "layers", "be ascending numbers of layers, or None", layers)
         object.__setattr__(self, "layers", tuple(layers))
 
-    def merging_layers(self, layers: int) -> tuple[int, ...]:
+    def reducing_layers(self, layers: int) -> tuple[int, ...]:
         """Numbers of the layers after which tokens of a model of so many ``layers`` merge."""
         return tuple(range(layers - 1)) if self.layers is None else self.layers
 

@@ -175,7 +175,9 @@ __global__ void __launch_bounds__(kMeanThreads) average(const __grid_constant__ 
 
   float total = 0.0f;
   int64_t members = 0, last = 0;
-  for (int64_t column = threadIdx.x; column - threadIdx.x < a.width; column += kMeanThreads) {
+  // Once at least: rows of no features have sizes, too.
+  for (int64_t column = threadIdx.x; column < kMeanThreads || column - threadIdx.x < a.width;
+       column += kMeanThreads) {
     float sum = 0.0f;
     total = 0.0f;
     members = 0;

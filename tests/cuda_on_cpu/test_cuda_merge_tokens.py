@@ -112,6 +112,8 @@ def check_everything(merge):
     # A length out of range counts as the nearest; a row of few tokens has no pair.
     lengths, none = torch.tensor([-3, 99, 2], dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
     check(merge, hidden, metric, removed, None, lengths, none, 1)
+    # Rows of no features: they have sizes, and places.
+    check(merge, *draw({"batch": 2, "tokens": 9, "width": 0, "removed": 3, "sized": True}))
     # All that merge lie behind what one tile of lanes holds.
     check(merge, *draw({"batch": 1, "tokens": 140, "removed": 69}))
 
@@ -145,6 +147,7 @@ MUTANTS = {
     "members before their slot": ("tile = 0; tile < a.tokens", "tile = slot; tile < a.tokens"),
     "sizes forgotten": ("sum += size * ", "sum += "),
     "the mean of a lone token": ("if (members == 1)", "if (members == -1)"),
+    "no sizes without features": ("column < kMeanThreads || ", ""),
     "padding divided": ("members == 0 ? 0.0f : ", ""),
     "hidden assumed dense": ("row * a.hidden_stride[0]", "row * a.tokens * a.width"),
     "metric assumed dense": ("token * a.metric_stride[1]", "token * a.metric_width"),

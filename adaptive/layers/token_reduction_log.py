@@ -1,7 +1,8 @@
-"""What merging did to the tokens of an encoder, as counters."""
+"""What merging or pruning did to the tokens of an encoder, as counters."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -9,22 +10,24 @@ from adaptive.layers.cosine_audit import CosineAudits
 
 
 @dataclass(kw_only=True)
-class TokenMergeLog(CosineAudits):
+class TokenReductionLog(CosineAudits):
     """Counters of one patched encoder.
 
     Attributes:
-        calls: Passes in which tokens could merge.
+        verb: What tokens do: "merge" or "prune".
+        calls: Passes in which they could.
         tokens: Real tokens that went through each layer, added up.
-        dense_tokens: Those that would have gone through each layer without merging.
+        dense_tokens: Those that would have gone through each layer without it.
         seconds: Time in these passes, on CPU, audits left out.
-        merge_seconds: Of that, time in which tokens were matched and merged.
+        reduce_seconds: Of that, time in which tokens were chosen, and merged or dropped.
     """
 
+    verb: str
     calls: int = 0
     tokens: list[int] = field(default_factory=list)
     dense_tokens: int = 0
     seconds: float = 0.0
-    merge_seconds: float = 0.0
+    reduce_seconds: float = 0.0
 
     @property
     def kept_shares(self) -> list[float]:
@@ -37,20 +40,24 @@ class TokenMergeLog(CosineAudits):
         shares = self.kept_shares
         return sum(shares) / len(shares) if shares else None
 
-    def count(self, tokens: list[int], seconds: float, merge_seconds: float) -> None:
+    def count(self, tokens: list[int], seconds: float, reduce_seconds: float) -> None:
         """Count one pass, and the real tokens that went through each of its layers."""
         self.calls += 1
         self.seconds += seconds
-        self.merge_seconds += merge_seconds
+        self.reduce_seconds += reduce_seconds
         self.dense_tokens += tokens[0]
         known = self.tokens or [0] * len(tokens)
         self.tokens = [old + new for old, new in zip(known, tokens, strict=True)]
+
+    @property
+    def _name(self) -> str:
+        return f"token {self.verb.removesuffix('e')}ing"
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
         mean, least = self.agreement or (None, None)
         values = asdict(self)
-        del values["cosine_sum"], values["cosine_min"]
+        del values["verb"], values["cosine_sum"], values["cosine_min"]
         return {
             **values,
             "kept_shares": self.kept_shares,
@@ -62,12 +69,19 @@ class TokenMergeLog(CosineAudits):
     def __str__(self) -> str:
         """Return a few lines for the report."""
         if self.kept_share is None:
-            return "token merging: no pass yet"
+            return f"{self._name}: no pass yet"
         shares = ", ".join(f"{share:.0%}" for share in self.kept_shares)
-        line = f"token merging: {self.kept_share:.1%} of tokens kept, by layer: {shares}"
+        line = f"{self._name}: {self.kept_share:.1%} of tokens kept, by layer: {shares}"
         if self.seconds:
-            line += f"\n{self.merge_seconds / self.seconds:.1%} of {self.seconds:.3g} s to merge"
+            line += (
+                f"\n{self.reduce_seconds / self.seconds:.1%} of {self.seconds:.3g} s to {self.verb}"
+            )
         if self.agreement is None:
             return line + "\nnone audited"
         mean, least = self.agreement
         return line + f"\n{self.audited} audited: cosine {mean:.4f}, at least {least:.4f}"
+
+
+def copy_of(log: TokenReductionLog | None, verb: str) -> TokenReductionLog | None:
+    """Return a copy of ``log`` if its tokens did what ``verb`` says."""
+    return copy.deepcopy(log) if log is not None and log.verb == verb else None

@@ -1,4 +1,4 @@
-"""Whole passes of an encoder in which tokens merge: before, after, and the audits."""
+"""Whole passes of an encoder in which tokens merge or go: before, after, and the audits."""
 
 import functools
 from typing import Any
@@ -7,17 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from adaptive.layers.hf_encoder_passes import argument
-from adaptive.layers.hf_token_merging import MergingLayerForward, TokenMerges
+from adaptive.layers.hf_token_merging import TokenMerges
+from adaptive.layers.hf_token_pruning import TokenPrunes
+from adaptive.layers.hf_token_reduction import ReducingLayerForward, TokenReduction
 from adaptive.layers.state import PatchRecord
 from adaptive.layers.survey import Survey
-from adaptive.layers.token_merge_log import TokenMergeLog
-from adaptive.policy import TokenMerging
+from adaptive.layers.token_reduction_log import TokenReductionLog
+from adaptive.policy import TokenMerging, TokenPruning
 
 _PER_TOKEN = 2
 _FEATURES = 8
 
 
-def check_fit(root: nn.Module, survey: Survey) -> None:
+def check_width(root: nn.Module, survey: Survey) -> None:
     """Look, before anything is changed, whether tokens of this model can merge.
 
     Raises:
@@ -31,17 +33,28 @@ def check_fit(root: nn.Module, survey: Survey) -> None:
         )
 
 
+def has_class_token(root: nn.Module, survey: Survey) -> bool:
+    """Whether the first token of the model stands for all of them."""
+    return _protected(root.get_submodule(survey.base).config) > 0
+
+
 def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
-    """Give each layer a MergingLayerForward, undoably, if a policy merges tokens."""
-    policy = next((p for p in record.policies if isinstance(p, TokenMerging)), None)
+    """Give each layer a ReducingLayerForward, undoably, if a policy lets tokens go."""
+    kinds = TokenMerging | TokenPruning
+    policy = next((p for p in record.policies if isinstance(p, kinds)), None)
     if policy is None:
         return
     config: Any = root.get_submodule(survey.base).config
-    merges = TokenMerges(policy, len(survey.layers), _protected(config), record.switch)
-    record.token_merges = merges
-    record.token_merge_log = TokenMergeLog()
+    rest = len(survey.layers), _protected(config), record.switch
+    reduction: TokenReduction
+    if isinstance(policy, TokenMerging):
+        reduction = TokenMerges(policy, *rest)
+    else:
+        reduction = TokenPrunes(policy, *rest)
+    record.token_reduction = reduction
+    record.token_reduction_log = TokenReductionLog(verb=reduction.verb)
     for index, name in enumerate(survey.layers):
-        forward = MergingLayerForward(root.get_submodule(name), index, merges)
+        forward = ReducingLayerForward(root.get_submodule(name), index, reduction)
         record.log.set(root, name, "forward", forward)
 
 
@@ -52,36 +65,37 @@ def begin(
 
     Raises:
         NotImplementedError: The pass must return attention weights or the states of every layer,
-            which have no rows for tokens that merged; or some heads are masked; or layers are to
+            which have no rows for tokens that went; or some heads are masked; or layers are to
             run again for the gradients.
         ValueError: The mask does not say which tokens at the start of a row are real.
     """
-    merges: TokenMerges | None = record.token_merges
-    if merges is None:
+    reduction: TokenReduction | None = record.token_reduction
+    if reduction is None:
         return
     if record.in_graph:
-        merges.in_graph = True
+        reduction.in_graph = True
         return
+    policy, did = type(reduction.policy).__name__, f"{reduction.verb}d"
     wanted = argument(base, "output_hidden_states", args, kwargs)
     config: Any = base.config
     states = config.output_hidden_states if wanted is None else wanted
     for name, asked in (("attentions", record.want_weights), ("hidden_states", states)):
         if asked:
             raise NotImplementedError(
-                f"adaptive: output_{name} is not supported with TokenMerging: tokens that merged "
-                "have none of their own"
+                f"adaptive: output_{name} is not supported with {policy}: tokens that were "
+                f"{did} have none of their own"
             )
     if argument(base, "head_mask", args, kwargs) is not None:
         raise NotImplementedError(
-            "adaptive: head_mask is not supported with TokenMerging: its place is taken by sizes"
+            f"adaptive: head_mask is not supported with {policy}: {reduction.mask_gone}"
         )
     again = base.training and torch.is_grad_enabled()
     if again and any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
         raise NotImplementedError(
-            "adaptive: gradient checkpointing is not supported with TokenMerging: layers would run "
-            "again without the sizes of their tokens; call gradient_checkpointing_disable()"
+            f"adaptive: gradient checkpointing is not supported with {policy}: layers would run "
+            "again and not know what tokens they ran on; call gradient_checkpointing_disable()"
         )
-    merges.begin(_lengths(argument(base, "attention_mask", args, kwargs)))
+    reduction.begin(_lengths(argument(base, "attention_mask", args, kwargs), policy))
 
 
 def end(
@@ -93,23 +107,23 @@ def end(
     seconds: float,
 ) -> None:
     """After a pass of the base module: count it, and audit it if it is its turn."""
-    merges: TokenMerges | None = record.token_merges
-    log = record.token_merge_log
-    if merges is None or log is None or not merges.active:
+    reduction: TokenReduction | None = record.token_reduction
+    log = record.token_reduction_log
+    if reduction is None or log is None or not reduction.active:
         return
-    tokens, merge_seconds = merges.end()
+    tokens, reduce_seconds = reduction.end()
     if not tokens:
         return
-    log.count(tokens, seconds, merge_seconds)
-    every = merges.policy.audit_every
+    log.count(tokens, seconds, reduce_seconds)
+    every = reduction.policy.audit_every
     if every is None or (log.calls - 1) % every or base.training:  # dropout would differ
         return
     full = functools.partial(base.forward, *args, **kwargs)
     mask = argument(base, "attention_mask", args, kwargs)
-    log.audit(output[0], full, mask, merges.policy.pool, record.timed)
+    log.audit(output[0], full, mask, reduction.policy.pool, record.timed)
 
 
-def _lengths(mask: Any) -> Tensor | None:
+def _lengths(mask: Any, policy: str) -> Tensor | None:
     """How many tokens of each row are real, ``[batch]``, int32; None: all.
 
     Raises:
@@ -120,7 +134,7 @@ def _lengths(mask: Any) -> Tensor | None:
     if not isinstance(mask, Tensor) or mask.dim() != _PER_TOKEN:
         got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
-            "adaptive: attention_mask must be [batch, tokens] with TokenMerging, to tell padding "
+            f"adaptive: attention_mask must be [batch, tokens] with {policy}, to tell padding "
             f"from tokens, got {got}"
         )
     real = mask != 0
@@ -130,13 +144,13 @@ def _lengths(mask: Any) -> Tensor | None:
     if not bool((real[:, :-1] >= real[:, 1:]).all()):
         raise ValueError(
             "adaptive: attention_mask must have all padding behind the tokens of its row with "
-            "TokenMerging (padding_side='right'), got padding before or between them"
+            f"{policy} (padding_side='right'), got padding before or between them"
         )
     return lengths
 
 
 def _protected(config: Any) -> int:
-    """Tokens at the start of a sequence that heads read by their place, and that never merge."""
+    """Tokens at the start of a sequence that heads read by their place, and that always stay."""
     kind = config.model_type
     if kind.startswith("siglip"):
         return 0
