@@ -101,7 +101,10 @@ class ZooModel(nn.Module, ABC):
         Raises:
             ValueError: A shape is wrong.
         """
-        logits = self(ids, **options)
+        return self._cross_entropy(self(ids, **options), ids, labels)
+
+    @staticmethod
+    def _cross_entropy(logits: Tensor, ids: Tensor, labels: Tensor | None) -> Tensor:
         labels = ids if labels is None else labels
         if labels.shape != ids.shape or ids.shape[1] < 2:  # noqa: PLR2004
             raise ValueError(
