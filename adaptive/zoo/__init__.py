@@ -6,16 +6,19 @@ from adaptive.zoo.config import (
     RecursiveTransformerConfig,
     VanillaTransformerConfig,
 )
+from adaptive.zoo.depth_batching import generate_many
 from adaptive.zoo.model import Report
-from adaptive.zoo.recursive import RecursiveTransformer
+from adaptive.zoo.recursive import RecursiveReport, RecursiveTransformer
 from adaptive.zoo.vanilla import VanillaTransformer
 
 __all__ = [
     "BlockTransformer",
     "BlockTransformerConfig",
+    "RecursiveReport",
     "RecursiveTransformer",
     "RecursiveTransformerConfig",
     "Report",
     "VanillaTransformer",
     "VanillaTransformerConfig",
+    "generate_many",
 ]

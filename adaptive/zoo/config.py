@@ -220,25 +220,21 @@ class RecursiveTransformerConfig(DecoderSizes):
             value = getattr(self, name)
             if type(value) is not int or value < 0:
                 raise self._refused(name, "be a whole number from 0 on", value)
-        if self.router not in (None, "expert", "token"):
-            raise self._refused("router", "be 'expert', 'token' or None", self.router)
-        if self.kv not in ("recursion", "shared"):
-            raise self._refused("kv", "be 'recursion' or 'shared'", self.kv)
-        if type(self.weighted) is not bool:
-            raise self._refused("weighted", "be True or False", self.weighted)
+        for name, known in (
+            ("router", ("expert", "token", None)),
+            ("kv", ("recursion", "shared")),
+            ("weighted", (True, False)),
+        ):
+            value = getattr(self, name)
+            if not any(value is each or (value == each and type(value) is str) for each in known):
+                raise self._refused(name, f"be one of {known}", value)
         if self.router is not None and self.width % ROUTER_STEP:
             raise self._refused("width", f"be a multiple of {ROUTER_STEP} for a router", self.width)
         if self.alpha is None:
             object.__setattr__(self, "alpha", 1.0 if self.router == "token" else 0.1)
-        for name, most in (
-            ("threshold", 1.0),
-            ("alpha", None),
-            ("aux_loss", None),
-            ("z_loss", None),
-        ):
-            self._check_number(name, most)
-        if self.alpha == 0:
-            raise self._refused("alpha", "be above 0", self.alpha)
+        for name in ("alpha", "aux_loss", "z_loss"):
+            self._check_number(name, float("inf"))
+        self._check_number("threshold", 1.0)
         self._check_capacities()
 
     @property
@@ -249,13 +245,12 @@ class RecursiveTransformerConfig(DecoderSizes):
     @property
     def factor(self) -> float:
         """Of the router's weights."""
-        return self.alpha or 1.0
+        return 1.0 if self.alpha is None else self.alpha
 
-    def _check_number(self, name: str, most: float | None) -> None:
+    def _check_number(self, name: str, most: float) -> None:
         value = getattr(self, name)
-        limit = float("inf") if most is None else most
-        if type(value) not in (int, float) or not 0 <= value <= limit or value == float("inf"):
-            rule = "be a finite number from 0 on" if most is None else f"be in [0, {most:g}]"
+        if type(value) not in (int, float) or not 0 <= value <= most or value == float("inf"):
+            rule = f"be in [0, {most:g}]" if most < float("inf") else "be finite, from 0 on"
             raise self._refused(name, rule, value)
 
     def _check_capacities(self) -> None:

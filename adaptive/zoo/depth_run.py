@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +87,15 @@ class Slots:
     def block_rows(self, rows: Tensor, turn: Tensor | int) -> Tensor:
         """Rows of the block's cache of these slots in recursion ``turn``."""
         return rows if self.turns == 1 else rows * self.turns + turn
+
+    def figures(self) -> dict[str, Any]:
+        """What the report says of recursions."""
+        possible = max(1, self.passes * self.count)
+        return {
+            "depths": tuple(self.depths.tolist()),
+            "passes": self.passes,
+            "occupancy": self.row_passes / possible,
+        }
 
     def free(self, rows: Tensor) -> None:
         """Forget what these slots hold."""
@@ -252,6 +261,10 @@ class DepthRun(Run):
         while bool(self.slots.running.any()):
             self.slots.advance()
         self.scores = self.slots.leave(self.rows)
+
+    def figures(self) -> dict[str, Any]:
+        """What the report says of recursions."""
+        return self.slots.figures()
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows alone."""

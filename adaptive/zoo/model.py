@@ -53,7 +53,7 @@ class ZooModel(nn.Module, ABC):
         """Remember the sizes."""
         super().__init__()
         self.config = config
-        self._last: dict[str, int] = {}
+        self._last: dict[str, Any] = {}
 
     @abstractmethod
     def forward(self, ids: Tensor) -> Tensor:
@@ -184,6 +184,7 @@ class ZooModel(nn.Module, ABC):
             "new_tokens": int(ends.sum()),
             "kv_entries": run.kv_entries,
             "kv_bytes": peak,
+            **run.figures(),
         }
         return [row[:end] for row, end in zip(made, ends.tolist(), strict=True)]
 

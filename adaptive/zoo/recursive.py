@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,10 +12,26 @@ from torch import Tensor, nn
 from adaptive.zoo.config import RecursiveTransformerConfig
 from adaptive.zoo.decoder import Layer, Linear, Store, initialise, rotary
 from adaptive.zoo.depth_run import DepthRun, PromptStores, Slots
-from adaptive.zoo.model import ZooModel
+from adaptive.zoo.model import Report, ZooModel
 from adaptive.zoo.recursion import Rotation, recur
 from adaptive.zoo.recursion_choice import CHOICES, Routing
 from adaptive.zoo.run import Run
+
+
+@dataclass(frozen=True)
+class RecursiveReport(Report):
+    """What a recursive model is, and what its last generation did.
+
+    Attributes:
+        depths: How many tokens ran the block 0, 1, 2 ... times, prompts not counted.
+        passes: How often the block was run for decoding.
+        occupancy: Rows of those passes over the rows that there was room for.
+    """
+
+    depths: tuple[int, ...] = ()
+    passes: int = 0
+    occupancy: float = 0.0
+
 
 SELECT = ("capacity", "threshold")
 
@@ -79,6 +96,11 @@ class RecursiveTransformer(ZooModel):
         """
         self._check_batch(ids)
         return self._told(self._whole(ids, select)[0])
+
+    def report(self) -> RecursiveReport:
+        """Return the sizes, and what the last ``generate`` or `generate_many` did."""
+        parameters = sum(p.numel() for p in self.parameters())
+        return RecursiveReport(parameters, self.kv_bytes_per_token, **self._last)
 
     def depths(self, ids: Tensor, *, select: str | None = None) -> Tensor:
         """Return how often each token runs the block, ``[batch, tokens]``; as `forward`."""

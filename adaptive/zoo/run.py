@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +84,10 @@ class Run(ABC):
     @abstractmethod
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows alone."""
+
+    def figures(self) -> dict[str, Any]:
+        """What else the report is to say of this run."""
+        return {}
 
 
 class DecoderRun(Run):
