@@ -12,7 +12,7 @@ from adaptive.layers.kv_store import KVStore
 from adaptive.zoo.config import BlockTransformerConfig
 from adaptive.zoo.decoder import Decoder, Linear, initialise
 from adaptive.zoo.model import ZooModel
-from adaptive.zoo.run import KVCast, Run, padded
+from adaptive.zoo.run import DecoderRun, KVCast, Run, padded
 
 
 class BlockTransformer(ZooModel):
@@ -100,7 +100,7 @@ class BlockTransformer(ZooModel):
         return run
 
 
-class _BlockRun(Run):
+class _BlockRun(DecoderRun):
     """Contexts come from the block decoder; the token decoder's few KV entries are reused."""
 
     def begin(self, model: BlockTransformer) -> None:

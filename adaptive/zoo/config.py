@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,9 @@ from adaptive.ops.decode_attention import HEAD_DIM_STEP, MAX_HEAD_DIM, MIN_HEAD_
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+ROUTER_STEP = 8
+"""Widths that the routers' kernel reads are multiples of this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,3 +167,105 @@ class VanillaTransformerConfig(DecoderSizes):
         """Check the additional number, too."""
         super().__post_init__()
         self._check_count("layers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecursiveTransformerConfig(DecoderSizes):
+    """Sizes of a `RecursiveTransformer`.
+
+    Args:
+        block_layers: Layers of the block that is run again and again.
+        recursions: The most times that a token runs it.
+        first_layers: Layers of their own before the block; may be 0.
+        last_layers: Layers of their own behind it; may be 0.
+        router: Who decides how often a token runs the block. ``"expert"``: each recursion chooses
+            among the tokens of the one before; ``"token"``: each token chooses its depth at the
+            beginning; None: all run all recursions.
+        kv: ``"recursion"``: each recursion has keys and values of the tokens that ran it;
+            ``"shared"``: all attend to those of the first recursion.
+        capacities: Share of the tokens of a sequence that runs each recursion, none larger than the
+            one before; for router ``"expert"`` alone. None: 1, then evenly down to
+            ``1 / recursions``. Where it is 1 all tokens of the recursion before go on.
+        threshold: Where there is no sequence to choose from, as in decoding, a recursion of
+            capacity below 1 takes the tokens whose router's sigmoid reaches this.
+        weighted: The router's score weighs what the block computed, and so learns from the loss;
+            otherwise the block's result stands for itself.
+        alpha: Factor of those weights. None: 0.1 for ``"expert"``, 1 for ``"token"``.
+        aux_loss: Factor of the loss that teaches the threshold (``"expert"``) or balances the
+            depths (``"token"``).
+        z_loss: Factor of the loss that keeps the router's logits small.
+    """
+
+    model_type: ClassVar[str] = "recursive_transformer"
+
+    block_layers: int
+    recursions: int
+    first_layers: int = 1
+    last_layers: int = 1
+    router: str | None = "expert"
+    kv: str = "recursion"
+    capacities: tuple[float, ...] | None = None
+    threshold: float = 0.5
+    weighted: bool = True
+    alpha: float | None = None
+    aux_loss: float = 0.01
+    z_loss: float = 0.001
+
+    def __post_init__(self) -> None:
+        """Fill in what was left open, and check the additional values, too."""
+        super().__post_init__()
+        for name in ("block_layers", "recursions"):
+            self._check_count(name)
+        for name in ("first_layers", "last_layers"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise self._refused(name, "be a whole number from 0 on", value)
+        for name, known in (
+            ("router", ("expert", "token", None)),
+            ("kv", ("recursion", "shared")),
+            ("weighted", (True, False)),
+        ):
+            value = getattr(self, name)
+            if not any(value is each or (value == each and type(value) is str) for each in known):
+                raise self._refused(name, f"be one of {known}", value)
+        if self.router is not None and self.width % ROUTER_STEP:
+            raise self._refused("width", f"be a multiple of {ROUTER_STEP} for a router", self.width)
+        if self.alpha is None:
+            object.__setattr__(self, "alpha", 1.0 if self.router == "token" else 0.1)
+        for name in ("alpha", "aux_loss", "z_loss"):
+            self._check_number(name, float("inf"))
+        self._check_number("threshold", 1.0)
+        self._check_capacities()
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Share of a sequence's tokens that each recursion takes at most."""
+        return self.capacities or (1.0,) * self.recursions
+
+    @property
+    def factor(self) -> float:
+        """Of the router's weights."""
+        return 1.0 if self.alpha is None else self.alpha
+
+    def _check_number(self, name: str, most: float) -> None:
+        value = getattr(self, name)
+        if type(value) not in (int, float) or not 0 <= value <= most or value == float("inf"):
+            rule = f"be in [0, {most:g}]" if most < float("inf") else "be finite, from 0 on"
+            raise self._refused(name, rule, value)
+
+    def _check_capacities(self) -> None:
+        if self.router != "expert":
+            if self.capacities is not None:
+                raise self._refused(
+                    "capacities", f"be None for router={self.router!r}", self.capacities
+                )
+            return
+        count, given = self.recursions, self.capacities
+        if given is None:
+            given = tuple((count - done) / count for done in range(count))
+        right = isinstance(given, tuple | list) and len(given) == count
+        if not right or not all(type(c) in (int, float) and 0 < c <= 1 for c in given):
+            raise self._refused("capacities", f"be {count} numbers above 0 and at most 1", given)
+        if any(later > earlier for earlier, later in itertools.pairwise(given)):
+            raise self._refused("capacities", "not grow from one recursion to the next", given)
+        object.__setattr__(self, "capacities", tuple(float(c) for c in given))

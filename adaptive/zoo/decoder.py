@@ -38,19 +38,7 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``input @ weight.T``, by the rule that `patch` applies to linear layers."""
-        weight = self.weight
-        rows = input.numel() // self.in_features
-        if (
-            torch.is_grad_enabled()
-            or not 1 <= rows <= most_rows(weight.dtype)
-            or weight.nbytes < MIN_WEIGHT_BYTES
-            or not weight.is_cpu
-            or not supports(self.in_features, weight.dtype)
-            or torch.is_autocast_enabled("cpu")
-        ):
-            return F.linear(input, weight)
-        out = skinny_linear(input.reshape(rows, self.in_features), weight)
-        return out.view(*input.shape[:-1], self.out_features)
+        return multiply(input, self.weight)
 
 
 class Layer(nn.Module):
@@ -77,10 +65,24 @@ class Layer(nn.Module):
         seen: Tensor | None = None,
     ) -> Tensor:
         """Return the residual stream after this layer; arguments as `Decoder.forward`."""
+        query, key, value = self.project(x, rotation)
+        return self.finish(x, attend(query, key, value, store, first, seen))
+
+    def project(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of tokens, ``[batch, heads, tokens, head_dim]`` each."""
         heads = self.qkv(self.attention_norm(x)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         turned, value = heads.split([self.heads + self.kv_heads, self.kv_heads], 1)
         query, key = rotate(turned, rotation).split([self.heads, self.kv_heads], 1)
-        mixed = attend(query, key, value, store, first, seen)
+        return query, key, value
+
+    def project_query(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """Queries alone, for tokens that attend to keys which are there already."""
+        weight = self.qkv.weight[: self.heads * self.head_dim]
+        heads = multiply(self.attention_norm(x), weight).unflatten(-1, (-1, self.head_dim))
+        return rotate(heads.transpose(1, 2), rotation)
+
+    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """Add what attention mixed, ``[batch, heads, tokens, head_dim]``, and SwiGLU."""
         x = x + self.out(mixed.transpose(1, 2).flatten(2).to(x.dtype))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
         x = x + self.down(F.silu(gate) * up)
@@ -130,6 +132,23 @@ class Decoder(nn.Module):
             x = layer(x, rotation, stores[number] if stores else None, first, seen)
         normed: Tensor = self.norm(x[:, -1:] if last_only else x)
         return normed
+
+
+def multiply(input: Tensor, weight: Tensor) -> Tensor:
+    """Return ``input @ weight.T``, by the rule that `patch` applies to linear layers."""
+    columns = weight.shape[1]
+    rows = input.numel() // columns
+    if (
+        torch.is_grad_enabled()
+        or not 1 <= rows <= most_rows(weight.dtype)
+        or weight.nbytes < MIN_WEIGHT_BYTES
+        or not weight.is_cpu
+        or not supports(columns, weight.dtype)
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return F.linear(input, weight)
+    out = skinny_linear(input.reshape(rows, columns), weight)
+    return out.view(*input.shape[:-1], len(weight))
 
 
 def attend(

@@ -53,7 +53,7 @@ class ZooModel(nn.Module, ABC):
         """Remember the sizes."""
         super().__init__()
         self.config = config
-        self._last: dict[str, int] = {}
+        self._last: dict[str, Any] = {}
 
     @abstractmethod
     def forward(self, ids: Tensor) -> Tensor:
@@ -101,7 +101,10 @@ class ZooModel(nn.Module, ABC):
         Raises:
             ValueError: A shape is wrong.
         """
-        logits = self(ids, **options)
+        return self._cross_entropy(self(ids, **options), ids, labels)
+
+    @staticmethod
+    def _cross_entropy(logits: Tensor, ids: Tensor, labels: Tensor | None) -> Tensor:
         labels = ids if labels is None else labels
         if labels.shape != ids.shape or ids.shape[1] < 2:  # noqa: PLR2004
             raise ValueError(
@@ -181,6 +184,7 @@ class ZooModel(nn.Module, ABC):
             "new_tokens": int(ends.sum()),
             "kv_entries": run.kv_entries,
             "kv_bytes": peak,
+            **run.figures(),
         }
         return [row[:end] for row, end in zip(made, ends.tolist(), strict=True)]
 

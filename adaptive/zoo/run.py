@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,41 @@ class KVCast:
 
 
 class Run(ABC):
-    """What a model keeps between the steps of one call of ``generate``.
+    """What a model keeps between the steps of one call of ``generate``."""
+
+    @property
+    @abstractmethod
+    def kv_bytes(self) -> int:
+        """Bytes of the live KV entries."""
+
+    @property
+    @abstractmethod
+    def kv_entries(self) -> int:
+        """KV entries of a layer, padding included."""
+
+    @abstractmethod
+    def logits(self, previous: Tensor | None) -> Tensor:
+        """Scores of the next token, ``[rows, vocab_size]``.
+
+        Args:
+            previous: ``[rows]``, the token chosen before in this block; None: it begins.
+        """
+
+    @abstractmethod
+    def advance(self, block: Tensor) -> None:
+        """Append a whole block, ``[rows, block_length]``."""
+
+    @abstractmethod
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows alone."""
+
+    def figures(self) -> dict[str, Any]:
+        """What else the report is to say of this run."""
+        return {}
+
+
+class DecoderRun(Run):
+    """A run of one `Decoder`, all rows in step.
 
     The decoder runs once per block of tokens, at the price of one KV entry, and leaves a context
     from which the next block's tokens are told; a vanilla model has blocks of one.
@@ -113,14 +148,6 @@ class Run(ABC):
     def kv_entries(self) -> int:
         """KV entries of a layer, padding included."""
         return self.stores[0].length
-
-    @abstractmethod
-    def logits(self, previous: Tensor | None) -> Tensor:
-        """Scores of the next token, ``[rows, vocab_size]``.
-
-        Args:
-            previous: ``[rows]``, the token chosen before in this block; None: it begins.
-        """
 
     def advance(self, block: Tensor) -> None:
         """Append a whole block, ``[rows, block_length]``."""

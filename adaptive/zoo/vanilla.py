@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from adaptive.zoo.config import VanillaTransformerConfig
 from adaptive.zoo.decoder import Decoder, Linear, initialise
 from adaptive.zoo.model import ZooModel
-from adaptive.zoo.run import Run, padded
+from adaptive.zoo.run import DecoderRun, Run, padded
 
 
 class VanillaTransformer(ZooModel):
@@ -63,7 +63,7 @@ class VanillaTransformer(ZooModel):
         return run
 
 
-class _TokenRun(Run):
+class _TokenRun(DecoderRun):
     """Every token is a block, and its context needs the head alone."""
 
     head: Linear

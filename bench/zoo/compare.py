@@ -12,8 +12,20 @@ from bench.zoo.train import BATCH, CONTEXT, LAYERS, SIZES, build
 HERE = Path(__file__).parent
 TITLES = {
     "vanilla": "vanilla",
+    "vanilla-4": "vanilla",
     "block": "Block Transformer",
     "block-deep": "Block Transformer, deeper",
+    "expert": "recursive, expert choice",
+    "token": "recursive, token choice",
+}
+GROUPS = {
+    "block": ("vanilla", "block", "block-deep"),
+    "recursive": ("vanilla-4", "vanilla", "expert", "token"),
+}
+"""What is compared with what."""
+FILES = {
+    "block": (HERE / "results.json", "block_transformer.png"),
+    "recursive": (HERE / "recursive.json", "recursive.png"),
 }
 SMOOTH = 16
 """Steps over which the training loss is averaged."""
@@ -43,6 +55,7 @@ def summary(name: str, rows: list[dict[str, Any]], tokens: int) -> dict[str, Any
     return {
         "model": name,
         "layers": list(LAYERS[name]),
+        "mean_layers": evaluated[-1].get("mean_layers", sum(LAYERS[name])),
         "parameters": report.parameters,
         "kv_bytes_per_token": report.kv_bytes_per_token,
         "tokens": last["tokens"],
@@ -62,13 +75,19 @@ def table(found: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in found:
-        layers = " + ".join(map(str, row["layers"]))
+        layers = " + ".join(map(str, row["layers"])) + _run(row)
         lines.append(
             f"| {TITLES[row['model']]} | {layers} | {row['parameters'] / 1e6:.2f} M | "
             f"{row['kv_bytes_per_token']:.0f} | {row['tokens'] / 1e6:.2f} M | "
             f"{row['bits_per_byte']:.3f} | {row['tokens_per_cpu_second']:.0f} |"
         )
     return "\n".join(lines)
+
+
+def _run(row: dict[str, Any]) -> str:
+    """How many layers a token passes, where these are not all once."""
+    told = row["mean_layers"] != sum(row["layers"])
+    return f", {row['mean_layers']:.2f} run" if told else ""
 
 
 def draw(found: list[dict[str, Any]], target: Path) -> None:
@@ -79,11 +98,11 @@ def draw(found: list[dict[str, Any]], target: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for color, row in zip(("C0", "C1", "C2"), found, strict=False):
+    for color, row in zip(("C0", "C1", "C2", "C3"), found, strict=False):
         tokens = [t / 1e6 for t, _ in row["heldout"]]
         bits = [b for _, b in row["heldout"]]
         rate = row["tokens_per_cpu_second"] * 60 / 1e6  # million tokens in a minute
-        label = f"{TITLES[row['model']]}, {row['parameters'] / 1e6:.2f} M"
+        label = f"{TITLES[row['model']]}{_run(row)}, {row['parameters'] / 1e6:.2f} M"
         axes[0].plot(tokens, bits, "o-", ms=3, color=color, label=label)
         axes[1].plot([t / rate for t in tokens], bits, "o-", ms=3, color=color, label=label)
     axes[0].set_xlabel("million tokens of training text")
@@ -103,16 +122,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.zoo.compare", description=__doc__)
     add = parser.add_argument
     add("--work", type=Path, required=True, help="folder that bench.zoo.train wrote")
-    add("--json", type=Path, default=HERE / "results.json")
-    add("--chart", type=Path, default=HERE.parents[1] / "docs" / "img" / "block_transformer.png")
+    add("--group", choices=sorted(GROUPS), default="block", help="which models")
+    add("--json", type=Path, help="instead of the file that the documentation is made from")
+    add("--chart", type=Path, help="instead of the documentation's picture")
     options = parser.parse_args()
-    logs = {name: options.work / f"{name}.jsonl" for name in TITLES}
+    logs = {name: options.work / f"{name}.jsonl" for name in GROUPS[options.group]}
     runs = {name: read(path) for name, path in logs.items() if path.exists()}
     tokens = common(list(runs.values()))
     found = [summary(name, rows, tokens) for name, rows in runs.items()]
     settings = {**SIZES, "context": CONTEXT, "batch": BATCH}
-    options.json.write_text(json.dumps({"settings": settings, "models": found}) + "\n")
-    draw(found, options.chart)
+    target, picture = FILES[options.group]
+    (options.json or target).write_text(json.dumps({"settings": settings, "models": found}) + "\n")
+    draw(found, options.chart or HERE.parents[1] / "docs" / "img" / picture)
     print(table(found))
 
 

@@ -1,4 +1,4 @@
-"""Train a Block Transformer and a vanilla model of equal size on equal text, and compare them."""
+"""Train the models of the zoo, and vanilla ones to compare with, on equal text."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from torch import Tensor
 from adaptive.zoo import (
     BlockTransformer,
     BlockTransformerConfig,
+    RecursiveTransformer,
+    RecursiveTransformerConfig,
     VanillaTransformer,
     VanillaTransformerConfig,
 )
@@ -28,9 +30,19 @@ from bench.lab.tokenizer import EOS, decode_bytes
 HERE = Path(__file__).parent
 TOKENIZER = HERE.parent / "lab" / "model" / "tokenizer.json"
 SIZES = {"vocab_size": 1024, "width": 128, "heads": 4}
-LAYERS = {"vanilla": (6,), "block": (3, 3), "block-deep": (5, 5)}
+LAYERS = {
+    "vanilla": (6,),
+    "vanilla-4": (4,),
+    "block": (3, 3),
+    "block-deep": (5, 5),
+    "expert": (1, 2, 1),
+    "token": (1, 2, 1),
+}
 """By model; of a Block Transformer those of the block decoder and of the token decoder. ``block``
-has the parameters of ``vanilla``; ``block-deep`` takes about its time to train."""
+has the parameters of ``vanilla``; ``block-deep`` takes about its time to train. Of a recursive one,
+by its router, those before the block, in it, and behind it: it has the parameters of ``vanilla-4``
+and, when a token runs the block twice, the work of ``vanilla``."""
+RECURSIONS = 3
 CONTEXT, BATCH = 512, 4
 LR, WARMUP_STEPS, CLIP_NORM = 3e-3, 40, 1.0
 EVAL_WINDOWS, EVAL_SEED = 48, 7
@@ -38,6 +50,7 @@ SEED = 20
 EXAMPLES = """examples:
   python -m bench.zoo.train --work /tmp/zoo --model block       train, or go on after a stop
   python -m bench.zoo.train --work /tmp/zoo --model vanilla     the same text in the same order
+  python -m bench.zoo.train --work /tmp/zoo --model expert      recursive; compare --group recursive
   python -m bench.zoo.compare --work /tmp/zoo                   table, JSON and picture
 """
 
@@ -45,8 +58,20 @@ EXAMPLES = """examples:
 def build(name: str) -> ZooModel:
     """A fresh model."""
     torch.manual_seed(SEED)
-    if name == "vanilla":
+    if name.startswith("vanilla"):
         return VanillaTransformer(VanillaTransformerConfig(**SIZES, layers=LAYERS[name][0]))
+    if name in ("expert", "token"):
+        first, shared, last = LAYERS[name]
+        return RecursiveTransformer(
+            RecursiveTransformerConfig(
+                **SIZES,
+                first_layers=first,
+                block_layers=shared,
+                last_layers=last,
+                recursions=RECURSIONS,
+                router=name,
+            )
+        )
     blocks, tokens = LAYERS[name]
     sizes = BlockTransformerConfig(**SIZES, block_layers=blocks, token_layers=tokens)
     return BlockTransformer(sizes)
@@ -78,7 +103,7 @@ def make_optimizers(model: ZooModel) -> list[torch.optim.Optimizer]:
 
     Of the rest, head and prefix take less, as in the recipe of the lab model.
     """
-    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and ".layers." in n]
+    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "layers." in n]
     heads = [p for n, p in model.named_parameters() if n.startswith(("head", "prefix"))]
     taken = {id(p) for p in matrices + heads}
     others = [p for p in model.parameters() if id(p) not in taken]
@@ -93,9 +118,23 @@ def make_optimizers(model: ZooModel) -> list[torch.optim.Optimizer]:
 def bits_per_byte(model: ZooModel, tokenizer: Tokenizer, ids: np.ndarray) -> float:
     """Of held-out text, in the same pieces for every model."""
     text = windows(ids, EVAL_WINDOWS, np.random.default_rng(EVAL_SEED))
+    training = model.training
+    model.eval()  # a recursive model then chooses by threshold: no token looks at later ones
     nats = sum(float(model.loss(part)) * part[:, 1:].numel() for part in text.split(8))
+    model.train(training)
     count = sum(len(decode_bytes(tokenizer, row)) for row in text[:, 1:].tolist())
     return nats / math.log(2) / count
+
+
+@torch.no_grad()
+def mean_layers(model: ZooModel, name: str, ids: np.ndarray) -> float:
+    """Layers that a token of held-out text passes, chosen as in decoding."""
+    if not isinstance(model, RecursiveTransformer):
+        return float(sum(LAYERS[name]))
+    text = windows(ids, EVAL_WINDOWS, np.random.default_rng(EVAL_SEED))
+    depths = [model.depths(part[:, :-1], select="threshold").flatten() for part in text.split(8)]
+    first, shared, last = LAYERS[name]
+    return first + shared * float(torch.cat(depths).float().mean()) + last
 
 
 class Training:
@@ -165,6 +204,8 @@ class Training:
                     heldout = self.corpus["heldout"]
                     found = bits_per_byte(self.model, self.tokenizer, heldout)
                     record["bits_per_byte"] = round(found, 4)
+                    layers = mean_layers(self.model, self.name, heldout)
+                    record["mean_layers"] = round(layers, 3)
                     print(json.dumps(record), flush=True)
                 log.write(json.dumps(record) + "\n")
                 log.flush()

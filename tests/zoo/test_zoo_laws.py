@@ -1,5 +1,7 @@
 """Laws of the zoo's models: blocks are causal, and a row's answer depends on that row alone."""
 
+import copy
+
 import pytest
 import torch
 from zoo_models import VOCAB, build, decoded, draw, forced, prompts
@@ -7,7 +9,7 @@ from zoo_models import VOCAB, build, decoded, draw, forced, prompts
 from adaptive.zoo import run
 
 
-@pytest.fixture(scope="module", params=["block", "vanilla"])
+@pytest.fixture(scope="module", params=["block", "vanilla", "recursive"])
 def model(request):
     return build(request.param)
 
@@ -157,9 +159,9 @@ def test_a_block_transformer_has_a_fraction_of_the_kv_of_a_vanilla_one(block):
 
 
 def test_gradients_reach_every_parameter(model):
-    copy = build("block" if model.block_length > 1 else "vanilla")
-    copy.loss(draw(2, 21)).backward()
-    for name, parameter in copy.named_parameters():
+    trained = copy.deepcopy(model).train()
+    trained.loss(draw(2, 21)).backward()
+    for name, parameter in trained.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all()
         assert parameter.grad.any(), name

@@ -5,6 +5,8 @@ import torch
 from adaptive.zoo import (
     BlockTransformer,
     BlockTransformerConfig,
+    RecursiveTransformer,
+    RecursiveTransformerConfig,
     VanillaTransformer,
     VanillaTransformerConfig,
 )
@@ -20,6 +22,9 @@ def build(kind, **changes):
     if kind == "block":
         config = BlockTransformerConfig(**{"block_layers": 2, "token_layers": 2, **sizes})
         model = BlockTransformer(config)
+    elif kind == "recursive":
+        config = RecursiveTransformerConfig(**{"block_layers": 2, "recursions": 3, **sizes})
+        model = RecursiveTransformer(config)
     else:
         model = VanillaTransformer(VanillaTransformerConfig(**{"layers": 3, **sizes}))
     with torch.no_grad():
