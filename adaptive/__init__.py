@@ -40,6 +40,7 @@ from adaptive.policy import (
     TidalDecode,
     TokenMerging,
     TokenRouting,
+    WidthRouter,
 )
 
 __version__ = "0.1.0"
@@ -72,6 +73,7 @@ __all__ = [
     "TokenRouting",
     "UnknownFamily",
     "UnsupportedModel",
+    "WidthRouter",
     "__version__",
     "_native",
     "attention",

@@ -20,8 +20,9 @@ from adaptive.layers.speculation_log import SpeculationLog
 from adaptive.layers.state import LayerState, PatchRecord
 from adaptive.layers.token_merge_log import TokenMergeLog
 from adaptive.layers.units import in_bytes
+from adaptive.layers.width_log import WidthLog
 
-_LOGS = ("speculation", "exits", "encoder_exit", "token_merging", "routing", "sparse_ffn")
+_LOGS = ("speculation", "exits", "encoder_exit", "token_merging", "routing", "widths", "sparse_ffn")
 WIDTH = 100
 """Columns that the printed table fits in."""
 
@@ -91,6 +92,7 @@ class Report:
         exits: What early exit did; None without it.
         encoder_exit: After how many layers sequences left an encoder; None where they may not.
         routing: How much of which layer ran; None where no policy routes.
+        widths: How much of which FFN was computed, and how far off; None where no policy narrows.
         sparse_ffn: Neurons computed where the model leaves most at 0; None where it does not.
         token_merging: How many tokens of an encoder were left; None where none merge.
     """
@@ -109,6 +111,7 @@ class Report:
     exits: ExitLog | None = None
     encoder_exit: EncoderExitLog | None = None
     routing: RoutingLog | None = None
+    widths: WidthLog | None = None
     sparse_ffn: SparseFfnLog | None = None
     token_merging: TokenMergeLog | None = None
 
@@ -212,6 +215,7 @@ def report(model: str, record: PatchRecord, native_calls: dict[str, int]) -> Rep
         exits=copy.deepcopy(record.exits),
         encoder_exit=copy.deepcopy(record.encoder_exit_log),
         routing=copy.deepcopy(record.routing_log),
+        widths=copy.deepcopy(record.switch.widths),
         sparse_ffn=held_bytes(record.switch.sparse_ffn, record.log),
         token_merging=copy.deepcopy(record.token_merge_log),
     )

@@ -20,6 +20,7 @@ from adaptive.policy.streaming import StreamingLLM
 from adaptive.policy.tidal import TidalDecode
 from adaptive.policy.token_merging import TokenMerging
 from adaptive.policy.token_routing import TokenRouting
+from adaptive.policy.width_router import WidthRouter
 
 __all__ = [
     "BlockSparsePrefill",
@@ -41,5 +42,6 @@ __all__ = [
     "TidalDecode",
     "TokenMerging",
     "TokenRouting",
+    "WidthRouter",
     "alibi_windows",
 ]
