@@ -41,6 +41,7 @@ from adaptive.policy import (
     TokenMerging,
     TokenPruning,
     TokenRouting,
+    WidthRouter,
 )
 
 __version__ = "0.1.0"
@@ -74,6 +75,7 @@ __all__ = [
     "TokenRouting",
     "UnknownFamily",
     "UnsupportedModel",
+    "WidthRouter",
     "__version__",
     "_native",
     "attention",

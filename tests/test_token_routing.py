@@ -46,7 +46,7 @@ def test_a_prefix_equals_the_masked_dense_model(case):
     seen = []
     for layer in model.model.layers:
         layer.mlp.act_fn.register_forward_hook(lambda *call: seen.append(call[-1].shape[-1]))
-    with adaptive.patch(model, TokenRouting(widths=(0.5, 0.34))) as patched:
+    with adaptive.patch(model, TokenRouting(widths=(0.5, 0.34), audit_every=None)) as patched:
         expected = masked(make(case, implementation="eager"), {0: 0.5, 1: 0.34})(ids).logits
         seen.clear()
         made = model(ids).logits
@@ -79,7 +79,7 @@ def test_native_products_of_slices():
     fields = {"hidden_size": 1024, "intermediate_size": 1536, "num_hidden_layers": 1}
     model, ids = make("llama", **fields), token_ids(tokens=6)[:1]
     expected = masked(model, {0: 0.5})(ids).logits
-    with adaptive.patch(model, TokenRouting(widths=0.5)) as patched:
+    with adaptive.patch(model, TokenRouting(widths=0.5, audit_every=None)) as patched:
         patched.reset_stats()
         made = model(ids).logits
         # the three slices; projections of attention and the head are too small

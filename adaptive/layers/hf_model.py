@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from adaptive.layers import hf_adopt, hf_attention, hf_generate, hf_routing_passes
+from adaptive.layers import hf_adopt, hf_attention, hf_generate, hf_routing_passes, hf_width_pass
 from adaptive.layers.correction import correct, note_pass
 from adaptive.layers.hf_config import ask_for
 from adaptive.layers.hf_layer_rows import LayerRows
@@ -160,6 +160,7 @@ def before_forward(
         # made of the rest. So attention says what cannot run in one, and caches stay locked.
         if record.routes is not None:
             record.refuse_compiling()
+        hf_width_pass.begin(base, record, args, kwargs)
         return None
     changed = None
     if not torch.is_grad_enabled() or record.routes is not None:
@@ -173,6 +174,7 @@ def before_forward(
             if record.correct_every:
                 correct(base, record, kwargs, cache, record.correct_every)
     hf_routing_passes.begin(base, record, *(changed or (args, kwargs)))
+    hf_width_pass.begin(base, record, *(changed or (args, kwargs)))
     record.forward_start = perf_counter()
     return changed
 
@@ -191,6 +193,7 @@ def after_forward(
     if record.timed:
         record.forward_seconds += perf_counter() - record.forward_start
     hf_routing_passes.end(record, output)
+    hf_width_pass.end(record)
     cache = kwargs.get("past_key_values")
     hf_adopt.lock(cache, True)
     if record.correct_every and not torch.is_grad_enabled():

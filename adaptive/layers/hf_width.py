@@ -14,6 +14,10 @@ from adaptive.layers.hf_linear import fast_linear, is_plain
 from adaptive.layers.state import PatchRecord
 from adaptive.layers.survey import Survey
 from adaptive.layers.switch import Switch
+from adaptive.layers.token_audit import sampled
+from adaptive.layers.width_choice import WidthPass, chosen_neurons
+from adaptive.layers.width_log import WidthLog
+from adaptive.ops import prefix_ffn, recorded
 from adaptive.policy.token_routing import TokenRouting, neurons_of
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -32,21 +36,41 @@ class PrefixForward:
     An object with a weak reference, for the reasons of `hf_linear.LinearForward`.
     """
 
-    def __init__(self, ffn: nn.Module, switch: Switch, neurons: int) -> None:
-        """Know the FFN, whose parts are read anew in every call, and how many neurons compute."""
+    def __init__(
+        self,
+        ffn: nn.Module,
+        switch: Switch,
+        layer: int,
+        share: float,
+        policy: TokenRouting,
+    ) -> None:
+        """Know the FFN, whose parts are read anew in every call, and how many neurons compute.
+
+        Args:
+            ffn: The module.
+            switch: Of the patch.
+            layer: Whose FFN it is.
+            share: Of the neurons that compute, where the policy has no router.
+            policy: What decides.
+        """
         self._ffn = weakref.ref(ffn)
-        self.switch = switch
-        self.neurons = neurons
+        self.switch, self.layer, self.share, self.policy = switch, layer, share, policy
 
-    def __getstate__(self) -> tuple[nn.Module | None, Switch, int]:
+    @property
+    def now(self) -> WidthPass:
+        """What is known of the pass now running."""
+        assert self.switch.width_pass is not None  # install made it
+        return self.switch.width_pass
+
+    def __getstate__(self) -> tuple[Any, ...]:
         """Let copies and pickles arrive with the copy of the FFN."""
-        return self._ffn(), self.switch, self.neurons
+        return self._ffn(), self.switch, self.layer, self.share, self.policy
 
-    def __setstate__(self, state: tuple[nn.Module, Switch, int]) -> None:
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.__init__(*state)  # type: ignore[misc]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return what the FFN would if it had only its first neurons. Differentiable."""
+        """Return what the FFN would if each token had only its first neurons. Differentiable."""
         ffn: Any = self._ffn()
         assert ffn is not None  # it is what calls
         if not self.switch.on:
@@ -57,37 +81,115 @@ class PrefixForward:
                     f"adaptive: TokenRouting reads slices of {name!r}, which someone wrapped or "
                     "hooked since patch(); unpatch() first"
                 )
-        gate, up = (self._slice(getattr(ffn, name), x) for name in _PROJECTIONS[:2])
-        down = ffn.down_proj
-        return _multiply(down, ffn.act_fn(gate) * up, down.weight[:, : self.neurons], down.bias)
+        return self._prefix(ffn, x) if self.policy.router is None else self._routed(ffn, x)
 
-    def _slice(self, linear: nn.Linear, x: Tensor) -> Tensor:
-        bias = None if linear.bias is None else linear.bias[: self.neurons]
-        return _multiply(linear, x, linear.weight[: self.neurons], bias)
+    def _prefix(self, ffn: Any, x: Tensor) -> Tensor:
+        """The same neurons for all tokens."""
+        neurons = neurons_of(self.share, ffn.up_proj.weight.shape[0])
+        gate, up = (_slice(getattr(ffn, name), x, neurons) for name in _PROJECTIONS[:2])
+        down = ffn.down_proj
+        made = _multiply(down, ffn.act_fn(gate) * up, down.weight[:, :neurons], down.bias)
+        if not torch.compiler.is_compiling() and not recorded():
+            real = self.now.real(x)
+            tokens = x.shape[:-1].numel() if real is None else int(real.sum())
+            self._count(ffn, x, made, real, {neurons: tokens})
+        return made
+
+    def _routed(self, ffn: Any, x: Tensor) -> Tensor:
+        """Each token with neurons of its own.
+
+        Raises:
+            NotImplementedError: torch.compile is at work: how many tokens share a width is data.
+        """
+        if torch.compiler.is_compiling() or self.now.in_graph:
+            raise NotImplementedError(
+                "adaptive: TokenRouting(router=...) cannot run under torch.compile"
+            )
+        total, rows, real = ffn.up_proj.weight.shape[0], x.flatten(0, -2), self.now.real(x)
+        neurons = chosen_neurons(self.policy, self.layer, rows, real, total, self.now)
+        if bool((neurons == total).all()):
+            made: Tensor = type(ffn).forward(ffn, x)
+        else:
+            gate, up, down = (getattr(ffn, name) for name in _PROJECTIONS)
+            made = prefix_ffn(
+                rows,
+                neurons,
+                gate.weight,
+                up.weight,
+                down.weight,
+                ffn.act_fn,
+                (gate.bias, up.bias, down.bias),
+                _native_linear if "forward" in up.__dict__ else F.linear,
+            )
+            made = made.view(*x.shape[:-1], made.shape[1])
+        counted = neurons if real is None else neurons[real]
+        widths, many = counted.unique(return_counts=True)
+        tokens = dict(zip(widths.tolist(), many.tolist(), strict=True))
+        self._count(ffn, x, made, real, tokens)
+        return made
+
+    def _count(
+        self, ffn: Any, x: Tensor, made: Tensor, real: Tensor | None, tokens: dict[int, int]
+    ) -> None:
+        """Count a call, and audit it if it is its turn."""
+        log: WidthLog | None = self.switch.widths
+        every = self.policy.audit_every
+        if log is None:
+            return
+        counters = log.of(self.layer)
+        counters.count(tokens, ffn.up_proj.weight.shape[0])
+        if every is None or (counters.calls - 1) % every or ffn.training:  # dropout would differ
+            return
+        rows = x.detach().flatten(0, -2)
+        places = torch.arange(len(rows), device=x.device)
+        places = sampled(places if real is None else places[real])
+        if len(places):
+            with torch.no_grad():
+                dense = type(ffn).forward(ffn, rows[places])
+            counters.audit.compare(made.detach().flatten(0, -2)[places], dense)
+
+
+def _slice(linear: nn.Linear, x: Tensor, neurons: int) -> Tensor:
+    bias = None if linear.bias is None else linear.bias[:neurons]
+    return _multiply(linear, x, linear.weight[:neurons], bias)
 
 
 def _multiply(linear: nn.Linear, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A product with a slice, natively where that of the whole layer would be."""
     native = "forward" in linear.__dict__ and not torch.compiler.is_compiling()
-    out = fast_linear(x, weight, bias) if native else None
+    return _native_linear(x, weight, bias) if native else F.linear(x, weight, bias)
+
+
+def _native_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = fast_linear(x, weight, bias)
     return F.linear(x, weight, bias) if out is None else out
 
 
 def problems(root: nn.Module, survey: Survey, policy: TokenRouting) -> list[str]:
-    """Why FFNs of the model cannot compute with some of their neurons; the first reason."""
+    """Why FFNs of the model cannot compute with some of their neurons; the first reason.
+
+    Raises:
+        ValueError: The router is for states of another width.
+    """
     if not survey.layers:
         return ["TokenRouting does not fit: it needs a decoder of transformers"]
     for layer in policy.shares(len(survey.layers)):
         if layer >= len(survey.layers):
             continue  # the policy's plan says that better
         name = ffn_name(survey, layer)
-        ffn = None if name is None else root.get_submodule(name)
+        ffn: Any = None if name is None else root.get_submodule(name)
         if ffn is None or not _is_gated(ffn):
             kind = "no FFN" if ffn is None else f"an FFN, {type(ffn).__name__},"
             return [
                 f"TokenRouting does not fit: layer {layer} has {kind} that is no "
                 "down_proj(act_fn(gate_proj(x)) * up_proj(x)) of plain linear layers"
             ]
+        width = ffn.up_proj.in_features
+        if policy.router is not None and policy.router.width != width:
+            raise ValueError(
+                f"adaptive: TokenRouting.router must be for states of width {width}, "
+                f"got {policy.router.width}"
+            )
     return []
 
 
@@ -96,12 +198,13 @@ def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
     for policy in record.policies:
         if not isinstance(policy, TokenRouting):
             continue
+        record.switch.width_pass, record.switch.widths = WidthPass(), WidthLog()
         for layer, share in policy.shares(len(survey.layers)).items():
             name = ffn_name(survey, layer)
             assert name is not None  # or it would have been refused
-            ffn: Any = root.get_submodule(name)
-            neurons = neurons_of(share, ffn.up_proj.weight.shape[0])
-            record.log.set(root, name, "forward", PrefixForward(ffn, record.switch, neurons))
+            ffn = root.get_submodule(name)
+            forward = PrefixForward(ffn, record.switch, layer, share, policy)
+            record.log.set(root, name, "forward", forward)
 
 
 def ffn_name(survey: Survey, layer: int) -> str | None:

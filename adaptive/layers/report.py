@@ -20,9 +20,10 @@ from adaptive.layers.speculation_log import SpeculationLog
 from adaptive.layers.state import LayerState, PatchRecord
 from adaptive.layers.token_reduction_log import TokenReductionLog, copy_of
 from adaptive.layers.units import in_bytes
+from adaptive.layers.width_log import WidthLog
 
 _ENCODER_LOGS = ("encoder_exit", "token_merging", "token_pruning")
-_LOGS = ("speculation", "exits", *_ENCODER_LOGS, "routing", "sparse_ffn")
+_LOGS = ("speculation", "exits", *_ENCODER_LOGS, "routing", "widths", "sparse_ffn")
 WIDTH = 100
 """Columns that the printed table fits in."""
 
@@ -92,6 +93,7 @@ class Report:
         exits: What early exit did; None without it.
         encoder_exit: After how many layers sequences left an encoder; None where they may not.
         routing: How much of which layer ran; None where no policy routes.
+        widths: How much of which FFN was computed, and how far off; None where no policy narrows.
         sparse_ffn: Neurons computed where the model leaves most at 0; None where it does not.
         token_merging: How many tokens of an encoder were left; None where none merge.
         token_pruning: The same of pruning.
@@ -111,6 +113,7 @@ class Report:
     exits: ExitLog | None = None
     encoder_exit: EncoderExitLog | None = None
     routing: RoutingLog | None = None
+    widths: WidthLog | None = None
     sparse_ffn: SparseFfnLog | None = None
     token_merging: TokenReductionLog | None = None
     token_pruning: TokenReductionLog | None = None
@@ -215,6 +218,7 @@ def report(model: str, record: PatchRecord, native_calls: dict[str, int]) -> Rep
         exits=copy.deepcopy(record.exits),
         encoder_exit=copy.deepcopy(record.encoder_exit_log),
         routing=copy.deepcopy(record.routing_log),
+        widths=copy.deepcopy(record.switch.widths),
         sparse_ffn=held_bytes(record.switch.sparse_ffn, record.log),
         token_merging=copy_of(record.token_reduction_log, "merge"),
         token_pruning=copy_of(record.token_reduction_log, "prune"),

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 from adaptive.layers.sparse_ffn import SparseFfnLog
+from adaptive.layers.width_choice import WidthPass
+from adaptive.layers.width_log import WidthLog
 
 
 @dataclass
@@ -12,12 +14,17 @@ class Switch:
     Attributes:
         on: Off inside `Patched.disabled()`.
         sparse_ffn: What FFNs of few active neurons did; None without one.
+        widths: What FFNs of a part of their neurons did; None where no policy narrows them.
+        width_pass: What these FFNs share in a pass; None likewise.
     """
 
     on: bool = True
     sparse_ffn: SparseFfnLog | None = None
+    widths: WidthLog | None = None
+    width_pass: WidthPass | None = None
 
     def reset(self) -> None:
         """Set the counters to zero."""
         if self.sparse_ffn is not None:
             self.sparse_ffn = SparseFfnLog(layers=self.sparse_ffn.layers)
+        self.widths = self.widths and WidthLog()

@@ -13,6 +13,7 @@ from adaptive.ops.hidden_cosine import hidden_cosine
 from adaptive.ops.local_attention import local_attention
 from adaptive.ops.merge_tokens import merge_tokens, unmerge_tokens
 from adaptive.ops.pool_blocks import pool_blocks
+from adaptive.ops.prefix_ffn import prefix_ffn
 from adaptive.ops.quantize_weight import quantize_weight
 from adaptive.ops.route_tokens import route_tokens
 from adaptive.ops.router_scores import router_scores
@@ -43,6 +44,7 @@ __all__ = [
     "local_attention",
     "merge_tokens",
     "pool_blocks",
+    "prefix_ffn",
     "quantize_weight",
     "recorded",
     "route_tokens",

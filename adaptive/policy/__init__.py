@@ -21,6 +21,7 @@ from adaptive.policy.tidal import TidalDecode
 from adaptive.policy.token_merging import TokenMerging
 from adaptive.policy.token_pruning import TokenPruning
 from adaptive.policy.token_routing import TokenRouting
+from adaptive.policy.width_router import WidthRouter
 
 __all__ = [
     "BlockSparsePrefill",
@@ -43,5 +44,6 @@ __all__ = [
     "TokenMerging",
     "TokenPruning",
     "TokenRouting",
+    "WidthRouter",
     "alibi_windows",
 ]

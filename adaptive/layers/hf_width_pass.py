@@ -1,0 +1,30 @@
+"""Whole passes of a decoder whose FFNs have widths: what they need to know, before and after."""
+
+from typing import Any
+
+from torch import nn
+from transformers.cache_utils import Cache
+
+from adaptive.layers.hf_encoder_passes import argument
+from adaptive.layers.state import PatchRecord
+
+
+def begin(
+    base: nn.Module, record: PatchRecord, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Before a pass of the base module: note which of its tokens are padding."""
+    now = record.switch.width_pass
+    if now is None:
+        return
+    if record.in_graph:
+        now.in_graph = True
+        return
+    cache = argument(base, "past_key_values", args, kwargs)
+    past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+    now.begin(argument(base, "attention_mask", args, kwargs), past)
+
+
+def end(record: PatchRecord) -> None:
+    """After a pass of the base module: forget it."""
+    if record.switch.width_pass is not None:
+        record.switch.width_pass.end()

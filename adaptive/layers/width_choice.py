@@ -1,0 +1,103 @@
+"""Which width each token of a call gets: what the router says, and what is known of the pass."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptive.policy.token_routing import TokenRouting, neurons_of
+from adaptive.policy.width_router import WidthRouter
+
+_PER_TOKEN = 2
+"""Axes of a mask that says which tokens are not padding, ``[batch, tokens]``."""
+
+
+@dataclass
+class WidthPass:
+    """What FFNs of one model need to know of the pass now running.
+
+    Attributes:
+        in_graph: Whether torch.compile is at work on it. An error in the hook before the pass would
+            be swallowed, so the FFNs raise it.
+        known: Which tokens of cache and pass are not padding, ``[batch, past + tokens]``; None:
+            all, or nobody knows.
+        past: Tokens of the cache before the pass.
+        forced: By layer, choices of all tokens of a call, ``[batch * tokens]``, int64, in place of
+            the router's; None: the router decides.
+    """
+
+    in_graph: bool = False
+    known: Tensor | None = None
+    past: int = 0
+    forced: dict[int, Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out a pass that an exception ended: what it points at is not the copy's."""
+        return {"in_graph": False, "known": None, "past": 0, "forced": None}
+
+    def begin(self, mask: Any, past: int) -> None:
+        """Note what a pass was given: its mask, and the tokens of its cache."""
+        self.in_graph, self.known, self.past = False, None, past
+        if isinstance(mask, Tensor) and mask.dim() == _PER_TOKEN and not bool((mask != 0).all()):
+            self.known = mask != 0
+
+    def end(self) -> None:
+        """Forget the pass."""
+        self.known = None
+
+    def real(self, x: Tensor) -> Tensor | None:
+        """Which rows of ``x``, ``[batch, tokens, width]``, are no padding, ``[rows]``; None: all.
+
+        A mask of another shape belongs to something else, and tells nothing.
+        """
+        known = self.known
+        if known is None or x.dim() != _PER_TOKEN + 1:
+            return None
+        if known.shape != (x.shape[0], self.past + x.shape[1]):
+            return None
+        return known[:, self.past :].flatten().to(x.device)
+
+
+def chosen_neurons(
+    policy: TokenRouting, layer: int, rows: Tensor, real: Tensor | None, total: int, now: WidthPass
+) -> Tensor:
+    """How many neurons each row computes with, ``[rows]``, int64.
+
+    Args:
+        policy: Whose router decides.
+        layer: Whose FFN it is.
+        rows: What the FFN reads, ``[rows, width]``.
+        real: Which rows are no padding; None: all. Padding gets the narrowest width.
+        total: Neurons of the FFN.
+        now: The pass.
+
+    Raises:
+        ValueError: A logit of a row that is no padding is NaN; the layer is named.
+    """
+    shares = policy.choices
+    neurons = torch.tensor([neurons_of(share, total) for share in shares], device=rows.device)
+    if now.forced is not None and layer in now.forced:
+        return neurons[now.forced[layer].to(rows.device)]
+    with torch.no_grad():
+        chosen, wrong = _choose(policy, layer, rows)
+    if real is not None:
+        chosen, wrong = chosen.masked_fill(~real, 0), wrong & real
+    if bool(wrong.any()):
+        raise ValueError(
+            f"adaptive: TokenRouting: scores of layer {layer} must be numbers, got NaN"
+        )
+    return neurons[chosen]
+
+
+def _choose(policy: TokenRouting, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Choices of all rows, int64, of equal logits the narrowest; and which have a NaN."""
+    router = policy.router
+    assert router is not None
+    if isinstance(router, WidthRouter):
+        logits = router.logits(layer, rows.detach())
+        best = logits == logits.amax(1, keepdim=True)
+        return best.int().argmax(1), logits.isnan().any(1)
+    weight, bias = router.of(layer, rows.device)
+    logit = rows.detach().float() @ weight + bias
+    return (logit >= 0).long(), logit.isnan()

@@ -1,0 +1,230 @@
+"""WidthRouter: linear routers that choose among several widths for each token, one per layer."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptive.policy._plan_file import short
+from adaptive.policy.router_weights import FORMAT, MAX_FILE_BYTES, _key, _numbers, _safetensors
+
+_META = "adaptive_width_router"
+_LEAST = 2
+"""Choices that there are to choose from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WidthRouter:
+    """One linear router per layer, whose largest logit is what a token gets: ``weight @ state``.
+
+    The routers of Duo-LLM (Alizadeh et al. 2024, arXiv:2410.10846; skip, small and big), and of
+    Adaptive Computation Modules (Wojcik et al. 2023, arXiv:2312.10193; how many learners, from
+    none to all). They read what the FFN reads. A value like a policy: it compares, hashes, and
+    makes the round trip through JSON. Its numbers are rounded to float32.
+
+    Attributes:
+        layers: Layers that have a router, ascending.
+        weight: ``[len(layers), choices, width]``, from the narrowest choice to the widest.
+        bias: ``[len(layers), choices]``; None: zeros.
+    """
+
+    layers: tuple[int, ...]
+    weight: tuple[tuple[tuple[float, ...], ...], ...] = field(repr=False)
+    bias: tuple[tuple[float, ...], ...] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        layers = self.layers
+        whole = isinstance(layers, list | tuple) and all(type(i) is int and i >= 0 for i in layers)
+        if not whole or not layers or list(layers) != sorted(set(layers)):
+            raise _refused("layers", "be ascending layer numbers from 0", layers)
+        weight = self._rows("weight", self.weight)
+        rows = []
+        for layer, own in zip(layers, weight, strict=True):
+            if not isinstance(own, list | tuple) or len(own) < _LEAST:
+                rule = f"have {_LEAST} rows or more, one per choice"
+                raise _refused(f"weight of layer {layer}", rule, own)
+            rows.append(tuple(_checked(f"weight of layer {layer}", row) for row in own))
+        sizes = {(len(own), len(row)) for own in rows for row in own}
+        if len(sizes) != 1 or not rows[0][0]:
+            raise _refused("weight", "have the same choices and width in all layers", sorted(sizes))
+        bias: Any = self.bias
+        if bias is not None:
+            given = zip(layers, self._rows("bias", bias), strict=True)
+            bias = tuple(_checked(f"bias of layer {layer}", own) for layer, own in given)
+            if any(len(own) != len(rows[0]) for own in bias):
+                raise _refused("bias", f"have {len(rows[0])} numbers per layer", bias)
+        for name, value in (("layers", tuple(layers)), ("weight", tuple(rows)), ("bias", bias)):
+            object.__setattr__(self, name, value)
+
+    def _rows(self, name: str, values: Any) -> Any:
+        if not isinstance(values, list | tuple) or len(values) != len(self.layers):
+            raise _refused(name, f"have {len(self.layers)} entries, one per layer", values)
+        return values
+
+    @property
+    def width(self) -> int:
+        """Of the states that it reads."""
+        return len(self.weight[0][0])
+
+    @property
+    def choices(self) -> int:
+        """How many widths there are to choose from."""
+        return len(self.weight[0])
+
+    def logits(self, layer: int, states: Tensor) -> Tensor:
+        """Logits of a layer's choices, float32, ``[rows, choices]``, for ``[rows, width]``."""
+        at = self.layers.index(layer)
+        logits = states.float() @ self._tensor.to(states.device)[at].T
+        if self.bias is not None:
+            logits = logits + torch.tensor(self.bias[at], device=states.device)
+        return logits
+
+    @cached_property
+    def _tensor(self) -> Tensor:
+        return torch.tensor(self.weight, dtype=torch.float32)
+
+    @staticmethod
+    def random(
+        layers: Sequence[int], width: int, *, choices: int = 2, seed: int = 0
+    ) -> WidthRouter:
+        """Return routers that nobody trained: what others are to be compared with.
+
+        Weights are normal with standard deviation ``1 / sqrt(width)``: of normalised states every
+        choice is as likely as the others.
+        """
+        for name, value, least in (("width", width, 1), ("choices", choices, _LEAST)):
+            if type(value) is not int or value < least:
+                raise _refused(name, f"be a whole number from {least} on", value)
+        rng = torch.Generator().manual_seed(seed)
+        weight = torch.randn(len(layers), choices, width, generator=rng) / math.sqrt(width)
+        return WidthRouter.from_tensors(dict(zip(layers, weight, strict=True)))
+
+    @staticmethod
+    def from_tensors(
+        weights: Mapping[int, Tensor], biases: Mapping[int, Tensor] | None = None
+    ) -> WidthRouter:
+        """Return the routers of a checkpoint.
+
+        Args:
+            weights: For each layer ``[choices, width]``, from the narrowest choice to the widest.
+            biases: For each layer ``[choices]``; None: zeros.
+
+        Raises:
+            TypeError: A weight is no tensor.
+            ValueError: It has another shape, or numbers that are not finite; the layer is named.
+        """
+        layers = tuple(sorted(weights))
+        if biases is not None and sorted(biases) != list(layers):
+            raise _refused("bias", f"be of layers {list(layers)}", sorted(biases))
+        rows = tuple(_listed("weight", layer, weights[layer], 2) for layer in layers)
+        bias = None
+        if biases is not None:
+            bias = tuple(_listed("bias", layer, biases[layer], 1) for layer in layers)
+        return WidthRouter(layers=layers, weight=rows, bias=bias)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        weight = [[list(row) for row in own] for own in self.weight]
+        bias = None if self.bias is None else [list(own) for own in self.bias]
+        return {"layers": list(self.layers), "weight": weight, "bias": bias}
+
+    @staticmethod
+    def from_dict(values: Any) -> WidthRouter:
+        """Return the routers that `to_dict` described.
+
+        Raises:
+            TypeError: ``values`` is not a dict.
+            ValueError: A field is missing, unknown or wrong; named in the message.
+        """
+        if not isinstance(values, dict):
+            kind = type(values).__name__
+            raise TypeError(f"adaptive: WidthRouter must be an object, got {kind}")
+        known = {f.name for f in fields(WidthRouter)}
+        wrong = sorted(known ^ values.keys())
+        if wrong:
+            rule = "a field" if wrong[0] in known else "no field"
+            raise ValueError(f"adaptive: WidthRouter must have {rule} {wrong[0]!r}")
+        return WidthRouter(**values)
+
+    def save(self, path: str | Path) -> None:
+        """Write safetensors, named as those of `RouterWeights.save`, with a row for each choice.
+
+        Raises:
+            ImportError: The package safetensors is missing.
+        """
+        tensors = {_key(i): self._tensor[at].clone() for at, i in enumerate(self.layers)}
+        for layer, own in zip(self.layers, self.bias or (), strict=False):
+            tensors[_key(layer, "bias")] = torch.tensor(own)
+        meta = {"format": FORMAT, "layers": self.layers, "bias": self.bias is not None}
+        _safetensors().save_file(tensors, Path(path), metadata={_META: json.dumps(meta)})
+
+    @staticmethod
+    def load(path: str | Path) -> WidthRouter:
+        """Read routers that `save` wrote. Only safetensors and JSON are read.
+
+        Raises:
+            OSError: The file cannot be read.
+            ImportError: The package safetensors is missing.
+            ValueError: It holds no such routers, or lacks that of a layer, or has one too many.
+        """
+        path = Path(path)
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ValueError(f"adaptive: {path} must be at most {MAX_FILE_BYTES} bytes")
+        _safetensors()
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                meta = json.loads((file.metadata() or {}).get(_META, "{}"))
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return _read(meta, tensors)
+        except (SafetensorError, ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"adaptive: {path} holds no routers of widths: {error}") from error
+
+
+def _read(meta: Any, tensors: dict[str, Tensor]) -> WidthRouter:
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise ValueError(f"{_META}.format must be {FORMAT}")
+    layers, biased = meta.get("layers"), bool(meta.get("bias"))
+    if not isinstance(layers, list) or not all(type(i) is int for i in layers):
+        raise ValueError(f"{_META}.layers must be a list of whole numbers, got {short(layers)}")
+    parts = ("weight", "bias") if biased else ("weight",)
+    wanted = {_key(layer, part) for layer in layers for part in parts}
+    for key in sorted(wanted - tensors.keys()):
+        raise ValueError(f"it must have {key!r}")
+    for key in sorted(tensors.keys() - wanted):
+        raise ValueError(f"it must not have {key!r}")
+    biases = {layer: tensors[_key(layer, "bias")] for layer in layers} if biased else None
+    return WidthRouter.from_tensors({layer: tensors[_key(layer)] for layer in layers}, biases)
+
+
+def _listed(name: str, layer: int, tensor: object, axes: int) -> Any:
+    """The numbers of a tensor of so many axes, as tuples."""
+    if not isinstance(tensor, Tensor):
+        kind = type(tensor).__name__
+        raise TypeError(f"adaptive: {name} of layer {layer} must be a tensor, got {kind}")
+    if tensor.dim() != axes:
+        shape = "[choices, width]" if axes > 1 else "[choices]"
+        raise _refused(f"{name} of layer {layer}", f"have shape {shape}", list(tensor.shape))
+    values = tensor.detach().cpu().float().tolist()
+    return tuple(map(tuple, values)) if axes > 1 else tuple(values)
+
+
+def _checked(name: str, values: Any) -> tuple[float, ...]:
+    """The numbers, rounded to float32; errors name this class."""
+    try:
+        return _numbers(name, values)
+    except ValueError as error:
+        raise ValueError(str(error).replace("RouterWeights", "WidthRouter")) from None
+
+
+def _refused(name: str, rule: str, value: object) -> ValueError:
+    return ValueError(f"adaptive: WidthRouter.{name} must {rule}, got {short(repr(value))}")
