@@ -159,7 +159,7 @@ def before_forward(
         # An error here would be swallowed, and this hook run again outside of the graph that is
         # made of the rest. So attention says what cannot run in one, and caches stay locked.
         if record.routes is not None:
-            record.refuse_compiling()
+            record.routes.in_graph = True
         return None
     changed = None
     if not torch.is_grad_enabled() or record.routes is not None:
@@ -190,7 +190,7 @@ def after_forward(
     record.forward_calls += 1
     if record.timed:
         record.forward_seconds += perf_counter() - record.forward_start
-    hf_routing_passes.end(record, output)
+    hf_routing_passes.end(base, record, args, kwargs, output)
     cache = kwargs.get("past_key_values")
     hf_adopt.lock(cache, True)
     if record.correct_every and not torch.is_grad_enabled():
