@@ -22,6 +22,7 @@ from transformers import DynamicCache
 import adaptive
 from adaptive import MixtureOfDepths, RouterWeights
 from bench.llama import SHAPES, build
+from bench.mixture_of_depths_truth import by_hand
 from bench.record import Recorder
 from bench.timing import TOLERANCE, Timing, WrongResultError, interleave, relative_error, speedup
 
@@ -52,32 +53,9 @@ def twins(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
     return {name: copy.deepcopy(model, dict(shared)) for name in names}
 
 
-routed = functools.partial(MixtureOfDepths, audit_every=None)
+unaudited = functools.partial(MixtureOfDepths, audit_every=None)
 """What is timed is the policy, not what measures its error."""
-DROPPED = routed(layers=ROUTED, decide="sequence")
-
-
-@torch.inference_mode()
-def by_hand(model: Any, ids: Tensor, router: RouterWeights, capacity: float) -> Tensor:
-    """Logits of a prompt of one sequence whose routed layers see the best tokens alone."""
-    base = model.model
-    rotary = base.rotary_emb(states := base.embed_tokens(ids), torch.arange(ids.shape[1])[None])
-    for index, layer in enumerate(base.layers):
-        if index not in router.layers:
-            states = _first(layer(states, position_embeddings=rotary, attention_mask=None))
-            continue
-        weight, _ = router.of(index, states.device)
-        logits = layer.input_layernorm(states).float() @ weight
-        kept = logits.sigmoid()[0].topk(int(capacity * ids.shape[1])).indices.sort().values
-        some = tuple(part[:, kept] for part in rotary)
-        made = layer(states[:, kept], position_embeddings=some, attention_mask=None)
-        states = states.index_copy(1, kept, _first(made))
-    return model.lm_head(base.norm(states))  # type: ignore[no-any-return]
-
-
-def _first(out: Any) -> Tensor:
-    made: Tensor = out[0] if isinstance(out, tuple) else out
-    return made
+DROPPED = unaudited(layers=ROUTED, decide="sequence")
 
 
 @torch.inference_mode()
@@ -113,7 +91,7 @@ def prompts(model: nn.Module, record: Recorder, threads: int, budget_s: float) -
     policies: dict[str, Any] = {
         "dense": adaptive.Exact(),
         "dropped": DROPPED,
-        **{str(c): routed(router=router, capacity=c) for c in SHARES},
+        **{str(c): unaudited(router=router, capacity=c) for c in SHARES},
     }
     errors = proven(model, policies, ids[:, :PROVEN])
     models = twins(model, list(policies))
@@ -183,8 +161,8 @@ class Steps:
 def decoding(model: Any, record: Recorder, threads: int, budget_s: float) -> None:
     """One sequence: the share of a block's time that a skipped block saves."""
     router = RouterWeights.random(ROUTED, model.config.hidden_size)
-    never = routed(router=router, threshold=0.0, decode_threshold=NEVER)
-    always = routed(router=router, threshold=0.0)
+    never = unaudited(router=router, threshold=0.0, decode_threshold=NEVER)
+    always = unaudited(router=router, threshold=0.0)
     policies = {"dense": adaptive.Exact(), "never": never, "always": always}
     models = twins(model, [*policies, "shallow"])
     models["shallow"].model.layers = models["shallow"].model.layers[:1]
@@ -252,7 +230,7 @@ def batches(model: nn.Module, record: Recorder, threads: int, budget_s: float) -
             name = f"{decide} {share}"
             rule = {"decode_threshold": least} if decide == "token" else {}
             threshold = 0.0 if decide == "token" else least
-            policy = routed(router=router, threshold=threshold, decide=decide, **rule)
+            policy = unaudited(router=router, threshold=threshold, decide=decide, **rule)
             handle = adaptive.patch(found[name], policy)
             variants[name] = Steps(found[name], BATCH)
             handle.reset_stats()
@@ -292,10 +270,9 @@ def main() -> None:
     settings = {"threads": chosen.threads, "budget_s": chosen.budget, "dtype": "bfloat16"}
     record = Recorder("mixture_of_depths", chosen.json, settings)
     model = build("routed", torch.bfloat16)
+    parts = {"decoding": decoding, "prompts": prompts, "batches": batches}
     for name in chosen.parts:
-        {"decoding": decoding, "prompts": prompts, "batches": batches}[name](
-            model, record, chosen.threads, chosen.budget
-        )
+        parts[name](model, record, chosen.threads, chosen.budget)
     record.save()
 
 
