@@ -10,6 +10,7 @@ themselves, against the chance that all eight skip, and where sequences decide o
 
 import argparse
 import copy
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import DynamicCache
 import adaptive
 from adaptive import MixtureOfDepths, RouterWeights
 from bench.llama import SHAPES, build
+from bench.mixture_of_depths_truth import by_hand
 from bench.record import Recorder
 from bench.timing import TOLERANCE, Timing, WrongResultError, interleave, relative_error, speedup
 
@@ -51,29 +53,9 @@ def twins(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
     return {name: copy.deepcopy(model, dict(shared)) for name in names}
 
 
-@torch.inference_mode()
-def by_hand(model: Any, ids: Tensor, router: RouterWeights, capacity: float) -> Tensor:
-    """Logits of a prompt of one sequence whose routed layers see the best tokens alone."""
-    base = model.model
-    states = base.embed_tokens(ids)
-    rotary = base.rotary_emb(states, torch.arange(ids.shape[1])[None])
-    for index, layer in enumerate(base.layers):
-        if index not in router.layers:
-            states = _first(layer(states, position_embeddings=rotary, attention_mask=None))
-            continue
-        weight, _ = router.of(index, states.device)
-        logits = layer.input_layernorm(states).float() @ weight
-        kept = logits.sigmoid()[0].topk(int(capacity * ids.shape[1])).indices.sort().values
-        some = tuple(part[:, kept] for part in rotary)
-        made = layer(states[:, kept], position_embeddings=some, attention_mask=None)
-        states = states.index_copy(1, kept, _first(made))
-    logits: Tensor = model.lm_head(base.norm(states))
-    return logits
-
-
-def _first(out: Any) -> Tensor:
-    made: Tensor = out[0] if isinstance(out, tuple) else out
-    return made
+unaudited = functools.partial(MixtureOfDepths, audit_every=None)
+"""What is timed is the policy, not what measures its error."""
+DROPPED = unaudited(layers=ROUTED, decide="sequence")
 
 
 @torch.inference_mode()
@@ -108,8 +90,8 @@ def prompts(model: nn.Module, record: Recorder, threads: int, budget_s: float) -
     router = RouterWeights.random(ROUTED, model.config.hidden_size)
     policies: dict[str, Any] = {
         "dense": adaptive.Exact(),
-        "dropped": MixtureOfDepths.drop(ROUTED),
-        **{str(c): MixtureOfDepths(router=router, capacity=c) for c in SHARES},
+        "dropped": DROPPED,
+        **{str(c): unaudited(router=router, capacity=c) for c in SHARES},
     }
     errors = proven(model, policies, ids[:, :PROVEN])
     models = twins(model, list(policies))
@@ -152,8 +134,7 @@ def layers_us(timings: dict[str, Timing], name: str) -> float:
 
 
 def _times(timing: Timing) -> dict[str, Any]:
-    found = timing.to_dict()
-    us, least = found.pop("us"), found.pop("us_min")
+    us, least = (found := timing.to_dict()).pop("us"), found.pop("us_min")
     return {"ms": round(us / 1e3, 3), "ms_min": round(least / 1e3, 3), **found}
 
 
@@ -180,19 +161,18 @@ class Steps:
 def decoding(model: Any, record: Recorder, threads: int, budget_s: float) -> None:
     """One sequence: the share of a block's time that a skipped block saves."""
     router = RouterWeights.random(ROUTED, model.config.hidden_size)
-    never = MixtureOfDepths(router=router, threshold=0.0, decode_threshold=NEVER)
-    always = MixtureOfDepths(router=router, threshold=0.0)
+    never = unaudited(router=router, threshold=0.0, decode_threshold=NEVER)
+    always = unaudited(router=router, threshold=0.0)
     policies = {"dense": adaptive.Exact(), "never": never, "always": always}
     models = twins(model, [*policies, "shallow"])
     models["shallow"].model.layers = models["shallow"].model.layers[:1]
-    policies["shallow"] = adaptive.Exact()
-    variants = {}
+    policies["shallow"], variants = adaptive.Exact(), {}
     for name, found in models.items():
         adaptive.patch(found, policies[name])
         variants[name] = Steps(found, 1)
     timings = interleave(variants, threads=threads, repetitions=7, budget_s=budget_s)
-    full, shallow = timings["dense"].rounds, timings["shallow"].rounds
-    skipped, run = timings["never"].rounds, timings["always"].rounds
+    names = ("dense", "shallow", "never", "always")
+    full, shallow, skipped, run = (timings[name].rounds for name in names)
     common = sorted(full.keys() & shallow.keys() & skipped.keys() & run.keys())
     saved = sorted((full[i] - skipped[i]) / (full[i] - shallow[i]) for i in common)
     costs = sorted(run[i] / full[i] - 1 for i in common)
@@ -239,7 +219,7 @@ def batches(model: nn.Module, record: Recorder, threads: int, budget_s: float) -
     router = RouterWeights.random(ROUTED, model.config.hidden_size)
     models = twins(model, ["dense", "dropped"])
     adaptive.patch(models["dense"], adaptive.Exact())
-    adaptive.patch(models["dropped"], MixtureOfDepths.drop(ROUTED))
+    adaptive.patch(models["dropped"], DROPPED)
     variants: dict[str, Any] = {name: Steps(found, BATCH) for name, found in models.items()}
     logs = {}
     found = twins(model, [f"{d} {s}" for d in ("token", "sequence") for s in SHARES])
@@ -250,7 +230,7 @@ def batches(model: nn.Module, record: Recorder, threads: int, budget_s: float) -
             name = f"{decide} {share}"
             rule = {"decode_threshold": least} if decide == "token" else {}
             threshold = 0.0 if decide == "token" else least
-            policy = MixtureOfDepths(router=router, threshold=threshold, decide=decide, **rule)
+            policy = unaudited(router=router, threshold=threshold, decide=decide, **rule)
             handle = adaptive.patch(found[name], policy)
             variants[name] = Steps(found[name], BATCH)
             handle.reset_stats()

@@ -18,8 +18,9 @@ class CosineAudits:
 
     Attributes:
         audits: Passes that were audited: run in full, too.
-        audited: Sequences in them.
-        cosine_sum: Cosines of their pooled outputs with those of the full pass, added up.
+        audited: Sequences in them, or tokens, where those are compared.
+        cosine_sum: Cosines of their pooled outputs (of their outputs, where tokens are compared)
+            with those of the full pass, added up.
         cosine_min: The least of them.
         audit_seconds: Time in the full passes, on CPU.
     """
@@ -54,9 +55,13 @@ class CosineAudits:
         ours, theirs = (pooled(states, weights) for states in (made.detach(), full))
         known = weights.sum(1) > 0  # not for rows of padding alone
         cosines = torch.cosine_similarity(ours, theirs, dim=-1)[known].clamp(max=1).tolist()
+        self.count_audit(cosines, perf_counter() - start if timed else 0.0)
+
+    def count_audit(self, cosines: list[float], seconds: float) -> None:
+        """Count one audit, unless nothing was compared in it."""
         if cosines:
             self.audits += 1
             self.audited += len(cosines)
             self.cosine_sum += sum(cosines)
             self.cosine_min = min(self.cosine_min, *cosines)
-            self.audit_seconds += perf_counter() - start if timed else 0.0
+            self.audit_seconds += seconds

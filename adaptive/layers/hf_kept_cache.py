@@ -6,7 +6,7 @@ from torch import Tensor
 
 from adaptive.layers.hf_cache import AdaptiveCacheLayer
 from adaptive.layers.hf_row_cache import RowCacheLayer
-from adaptive.layers.hf_token_cache import rows_in_use
+from adaptive.layers.routed_tokens import rows_in_use
 
 
 class KeptCacheLayer(RowCacheLayer):
@@ -31,9 +31,23 @@ class KeptCacheLayer(RowCacheLayer):
             return self._all
         assert self._all is not None  # all keys came first
         (keys, values), rows = self._all, self.reading
-        self.reading = self._all = None
+        self.done()
         used = keys.shape[2]
         return rows_in_use(keys, rows, used), rows_in_use(values, rows, used)
+
+    def advance(self, tokens: int) -> None:
+        """Count tokens that went through the layer or past it."""
+        super().advance(tokens)
+        self.done()
+
+    def undo(self) -> None:
+        """As `RowCacheLayer.undo`."""
+        self.done()
+        super().undo()
+
+    def done(self) -> None:
+        """Let the next update append."""
+        self.reading = self._all = None
 
     def length(self) -> int:
         """Keys that reading would return."""

@@ -159,7 +159,7 @@ def before_forward(
         # An error here would be swallowed, and this hook run again outside of the graph that is
         # made of the rest. So attention says what cannot run in one, and caches stay locked.
         if record.routes is not None:
-            record.refuse_compiling()
+            record.routes.in_graph = True
         hf_width_pass.begin(base, record, args, kwargs)
         return None
     changed = None
@@ -192,7 +192,7 @@ def after_forward(
     record.forward_calls += 1
     if record.timed:
         record.forward_seconds += perf_counter() - record.forward_start
-    hf_routing_passes.end(record, output)
+    hf_routing_passes.end(base, record, args, kwargs, output)
     hf_width_pass.end(record)
     cache = kwargs.get("past_key_values")
     hf_adopt.lock(cache, True)

@@ -49,6 +49,8 @@ class Routes:
         windows: Window of each layer; None: it sees all tokens.
         eager: Whether masks are added to scores, in the dtype of the model.
         active: Whether a pass is running.
+        in_graph: Whether torch.compile is at work on it. The layers say so: what is raised before
+            them while a graph is made may be swallowed, and the code then runs without one.
         keys_only: Whether attention only adds keys and values to the cache.
         past: Tokens of the cache before the pass.
         known: Which tokens of cache and pass are not padding, ``[batch, past + tokens]``; None:
@@ -65,6 +67,7 @@ class Routes:
     windows: tuple[int | None, ...]
     eager: bool
     active: bool = False
+    in_graph: bool = False
     keys_only: bool = False
     past: int = 0
     known: Tensor | None = None
@@ -82,7 +85,7 @@ class Routes:
     def begin(self, cache: Any, past: int, known: Tensor | None, rotary: Any) -> None:
         """Route the pass that begins now."""
         self.end()
-        self.active, self.past, self.known = True, past, known
+        self.active, self.in_graph, self.past, self.known = True, False, past, known
         self.cache = None if cache is None else weakref.ref(cache)
         self.rotary = None if rotary is None else weakref.ref(rotary)
 
@@ -155,10 +158,17 @@ class Routes:
         every = bool(ran) and min(ran) == tokens
         return Chosen(chosen[:, :most].long(), counts.long(), most, every, logits)
 
-    def count_rows(self, index: int, runs: Tensor) -> int:
-        """Count a call of a layer that some sequences run, and return how many."""
-        ran = int(runs.sum())
-        self.counted[index] = (len(runs), ran)
+    def count_rows(self, index: int, runs: Tensor, tokens: int) -> int:
+        """Count a call of a layer that some sequences run, and return how many.
+
+        Args:
+            index: The layer.
+            runs: Which run, ``[batch]``.
+            tokens: Of the pass; sequences that are padding alone in it were not offered.
+        """
+        ran, valid = int(runs.sum()), self.valid(tokens)
+        offered = len(runs) if valid is None else int(valid.any(1).sum())
+        self.counted[index] = (offered, ran)
         return ran
 
 

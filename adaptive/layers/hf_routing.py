@@ -51,14 +51,21 @@ class RoutedForward:
         """Run the module for what needs it."""
         module, routes = self._module(), self.routes
         assert module is not None  # it is what calls
+        if routes.in_graph and routes.switch.on:
+            raise NotImplementedError("adaptive: MixtureOfDepths cannot run under torch.compile")
         if not (routes.active and routes.switch.on):
             return type(module).forward(module, *args, **kwargs)
         if self.index not in routes.policy.routed:
             return self._run(module, args, kwargs)
         hidden, given = _by_name(module, args, kwargs)
-        if routes.policy.decide == "sequence":
-            return self._sequences(module, hidden, given)
-        return self._tokens(module, hidden, given)
+        run = self._sequences if routes.policy.decide == "sequence" else self._tokens
+        try:
+            return run(module, hidden, given)
+        except BaseException:
+            layer = routes.cache_layer(self.index)
+            if isinstance(layer, RowCacheLayer | TokenCacheLayer):
+                layer.undo()  # half of a pass is in it
+            raise
 
     def _run(self, module: nn.Module, args: tuple[Any, ...], given: Arguments) -> Any:
         """Run the module itself, and note in which form it returns its output."""
@@ -91,7 +98,7 @@ class RoutedForward:
             runs = routes.decide_rows(self.index, self._read(module, hidden))
             if layer is not None:
                 layer.decide(runs)
-        ran = routes.count_rows(self.index, runs)
+        ran = routes.count_rows(self.index, runs, tokens)
         if ran == batch:
             out = self._run(module, (hidden,), given)
         else:
@@ -124,6 +131,8 @@ class RoutedForward:
             out = self._as_returned(module, full)
         if mine is not None:
             mine.advance(tokens, chosen.every)
+        elif kept is not None:
+            kept.advance(tokens)
         return out
 
     def _compacts(self) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from adaptive.layers import hf_adopt
+from adaptive.layers import hf_adopt, hf_routing_audit
 from adaptive.layers.hf_cache import AdaptiveCacheLayer
 from adaptive.layers.hf_kept_cache import KeptCacheLayer
 from adaptive.layers.hf_routes import Routes
@@ -114,15 +114,25 @@ def begin(
     routes.begin(cache, past, known, rotary)
 
 
-def end(record: PatchRecord, output: Any) -> None:
-    """After a pass of the base module, which returned ``output``: count it."""
+def end(
+    base: nn.Module,
+    record: PatchRecord,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
+) -> None:
+    """After a pass of the base module, which returned ``output``: count it, audit if it is due."""
     routes: Routes | None = record.routes
     log: RoutingLog | None = record.routing_log
     if routes is None or log is None or not routes.active:
         return
     decoding = routes.past > 0 and output[0].shape[1] == 1
+    valid = routes.valid(output[0].shape[1])
     for index, (offered, ran) in routes.end().items():
         log.count(index, offered, ran, decoding)
+    if routes.policy.audit_every is not None and not base.training:
+        given = named_arguments(base, args, kwargs)
+        hf_routing_audit.after_pass(base, record, given, output[0], routes.past, valid)
 
 
 def take_over(cache: Cache, policy: MixtureOfDepths, layers: int, past: int) -> None:
@@ -148,6 +158,12 @@ def take_over(cache: Cache, policy: MixtureOfDepths, layers: int, past: int) -> 
     for index, layer in enumerate(cache.layers):
         routed, ours = index in policy.routed, isinstance(layer, _KINDS)
         if (ours and layer.form == form) if routed else not ours:
+            if ours and not _goes_on(layer, past):
+                raise ValueError(
+                    f"adaptive: the layers of a cache must hold the same tokens, got {layer.seen} "
+                    f"in layer {index} and {past} before it: an exception ended a pass in between; "
+                    "start with a new cache"
+                )
             continue
         if past or ours or not isinstance(layer, AdaptiveCacheLayer):
             of = " of another policy" if ours else ""
@@ -161,6 +177,12 @@ def take_over(cache: Cache, policy: MixtureOfDepths, layers: int, past: int) -> 
 def form_of(policy: MixtureOfDepths) -> tuple[object, ...]:
     """What policies must have in common to go on with each other's caches: which keys they hold."""
     return policy.decide, policy.unit == "mlp", policy.kv, policy.positions
+
+
+def _goes_on(layer: Any, past: int) -> bool:
+    """Whether a pass behind ``past`` tokens goes on where the last one in ``layer`` ended."""
+    every = isinstance(layer, RowCacheLayer) and not layer.drops
+    return past == layer.seen or (every and past == layer.inner.get_seq_length())
 
 
 def _layer_for(policy: MixtureOfDepths, layer: AdaptiveCacheLayer) -> Any:
@@ -186,5 +208,12 @@ def _argument(base: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[st
     """What the base module was given for an argument, by name or by position."""
     if name in kwargs or not args:
         return kwargs.get(name)
+    return named_arguments(base, args, kwargs).get(name)
+
+
+def named_arguments(
+    base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """All that the base module was given, by name."""
     names = list(inspect.signature(type(base).forward).parameters)[1:]
-    return dict(zip(names, args, strict=False)).get(name)
+    return {**dict(zip(names, args, strict=False)), **kwargs}

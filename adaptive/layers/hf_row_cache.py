@@ -74,6 +74,17 @@ class RowCacheLayer(CacheLayerMixin):
         """Count tokens that went through the layer or past it."""
         self.seen += tokens
 
+    def undo(self) -> None:
+        """Forget what a pass brought that an exception has ended inside this layer.
+
+        Where a window has dropped tokens for it, everything: they cannot come back.
+        """
+        brought = self.inner.get_seq_length() - self.seen if self._holds() else 0
+        if not self.seen or (brought > 0 and isinstance(self.inner, AdaptiveSlidingLayer)):
+            self.reset()
+        elif brought > 0:
+            self.inner.crop(-brought)
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 from adaptive.layers.hf_cache import AdaptiveCacheLayer, _stock_crop
 from adaptive.layers.hf_row_cache import FOREIGN
 from adaptive.layers.kv_store import KVStore
+from adaptive.layers.routed_tokens import rows_in_use
 
 
 class Coming(NamedTuple):
@@ -227,6 +228,15 @@ class TokenCacheLayer(CacheLayerMixin):
     def crop(self, tokens: int) -> None:
         """Remove the last ``-tokens`` tokens of the sequence; see `AdaptiveCacheLayer.crop`."""
         kept = max(self.seen + tokens, 0) if tokens < 0 else _stock_crop(self.seen, tokens)
+        self._drop_from(kept)
+
+    def undo(self) -> None:
+        """Forget what a pass brought that an exception has ended inside this layer."""
+        self._coming = None
+        self._drop_from(self.seen)
+
+    def _drop_from(self, kept: int) -> None:
+        """Hold no token from position ``kept`` on."""
         if not kept:
             self.reset()
             return
@@ -286,15 +296,3 @@ class TokenCacheLayer(CacheLayerMixin):
         other = type(self).__new__(type(self))
         other.__dict__.update(self.__dict__, store=copy.copy(self.store))
         return other
-
-
-def rows_in_use(tensor: Tensor, rows: Tensor, used: int) -> Tensor:
-    """The first ``used`` slots of these rows: a view where they are neighbours, else a copy."""
-    tensor = tensor[:, :, :used]
-    count = len(rows)
-    if count == len(tensor):
-        return tensor
-    first = int(rows[0])
-    if int(rows[-1]) - first == count - 1:
-        return tensor[first : first + count]
-    return tensor.index_select(0, rows)

@@ -35,3 +35,15 @@ def combine_tokens(
     at = (row, tokens[row, place].long())
     hidden[at] = hidden[at] + update[row, place].to(hidden.dtype)
     return hidden
+
+
+def rows_in_use(tensor: Tensor, rows: Tensor, used: int) -> Tensor:
+    """The first ``used`` slots of these rows: a view where they are neighbours, else a copy."""
+    tensor = tensor[:, :, :used]
+    count = len(rows)
+    if count == len(tensor):
+        return tensor
+    first = int(rows[0])
+    if int(rows[-1]) - first == count - 1:
+        return tensor[first : first + count]
+    return tensor.index_select(0, rows)

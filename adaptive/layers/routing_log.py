@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from adaptive.layers.cosine_audit import CosineAudits
+
 
 @dataclass
 class LayerRouting:
@@ -32,19 +34,21 @@ class LayerRouting:
         return self.ran / self.offered if self.offered else None
 
 
-@dataclass
-class RoutingLog:
-    """Counters of one patched model.
+@dataclass(kw_only=True)
+class RoutingLog(CosineAudits):
+    """Counters of one patched model. Audits compare the last hidden states of single tokens.
 
     Attributes:
         unit: What is routed: "block", "attention" or "mlp".
         decide: What is decided on: "sequence" or "token".
         layers: By number of the layer.
+        since_audit: Tokens of the passes since the last audit, padding too.
     """
 
     unit: str
     decide: str
     layers: dict[int, LayerRouting] = field(default_factory=dict)
+    since_audit: int = 0
 
     def count(self, layer: int, offered: int, ran: int, decoding: bool) -> None:
         """Count one call of a routed module.
@@ -77,7 +81,18 @@ class RoutingLog:
             str(number): {**asdict(layer), "share": layer.share}
             for number, layer in sorted(self.layers.items())
         }
-        return {"unit": self.unit, "decide": self.decide, "layers": layers, "share": self.share}
+        mean, least = self.agreement or (None, None)
+        return {
+            "unit": self.unit,
+            "decide": self.decide,
+            "layers": layers,
+            "share": self.share,
+            "audits": self.audits,
+            "audited": self.audited,
+            "audit_seconds": self.audit_seconds,
+            "cosine_mean": mean,
+            "cosine_min": least,
+        }
 
     def __str__(self) -> str:
         """Return a few lines for the report."""
@@ -92,8 +107,12 @@ class RoutingLog:
         prompt, skipped = sum(x.calls for x in every), sum(x.skipped for x in every)
         steps, quiet = sum(x.decode_calls for x in every), sum(x.decode_skipped for x in every)
         many = "sequences" if self.decide == "sequence" else "tokens"
+        audit = "none audited"
+        if self.agreement is not None:
+            mean, least = self.agreement
+            audit = f"{self.audited} tokens audited: cosine {mean:.4f}, at least {least:.4f}"
         return (
             f"routing of {self.unit}s: {self.share:.1%} of {many} ran; by layer {shares}\n"
             f"modules not run: {skipped} of {prompt} calls in prompts, "
-            f"{quiet} of {steps} in decoding"
+            f"{quiet} of {steps} in decoding\n{audit}"
         )

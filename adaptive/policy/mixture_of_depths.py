@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from adaptive.policy._compose import begin
-from adaptive.policy._fields import check_layers_exist, is_share, refused, set_layers
+from adaptive.policy._fields import (
+    check_count,
+    check_layers_exist,
+    is_share,
+    refused,
+    set_layers,
+)
 from adaptive.policy._policy import Policy
 from adaptive.policy.plan import Plan
 from adaptive.policy.router_weights import RouterWeights
@@ -51,6 +57,9 @@ class MixtureOfDepths(Policy):
         positions: Of tokens that run: "original", or "compact": counted among those that run.
         kv: Keys and values of skipped tokens: "dropped", or "kept": then only queries are routed.
         decode: "frozen" for sequences, "threshold" for tokens; None: that one.
+        audit_every: Of every n tokens at most one is run again by the whole model, and the cosine
+            of the last hidden states measured: the first call in any case, others when it is their
+            turn. None: never.
     """
 
     routes: ClassVar[bool] = True
@@ -66,10 +75,12 @@ class MixtureOfDepths(Policy):
     positions: str = "original"
     kv: str = "dropped"
     decode: str | None = None
+    audit_every: int | None = 64
 
     def __post_init__(self) -> None:
         if isinstance(self.router, dict):
             object.__setattr__(self, "router", RouterWeights.from_dict(self.router))
+        check_count(self, "audit_every", 1, optional=True)
         self._check_choices()
         self._check_rule()
         self._check_layers()
