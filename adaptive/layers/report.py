@@ -14,6 +14,7 @@ from rich.table import Table
 
 from adaptive.layers.encoder_exit_log import EncoderExitLog
 from adaptive.layers.exit_log import ExitLog
+from adaptive.layers.refill_log import RefillLog
 from adaptive.layers.routing_log import RoutingLog
 from adaptive.layers.sparse_ffn import SparseFfnLog, held_bytes
 from adaptive.layers.speculation_log import SpeculationLog
@@ -21,7 +22,7 @@ from adaptive.layers.state import LayerState, PatchRecord
 from adaptive.layers.token_merge_log import TokenMergeLog
 from adaptive.layers.units import in_bytes
 
-_LOGS = ("speculation", "exits", "encoder_exit", "token_merging", "routing", "sparse_ffn")
+_LOGS = ("speculation", "exits", "encoder_exit", "token_merging", "routing", "sparse_ffn", "refill")
 WIDTH = 100
 """Columns that the printed table fits in."""
 
@@ -93,6 +94,7 @@ class Report:
         routing: How much of which layer ran; None where no policy routes.
         sparse_ffn: Neurons computed where the model leaves most at 0; None where it does not.
         token_merging: How many tokens of an encoder were left; None where none merge.
+        refill: How full batches of `generate_many` were; None without a call of it.
     """
 
     model: str
@@ -111,6 +113,7 @@ class Report:
     routing: RoutingLog | None = None
     sparse_ffn: SparseFfnLog | None = None
     token_merging: TokenMergeLog | None = None
+    refill: RefillLog | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -214,6 +217,7 @@ def report(model: str, record: PatchRecord, native_calls: dict[str, int]) -> Rep
         routing=copy.deepcopy(record.routing_log),
         sparse_ffn=held_bytes(record.switch.sparse_ffn, record.log),
         token_merging=copy.deepcopy(record.token_merge_log),
+        refill=copy.copy(record.switch.refill),
     )
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from adaptive.layers.refill_log import RefillLog
 from adaptive.layers.sparse_ffn import SparseFfnLog
 
 
@@ -12,12 +13,15 @@ class Switch:
     Attributes:
         on: Off inside `Patched.disabled()`.
         sparse_ffn: What FFNs of few active neurons did; None without one.
+        refill: What `Patched.generate_many` did; None before its first call.
     """
 
     on: bool = True
     sparse_ffn: SparseFfnLog | None = None
+    refill: RefillLog | None = None
 
     def reset(self) -> None:
         """Set the counters to zero."""
+        self.refill = None
         if self.sparse_ffn is not None:
             self.sparse_ffn = SparseFfnLog(layers=self.sparse_ffn.layers)
