@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -118,7 +118,7 @@ class Patched:
         self._require_active("verify")
         record = self._record
         before, states = copy.copy(record), [copy.copy(state) for state in record.states]
-        ffns, widths = record.switch.sparse_ffn, record.switch.widths
+        logs = copy.copy(record.switch)
         start = _native.calls()
         self.reset_stats()
         enabled, record.enabled = record.enabled, True  # inside disabled(), too
@@ -131,10 +131,52 @@ class Patched:
             spent = _minus(_native.calls(), start)
             for counter in PatchRecord.COUNTERS:
                 setattr(record, counter, getattr(before, counter))
-            record.switch.sparse_ffn, record.switch.widths = ffns, widths
+            record.switch.restore(logs)
             record.native_start = _minus(before.native_start, spent, sign=1)
             for state, saved in zip(record.states, states, strict=True):
                 state.restore(saved)
+
+    def generate_many(
+        self,
+        prompts: Sequence[Tensor | Sequence[int]],
+        *,
+        batch_size: int = 8,
+        max_new_tokens: int | Sequence[int] | None = None,
+        on_result: Callable[[int, Tensor], object] | None = None,
+        **options: Any,
+    ) -> list[Tensor]:
+        """Generate from many prompts in one batch, whose finished rows make place for the next.
+
+        Each prompt gets the tokens that ``model.generate`` makes of it alone, up to rounding; with
+        `EarlyExit` where rows leave alone. Drawn tokens come from the same distribution.
+
+        Args:
+            prompts: Token ids, ``[tokens]`` each, without padding, of any lengths.
+            batch_size: The most rows at a time.
+            max_new_tokens: The most new tokens, of all prompts or of each; None: as the model's
+                generation config says.
+            on_result: Called with a prompt's number and its sequence as soon as that is finished.
+            options: Of `generate`: stop tokens, sampling, processors, criteria, ...
+
+        Returns:
+            For each prompt its tokens and the new ones, ``[tokens]``, in the order of the prompts.
+
+        Raises:
+            ValueError, TypeError: A prompt, the batch size or the numbers of tokens are wrong.
+            NotImplementedError: The model, a policy, or an option cannot be used so; it is named.
+            PatchConflict: The model is not patched any more, or this is inside `disabled()`.
+        """
+        self._require_active("generate_many")
+        if any(state.site.kind != "hf" for state in self._record.states):
+            raise NotImplementedError(
+                "adaptive::generate_many: model must be a decoder of transformers, got "
+                f"{type(self.model).__name__}"
+            )
+        from adaptive.layers.hf_generate_many import generate_many
+
+        return generate_many(
+            self._root, self._record, prompts, batch_size, max_new_tokens, on_result, options
+        )
 
     def unpatch(self) -> nn.Module:
         """Put the model back as it was before patch(), and return it.

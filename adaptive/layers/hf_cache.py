@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from adaptive.layers.head_split import REDUCED, HeadSplit
+from adaptive.layers.kv_shift import shifted
 from adaptive.layers.kv_store import KVStore
 
 _OP = "adaptive::kv_cache"
@@ -183,6 +184,21 @@ class AdaptiveCacheLayer(CacheLayerMixin):
         """Of the last ``tokens`` tokens keep those at ``index``, as `KVStore.keep`."""
         assert isinstance(self.store, KVStore)  # no policy that reduces caches drafts trees
         self.store.keep(index, tokens)
+
+    def shift(self, tokens: int) -> None:
+        """Put so many empty tokens in front of all rows; drop the first ones if negative."""
+        assert isinstance(self.store, KVStore)  # rows come and go with no policy that reduces
+        self.store = shifted(self.store, tokens)
+
+    def put(self, row: int, other: "AdaptiveCacheLayer") -> None:
+        """Overwrite the last tokens of a row of the batch with all of the one row of ``other``."""
+        made = (self.store.keys, other.store.keys), (self.store.values, other.store.values)
+        for held, new in made:
+            assert held is not None  # both hold tokens
+            assert new is not None
+            tokens = min(held.shape[2], new.shape[2])
+            there = held[row].narrow(1, held.shape[2] - tokens, tokens)
+            there.copy_(new[0].narrow(1, new.shape[2] - tokens, tokens))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace row b of the batch by row ``beam_idx[b]``, as beam search does."""

@@ -136,6 +136,11 @@ class ExitPasses(Passes):
                 )
         self._forget(left)
 
+    def restart(self) -> None:
+        """As `Passes.restart`; nobody waits."""
+        super().restart()
+        self._waiting, self._ids = {}, []
+
     def abandon(self) -> None:
         """Leave in the cache what every layer holds, and forget who waits."""
         layers: Sequence[Any] = self.cache.layers

@@ -61,6 +61,10 @@ class ExitSteps(ABC):
     def step(self) -> None:
         """Make a token per row."""
 
+    def align(self) -> None:
+        """Let every layer hold every token, so that rows may come and go."""
+        self.passes.catch_up()
+
     def is_audited(self) -> bool:
         """Whether the exit of this step is one of those that are audited."""
         self.log.exit_steps += 1
@@ -183,6 +187,11 @@ class AloneSteps(ExitSteps):
             self._leave(left, made)
         passes.settle()
         log.tokens += rows.keep(chosen)
+
+    def align(self) -> None:
+        """As `ExitSteps.align`; windows drop what nobody needs any more."""
+        super().align()
+        self.passes.settle()
 
     def _leave(self, left: Left, logits: Tensor) -> None:
         """Give the later layers what they get of tokens that left."""

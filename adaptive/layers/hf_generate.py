@@ -122,6 +122,16 @@ def _with_stop_strings(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _refuse_modes(policy: Policy, model: Any, kwargs: dict[str, Any]) -> None:
     """Raise if the call asks for another way of decoding than greedy search or sampling."""
+    problem = why_not_mode(model, kwargs)
+    if problem is not None:
+        raise NotImplementedError(
+            f"adaptive: {type(policy).__name__}: {problem}; use `with patched.disabled():` for "
+            "that call"
+        )
+
+
+def why_not_mode(model: Any, kwargs: dict[str, Any]) -> str | None:
+    """Say what of a call is another way of decoding than greedy search or sampling, if anything."""
     config = kwargs.get("generation_config") or model.generation_config
 
     def asked(name: str, default: Any) -> Any:
@@ -130,7 +140,7 @@ def _refuse_modes(policy: Policy, model: Any, kwargs: dict[str, Any]) -> None:
 
     for name, why in _OTHER_WAYS.items():
         if asked(name, None) is not None:
-            raise _refused(policy, f"{name} cannot be used with it: {why}")
+            return f"{name} cannot be used with it: {why}"
     for name, plain in (
         ("num_beams", 1),
         ("num_beam_groups", 1),
@@ -146,10 +156,5 @@ def _refuse_modes(policy: Policy, model: Any, kwargs: dict[str, Any]) -> None:
     ):
         value = asked(name, plain)
         if value != plain:
-            raise _refused(policy, f"{name}={value!r} is not supported: {_MODES} is")
-
-
-def _refused(policy: Policy, what: str) -> NotImplementedError:
-    return NotImplementedError(
-        f"adaptive: {type(policy).__name__}: {what}; use `with patched.disabled():` for that call"
-    )
+            return f"{name}={value!r} is not supported: {_MODES} is"
+    return None

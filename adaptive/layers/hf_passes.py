@@ -67,6 +67,10 @@ class Passes:
                 layer.record_past = True
         return logits
 
+    def restart(self) -> None:
+        """Go on from what every layer holds, after rows of the batch came or went."""
+        self._shallow, self._states = self.slots, []
+
     def plain(self, ids: Tensor) -> Tensor:
         """Run the whole model on one token per row; its logits, ``[batch, 1, vocabulary]``."""
         return self._call(ids, self.positions, self.slots + 1)

@@ -66,10 +66,17 @@ class RowPasses(Passes):
     def prompt(self, ids: Tensor, chunk: int | None) -> Tensor:
         """As `Passes.prompt`."""
         logits = super().prompt(ids, chunk)
-        self._ran = torch.full((len(self.ends), len(ids)), self.slots)
-        self._ids = ids.new_zeros(len(ids), AT_ONCE)
-        self._settled = self.slots
+        self.restart()
         return logits
+
+    def restart(self) -> None:
+        """As `Passes.restart`; no row waits."""
+        super().restart()
+        batch = len(self.positions)
+        self._ran = torch.full((len(self.ends), batch), self.slots)
+        self._ids = self.positions.new_zeros(batch, AT_ONCE)
+        self._settled = self.slots
+        self._waiting = {}
 
     def begin(self, ids: Tensor) -> None:
         """Take in a token of each row, ``[batch, 1]``, which no layer has seen."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from adaptive.layers.speculative_sampling import accept_greedy, accept_sampled, accept_tree
 from adaptive.layers.token_tree import Tree, tree_tensors
 
-_SCORES_ALONE = {
+SCORES_ALONE = {
     "EpsilonLogitsWarper",
     "EtaLogitsWarper",
     "MinPLogitsWarper",
@@ -93,7 +93,7 @@ class Rows:
         """Whether processors, criteria or a streamer see the batch as one, rows equally long."""
         names = {type(processor).__name__ for processor in self._processors}
         criteria = {type(criterion).__name__ for criterion in self._criteria}
-        alone = names <= _SCORES_ALONE and criteria <= _ROWS_ALONE and self._streamer is None
+        alone = names <= SCORES_ALONE and criteria <= _ROWS_ALONE and self._streamer is None
         return self.batch > 1 and not alone
 
     @property

@@ -187,6 +187,12 @@ class AdaptiveSlidingLayer(AdaptiveCacheLayer):
         self.cumulative_length -= tokens
         self._compact(min(self._past + self.margin, self._held))
 
+    def shift(self, tokens: int) -> None:
+        """As `AdaptiveCacheLayer.shift`, of tokens seen; held are those that the window needs."""
+        self.cumulative_length += tokens
+        missing = min(self.cumulative_length, self.sliding_window - 1) - self._held
+        super().shift(max(missing, 0) or min(self.cumulative_length - self._held, 0))
+
     def reset(self) -> None:
         """Forget everything and free the storage."""
         super().reset()

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from adaptive.layers.encoder_exit_log import EncoderExitLog
 from adaptive.layers.exit_log import ExitLog
+from adaptive.layers.refill_log import RefillLog
 from adaptive.layers.routing_log import RoutingLog
 from adaptive.layers.sparse_ffn import SparseFfnLog, held_bytes
 from adaptive.layers.speculation_log import SpeculationLog
@@ -23,7 +24,7 @@ from adaptive.layers.units import in_bytes
 from adaptive.layers.width_log import WidthLog
 
 _ENCODER_LOGS = ("encoder_exit", "token_merging", "token_pruning")
-_LOGS = ("speculation", "exits", *_ENCODER_LOGS, "routing", "widths", "sparse_ffn")
+_LOGS = ("speculation", "exits", *_ENCODER_LOGS, "routing", "widths", "sparse_ffn", "refill")
 WIDTH = 100
 """Columns that the printed table fits in."""
 
@@ -97,6 +98,7 @@ class Report:
         sparse_ffn: Neurons computed where the model leaves most at 0; None where it does not.
         token_merging: How many tokens of an encoder were left; None where none merge.
         token_pruning: The same of pruning.
+        refill: How full batches of `generate_many` were; None without a call of it.
     """
 
     model: str
@@ -117,6 +119,7 @@ class Report:
     sparse_ffn: SparseFfnLog | None = None
     token_merging: TokenReductionLog | None = None
     token_pruning: TokenReductionLog | None = None
+    refill: RefillLog | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -222,6 +225,7 @@ def report(model: str, record: PatchRecord, native_calls: dict[str, int]) -> Rep
         sparse_ffn=held_bytes(record.switch.sparse_ffn, record.log),
         token_merging=copy_of(record.token_reduction_log, "merge"),
         token_pruning=copy_of(record.token_reduction_log, "prune"),
+        refill=copy.copy(record.switch.refill),
     )
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from adaptive.layers.refill_log import RefillLog
 from adaptive.layers.sparse_ffn import SparseFfnLog
 from adaptive.layers.width_choice import WidthPass
 from adaptive.layers.width_log import WidthLog
@@ -16,15 +17,22 @@ class Switch:
         sparse_ffn: What FFNs of few active neurons did; None without one.
         widths: What FFNs of a part of their neurons did; None where no policy narrows them.
         width_pass: What these FFNs share in a pass; None likewise.
+        refill: What `Patched.generate_many` did; None before its first call.
     """
 
     on: bool = True
     sparse_ffn: SparseFfnLog | None = None
     widths: WidthLog | None = None
     width_pass: WidthPass | None = None
+    refill: RefillLog | None = None
 
     def reset(self) -> None:
         """Set the counters to zero."""
+        self.refill = None
         if self.sparse_ffn is not None:
             self.sparse_ffn = SparseFfnLog(layers=self.sparse_ffn.layers)
         self.widths = self.widths and WidthLog()
+
+    def restore(self, saved: "Switch") -> None:
+        """Set the counters to those of ``saved``."""
+        self.sparse_ffn, self.widths, self.refill = saved.sparse_ffn, saved.widths, saved.refill

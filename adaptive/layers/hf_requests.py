@@ -1,0 +1,163 @@
+"""Prompts of `generate_many`: what `generate` makes of the options of each, and rows of them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from adaptive.layers.hf_inputs import cache_and_mask
+from adaptive.layers.hf_rows import SCORES_ALONE, Rows
+
+NAME = "generate_many"
+_COUNTED = {"EosTokenCriteria", "MaxLengthCriteria"}
+"""Criteria that need no more than the last token and the length."""
+
+
+@dataclass
+class Request:
+    """One prompt: its tokens, how the next is chosen, and when it ends.
+
+    Attributes:
+        index: Of the prompt.
+        ids: Tokens, the prompt's and those made.
+        device: Where the model takes them.
+        processors: Applied to its logits.
+        criteria: Asked after each token.
+        config: As `generate` prepared it.
+    """
+
+    index: int
+    ids: list[int]
+    device: torch.device
+    processors: Any
+    criteria: Any
+    config: Any
+
+    def __post_init__(self) -> None:
+        kinds = {type(criterion).__name__ for criterion in self.criteria}
+        self._counted = kinds <= _COUNTED
+        self._most: int = min(c.max_length for c in self.criteria if hasattr(c, "max_length"))
+        stops = [c.eos_token_id.tolist() for c in self.criteria if hasattr(c, "eos_token_id")]
+        self._stops = {token for each in stops for token in each}
+
+    @property
+    def room(self) -> int:
+        """Tokens that it may still get."""
+        return self._most - len(self.ids)
+
+    def sequence(self) -> Tensor:
+        """All tokens, ``[1, tokens]``."""
+        return torch.tensor([self.ids], device=self.device)
+
+    def add(self, token: int) -> bool:
+        """Append a token; return whether it was the last."""
+        self.ids.append(token)
+        if self._counted:
+            return token in self._stops or len(self.ids) >= self._most
+        return bool(torch.as_tensor(self.criteria(self.sequence(), None)).any())
+
+
+def prepare(
+    model: Any, index: int, prompt: Tensor, options: dict[str, Any]
+) -> tuple[Request, Cache]:
+    """Have `generate` of transformers prepare a call for one prompt, ``[tokens]``, and stop there.
+
+    Returns:
+        The prompt with what it was prepared for, and the cache that was made, empty.
+
+    Raises:
+        NotImplementedError: The options ask for a cache that rows cannot come to and leave.
+    """
+    made: list[tuple[Request, Cache]] = []
+
+    def note(
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        cache, _ = cache_and_mask(NAME, input_ids, model_kwargs, synced_gpus)
+        given = logits_processor, stopping_criteria, generation_config
+        made.append((Request(index, input_ids[0].tolist(), input_ids.device, *given), cache))
+        return input_ids
+
+    given = {"attention_mask": torch.ones_like(prompt[None]), **options, "custom_generate": note}
+    type(model).generate(model, prompt[None], **given)
+    return made[0]
+
+
+class RequestRows(Rows):
+    """The rows of a batch, each a request of its own.
+
+    Attributes:
+        requests: Of each row.
+    """
+
+    def __init__(self, first: Request) -> None:
+        """Start with one row."""
+        self._streamer = None
+        self._sample = bool(first.config.do_sample)
+        self._processors = first.processors
+        names = {type(processor).__name__ for processor in first.processors}
+        self._scores_alone = names <= SCORES_ALONE
+        self.requests: list[Request] = []
+        self.seat([first])
+
+    def seat(self, requests: list[Request]) -> None:
+        """Have these requests as rows."""
+        self.requests = requests
+        self.batch = len(requests)
+        self.alive = torch.ones(self.batch, dtype=torch.bool)
+
+    @property
+    def even(self) -> bool:
+        """False: nothing sees the batch as one."""
+        return False
+
+    def held(self) -> list[int]:
+        """Tokens of each row that layers have seen: all but the last."""
+        return [len(request.ids) - 1 for request in self.requests]
+
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(len(request.ids) for request in self.requests)
+
+    def room(self) -> int:
+        """The most tokens that a row may still get."""
+        return max(request.room for request in self.requests)
+
+    def last(self) -> Tensor:
+        """The last token of each row, ``[batch, 1]``."""
+        tokens = [[request.ids[-1]] for request in self.requests]
+        return torch.tensor(tokens, device=self.requests[0].device)
+
+    def keep(self, chosen: list[list[int]]) -> int:
+        """Append tokens to the rows, until each ends; return how many were kept."""
+        kept, alive = 0, self.alive.tolist()
+        for row, (request, tokens) in enumerate(zip(self.requests, chosen, strict=True)):
+            for token in tokens:
+                if not alive[row]:
+                    break
+                alive[row] = not request.add(token)
+                kept += 1
+        self.alive = torch.tensor(alive)
+        return kept
+
+    def _scores(self, logits: Tensor, drafted: list[Tensor]) -> Tensor:
+        """As `Rows`, each row by its own processors."""
+        scores = logits.to(torch.float32, copy=True)
+        if self._scores_alone:
+            ids = torch.zeros(self.batch, 0, dtype=torch.long, device=scores.device)
+            processed: Tensor = self._processors(ids, scores)
+            return processed
+        rows = []
+        for row, request in enumerate(self.requests):
+            ids = torch.cat([request.sequence(), *(each[row : row + 1] for each in drafted)], 1)
+            rows.append(request.processors(ids, scores[row : row + 1]))
+        return torch.cat(rows)
