@@ -118,7 +118,7 @@ class Patched:
         self._require_active("verify")
         record = self._record
         before, states = copy.copy(record), [copy.copy(state) for state in record.states]
-        ffns = record.switch.sparse_ffn
+        ffns, experts = record.switch.sparse_ffn, record.switch.experts
         start = _native.calls()
         self.reset_stats()
         enabled, record.enabled = record.enabled, True  # inside disabled(), too
@@ -131,7 +131,7 @@ class Patched:
             spent = _minus(_native.calls(), start)
             for counter in PatchRecord.COUNTERS:
                 setattr(record, counter, getattr(before, counter))
-            record.switch.sparse_ffn = ffns
+            record.switch.sparse_ffn, record.switch.experts = ffns, experts
             record.native_start = _minus(before.native_start, spent, sign=1)
             for state, saved in zip(record.states, states, strict=True):
                 state.restore(saved)

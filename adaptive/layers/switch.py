@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from adaptive.layers.expert_log import ExpertLog
 from adaptive.layers.sparse_ffn import SparseFfnLog
 
 
@@ -12,12 +13,16 @@ class Switch:
     Attributes:
         on: Off inside `Patched.disabled()`.
         sparse_ffn: What FFNs of few active neurons did; None without one.
+        experts: What the experts of FFNs did; None without any.
     """
 
     on: bool = True
     sparse_ffn: SparseFfnLog | None = None
+    experts: ExpertLog | None = None
 
     def reset(self) -> None:
         """Set the counters to zero."""
         if self.sparse_ffn is not None:
             self.sparse_ffn = SparseFfnLog(layers=self.sparse_ffn.layers)
+        if self.experts is not None:
+            self.experts = self.experts.reset()
