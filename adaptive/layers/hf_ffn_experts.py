@@ -68,7 +68,7 @@ class ExpertsForward:
         assert ffn is not None  # it is what calls
         if not self.switch.on or x.numel() == 0:
             return type(ffn).forward(ffn, x)  # type: ignore[no-any-return]
-        _refuse(ffn)
+        _refuse(ffn, self.switch.in_graph)
         rows = x.reshape(-1, x.shape[-1])
         experts, weight, bias = self.weights.of(ffn)
         if torch.is_grad_enabled() and _wants_gradient(ffn):
@@ -125,9 +125,9 @@ class ExpertsForward:
         found.count(len(rows), runs)
 
 
-def _refuse(ffn: Any) -> None:
+def _refuse(ffn: Any, in_graph: bool) -> None:
     """Raise where the choice of a call would be frozen, or projections are not what they were."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    if in_graph or torch.compiler.is_compiling() or torch._C._is_tracing():
         raise NotImplementedError(
             "adaptive: FeedForwardExperts cannot run under torch.compile or torch.jit.trace: which "
             "experts run depends on the tokens"
@@ -238,7 +238,6 @@ def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
     if policy is None or not (layers := policy.split_layers(len(survey.layers))):
         return
     record.switch.experts = ExpertLog(experts=policy.experts)
-    record.eager_only = record.eager_only or "FeedForwardExperts"
     for layer in layers:
         name = ffn_name(survey, layer)
         assert name is not None  # or it would have been refused

@@ -12,11 +12,13 @@ class Switch:
 
     Attributes:
         on: Off inside `Patched.disabled()`.
+        in_graph: Whether torch.compile is at work on the pass now running, if not on every call.
         sparse_ffn: What FFNs of few active neurons did; None without one.
         experts: What the experts of FFNs did; None without any.
     """
 
     on: bool = True
+    in_graph: bool = False
     sparse_ffn: SparseFfnLog | None = None
     experts: ExpertLog | None = None
 
