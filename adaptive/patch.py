@@ -10,7 +10,7 @@ from torch import nn
 from adaptive import _native
 from adaptive.adapters import EncoderFamily, family_for
 from adaptive.errors import PatchConflict, UnknownFamily, UnsupportedModel
-from adaptive.layers import hf_linear, hf_sparse_ffn, hf_width
+from adaptive.layers import hf_ffn_experts, hf_linear, hf_sparse_ffn, hf_width
 from adaptive.layers.fingerprint import fingerprint
 from adaptive.layers.state import RECORD, STATE, LayerState, PatchRecord
 from adaptive.layers.survey import Survey
@@ -279,6 +279,7 @@ def _install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
         backend = hf_encoder if is_encoder(survey) else hf_model
         backend.install(root, survey, record)
         hf_width.install(root, survey, record)
+        hf_ffn_experts.install(root, survey, record)
     else:
         from adaptive.layers import torch_attention
 

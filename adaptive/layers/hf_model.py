@@ -154,7 +154,7 @@ def before_forward(
     wanted = kwargs.get("output_attentions")
     record.want_weights = bool(config.output_attentions if wanted is None else wanted)
     record.selection = None
-    record.in_graph = torch.compiler.is_compiling()
+    record.in_graph = record.switch.in_graph = torch.compiler.is_compiling()
     if record.in_graph:
         # An error here would be swallowed, and this hook run again outside of the graph that is
         # made of the rest. So attention says what cannot run in one, and caches stay locked.

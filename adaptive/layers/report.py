@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +14,9 @@ from rich.table import Table
 from adaptive.layers.encoder_exit_log import EncoderExitLog
 from adaptive.layers.exit_log import ExitLog
 from adaptive.layers.refill_log import RefillLog
+from adaptive.layers.expert_log import ExpertLog
+from adaptive.layers.expert_weights import held_log
+from adaptive.layers.report_rows import PERCENTILES, groups, scores, skipped, skips
 from adaptive.layers.routing_log import RoutingLog
 from adaptive.layers.sparse_ffn import SparseFfnLog, held_bytes
 from adaptive.layers.speculation_log import SpeculationLog
@@ -24,12 +26,10 @@ from adaptive.layers.units import in_bytes
 from adaptive.layers.width_log import WidthLog
 
 _ENCODER_LOGS = ("encoder_exit", "token_merging", "token_pruning")
-_LOGS = ("speculation", "exits", *_ENCODER_LOGS, "routing", "widths", "sparse_ffn", "refill")
+_FFN_LOGS = ("widths", "sparse_ffn", "experts")
+_LOGS = ("speculation", "exits", *_ENCODER_LOGS, "routing", *_FFN_LOGS, "refill")
 WIDTH = 100
 """Columns that the printed table fits in."""
-
-PERCENTILES = {"mass_min": 0.0, "mass_p01": 0.01, "mass_p10": 0.1, "mass_p50": 0.5}
-"""Fields of a LayerReport, and the share of the measured masses that lie below each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +99,7 @@ class Report:
         token_merging: How many tokens of an encoder were left; None where none merge.
         token_pruning: The same of pruning.
         refill: How full batches of `generate_many` were; None without a call of it.
+        experts: What the experts of FFNs did; None where no policy splits FFNs.
     """
 
     model: str
@@ -120,6 +121,7 @@ class Report:
     token_merging: TokenReductionLog | None = None
     token_pruning: TokenReductionLog | None = None
     refill: RefillLog | None = None
+    experts: ExpertLog | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -142,17 +144,17 @@ class Report:
         title = f"{self.model} ({self.family}), {exact}: {', '.join(self.policies)}"
         table = Table(title=title, title_justify="left", caption=self._caption(), box=SIMPLE_HEAD)
         table.caption_justify = "left"
-        skips = any(_skips(layer) for layer in self.layers)
+        skipping = any(skips(layer) for layer in self.layers)
         headings = ["layers", "native", "stock, why", "queries", "KV read", "KV held", "time"]
-        if skips:
+        if skipping:
             headings += ["of dense", "mass min", "mean"]
-        local = not skips and any(layer.scores < layer.dense_scores for layer in self.layers)
+        local = not skipping and any(layer.scores < layer.dense_scores for layer in self.layers)
         if local:
             headings += ["scores"]
         for heading in headings:
             left = heading in ("layers", "stock, why")
             table.add_column(heading, justify="left" if left else "right")
-        for group in _groups(self.layers):
+        for group in groups(self.layers):
             one = group[0]
             first, last = one.layer, group[-1].layer
             why = ", ".join(f"{count} {reason}" for reason, count in one.stock_calls.items())
@@ -165,8 +167,8 @@ class Report:
                 in_bytes(sum(layer.kv_bytes for layer in group)),
                 in_bytes(sum(layer.held_bytes for layer in group)),
                 self._share(sum(layer.seconds for layer in group)),
-                *(_skipped(group) if skips else ()),
-                *((_scores(group),) if local else ()),
+                *(skipped(group) if skipping else ()),
+                *((scores(group),) if local else ()),
             )
         return table
 
@@ -226,6 +228,7 @@ def report(model: str, record: PatchRecord, native_calls: dict[str, int]) -> Rep
         token_merging=copy_of(record.token_reduction_log, "merge"),
         token_pruning=copy_of(record.token_reduction_log, "prune"),
         refill=copy.copy(record.switch.refill),
+        experts=held_log(record.switch.experts, record.log),
     )
 
 
@@ -259,48 +262,3 @@ def _layer(state: LayerState) -> LayerReport:
         cache=state.cache,
         seconds=state.seconds,
     )
-
-
-def _groups(layers: Sequence[LayerReport]) -> list[list[LayerReport]]:
-    """Runs of neighbours that differ in nothing but name and time."""
-    groups: list[list[LayerReport]] = []
-    for layer in layers:
-        if not groups or _alike(groups[-1][-1]) != _alike(layer):
-            groups.append([])
-        groups[-1].append(layer)
-    return groups
-
-
-def _alike(layer: LayerReport) -> dict[str, Any]:
-    own = ["layer", "name", "seconds", "kv_tokens", "kv_bytes", "scores"]
-    own += ["mass_mean", "mass_of_heads", *PERCENTILES]
-    return {k: v for k, v in asdict(layer).items() if k not in own[: None if _skips(layer) else 3]}
-
-
-def _skips(layer: LayerReport) -> bool:
-    """Whether a layer skipped keys by a policy: decoding, or on all tokens of an encoder."""
-    return bool(layer.dense_bytes or layer.mass_measured)
-
-
-def _skipped(group: Sequence[LayerReport]) -> tuple[str, str, str]:
-    """Share of the dense work that was done, and the least and the mean mass, of like layers.
-
-    The work is the bytes that were read, or else the pairs of query and key that were computed.
-    """
-    dense = sum(layer.dense_bytes for layer in group)
-    done = sum(layer.kv_bytes for layer in group)
-    if not dense:
-        dense = sum(layer.dense_scores for layer in group)
-        done = sum(layer.scores for layer in group)
-    share = f"{done / dense:.1%}" if dense else "-"
-    if not (measured := [layer for layer in group if layer.mass_min is not None]):
-        return share, "-", "-"
-    least = min(layer.mass_min or 0.0 for layer in measured)
-    mean = sum(layer.mass_mean or 0.0 for layer in measured) / len(measured)
-    return share, f"{least:.3f}", f"{mean:.3f}"
-
-
-def _scores(group: Sequence[LayerReport]) -> str:
-    """Share of the pairs of query and key of dense attention which long calls computed."""
-    dense = sum(layer.dense_scores for layer in group)
-    return f"{sum(layer.scores for layer in group) / dense:.1%}" if dense else "-"

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from adaptive.layers.refill_log import RefillLog
+from adaptive.layers.expert_log import ExpertLog
 from adaptive.layers.sparse_ffn import SparseFfnLog
 from adaptive.layers.width_choice import WidthPass
 from adaptive.layers.width_log import WidthLog
@@ -14,17 +15,21 @@ class Switch:
 
     Attributes:
         on: Off inside `Patched.disabled()`.
+        in_graph: Whether torch.compile is at work on the pass now running, if not on every call.
         sparse_ffn: What FFNs of few active neurons did; None without one.
         widths: What FFNs of a part of their neurons did; None where no policy narrows them.
         width_pass: What these FFNs share in a pass; None likewise.
         refill: What `Patched.generate_many` did; None before its first call.
+        experts: What the experts of FFNs did; None without any.
     """
 
     on: bool = True
+    in_graph: bool = False
     sparse_ffn: SparseFfnLog | None = None
     widths: WidthLog | None = None
     width_pass: WidthPass | None = None
     refill: RefillLog | None = None
+    experts: ExpertLog | None = None
 
     def reset(self) -> None:
         """Set the counters to zero."""
@@ -32,7 +37,9 @@ class Switch:
         if self.sparse_ffn is not None:
             self.sparse_ffn = SparseFfnLog(layers=self.sparse_ffn.layers)
         self.widths = self.widths and WidthLog()
+        self.experts = self.experts and self.experts.reset()
 
     def restore(self, saved: "Switch") -> None:
         """Set the counters to those of ``saved``."""
-        self.sparse_ffn, self.widths, self.refill = saved.sparse_ffn, saved.widths, saved.refill
+        for name in ("sparse_ffn", "widths", "refill", "experts"):
+            setattr(self, name, getattr(saved, name))

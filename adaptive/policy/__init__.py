@@ -7,6 +7,8 @@ from adaptive.policy.early_exit import EarlyExit
 from adaptive.policy.encoder_exit import EncoderExit
 from adaptive.policy.encoder_gate import EncoderGate
 from adaptive.policy.exact import Exact
+from adaptive.policy.expert_router import ExpertRouterWeights
+from adaptive.policy.ffn_experts import FeedForwardExperts
 from adaptive.policy.global_local import GlobalLocalAttention
 from adaptive.policy.local import LocalAttention
 from adaptive.policy.mixture_of_depths import MixtureOfDepths
@@ -29,6 +31,8 @@ __all__ = [
     "EncoderExit",
     "EncoderGate",
     "Exact",
+    "ExpertRouterWeights",
+    "FeedForwardExperts",
     "GlobalLocalAttention",
     "LocalAttention",
     "MixtureOfDepths",

@@ -15,6 +15,9 @@ _WHY = {
     frozenset({"MixtureOfDepths", "SelfSpeculative"}): "both choose the layers that a token runs",
     frozenset({"MixtureOfDepths", "TokenRouting"}): "both decide what of an FFN runs",
     frozenset({"EncoderExit", "TokenMerging"}): "both decide what states a layer gets",
+    frozenset({"FeedForwardExperts", "MixtureOfDepths"}): "both decide what of an FFN runs",
+    frozenset({"FeedForwardExperts", "SelfSpeculative"}): "both decide what of an FFN runs",
+    frozenset({"FeedForwardExperts", "TokenRouting"}): "both decide what of an FFN runs",
     frozenset({"GlobalLocalAttention", "TokenMerging"}): (
         "a window counts places, and merged tokens have none"
     ),

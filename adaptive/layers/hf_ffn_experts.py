@@ -1,0 +1,260 @@
+"""FFNs of a transformers model whose tokens go through a few experts of their neurons."""
+
+import weakref
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adaptive.errors import PatchConflict
+from adaptive.layers.balanced_clusters import balanced_clusters
+from adaptive.layers.expert_log import AUDITED_ROWS, ExpertLog
+from adaptive.layers.expert_weights import PROJECTIONS, Expert, ExpertWeights
+from adaptive.layers.hf_linear import SLOW_DTYPES, fast_linear, is_plain, most_rows
+from adaptive.layers.hf_width import _is_gated, ffn_name
+from adaptive.layers.state import PatchRecord
+from adaptive.layers.survey import Survey
+from adaptive.layers.switch import Switch
+from adaptive.layers.torch_guard import why_not_plain
+from adaptive.layers.widened_linear import MIN_ROWS
+from adaptive.ops.skinny_linear import MAX_ROWS, skinny_linear, supports
+from adaptive.policy.ffn_experts import FeedForwardExperts
+
+Groups = list[tuple[int, Tensor | None]]
+"""Experts that run, ascending, and the rows that run each, ascending; None: all of them."""
+
+
+class ExpertsForward:
+    """The forward of one patched gated FFN, set on the instance: of each row its best experts.
+
+    An object with a weak reference, for the reasons of `hf_linear.LinearForward`. Copies and
+    pickles arrive without copied weights and make their own.
+    """
+
+    def __init__(
+        self,
+        ffn: nn.Module,
+        switch: Switch,
+        index: int,
+        policy: FeedForwardExperts,
+        weights: ExpertWeights,
+    ) -> None:
+        """Know the FFN, whose parts are read anew in every call, and how it is split."""
+        self._ffn = weakref.ref(ffn)
+        self.switch = switch
+        self.index = index
+        self.policy = policy
+        self.weights = weights
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        """What a copy is made of: the copy of the FFN, and how it is split."""
+        return self._ffn(), self.switch, self.index, self.policy, self.weights.settings()
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.__init__(*state[:-1], ExpertWeights(*state[-1]))  # type: ignore[misc]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return what the FFN would if, for each row, only its best experts had weights.
+
+        Differentiable but for the choice.
+
+        Raises:
+            NotImplementedError: torch.compile or torch.jit.trace is at work.
+            PatchConflict: Someone wrapped a projection.
+            ValueError: A score is NaN.
+        """
+        ffn: Any = self._ffn()
+        assert ffn is not None  # it is what calls
+        if not self.switch.on or x.numel() == 0:
+            return type(ffn).forward(ffn, x)  # type: ignore[no-any-return]
+        _refuse(ffn, self.switch.in_graph)
+        rows = x.reshape(-1, x.shape[-1])
+        experts, weight, bias = self.weights.of(ffn)
+        if torch.is_grad_enabled() and _wants_gradient(ffn):
+            experts = self.weights.split(ffn)
+        groups = self._groups(_scores(rows, weight, bias, self.index))
+        out = rows.new_zeros((len(rows), ffn.down_proj.weight.shape[0]), dtype=torch.float32)
+        dtype = x.dtype
+        for expert, chosen in groups:
+            made = _run(ffn, experts[expert], rows if chosen is None else rows[chosen])
+            dtype = made.dtype  # autocast may have another one
+            if chosen is None:
+                out += made
+            else:
+                out.index_add_(0, chosen, made.float())
+        if self.policy.scaled:
+            out = out * (self.policy.experts / self.policy.top_k)
+        if ffn.down_proj.bias is not None:
+            out = out + ffn.down_proj.bias
+        result = out.to(dtype)
+        self._count(ffn, rows, groups, result)
+        return result.view(*x.shape[:-1], result.shape[1])
+
+    def _groups(self, scores: Tensor) -> Groups:
+        """Which rows run which experts, of their scores ``[rows, experts]``."""
+        top, (rows, experts) = self.policy.top_k, scores.shape
+        if top == experts:
+            return [(expert, None) for expert in range(experts)]
+        chosen = scores.argsort(dim=1, descending=True, stable=True)[:, :top]
+        if rows == 1:
+            return [(expert, None) for expert in sorted(chosen[0].tolist())]
+        runs = torch.zeros((experts, rows), dtype=torch.bool, device=scores.device)
+        runs.scatter_(0, chosen.T, True)
+        counts = runs.sum(1).tolist()
+        places = runs.nonzero()[:, 1].split(counts)
+        return [
+            (expert, None if count == rows else places[expert])
+            for expert, count in enumerate(counts)
+            if count
+        ]
+
+    def _count(self, ffn: Any, rows: Tensor, groups: Groups, result: Tensor) -> None:
+        log = self.switch.experts
+        assert log is not None  # install made it
+        runs = [0] * self.policy.experts
+        for expert, chosen in groups:
+            runs[expert] = len(rows) if chosen is None else len(chosen)
+        found = log.layer(self.index)
+        every = self.policy.audit_every
+        if every is not None and found.calls % every == 0:
+            step = -(-len(rows) // AUDITED_ROWS)
+            with torch.no_grad():
+                full = type(ffn).forward(ffn, rows.detach()[::step])
+            found.audit(result[::step], full)
+        found.count(len(rows), runs)
+
+
+def _refuse(ffn: Any, in_graph: bool) -> None:
+    """Raise where the choice of a call would be frozen, or projections are not what they were."""
+    if in_graph or torch.compiler.is_compiling() or torch._C._is_tracing():
+        raise NotImplementedError(
+            "adaptive: FeedForwardExperts cannot run under torch.compile or torch.jit.trace: which "
+            "experts run depends on the tokens"
+        )
+    for name in PROJECTIONS:
+        if not is_plain(getattr(ffn, name)):
+            raise PatchConflict(
+                f"adaptive: FeedForwardExperts reads parts of {name!r}, which someone wrapped or "
+                "hooked since patch(); unpatch() first"
+            )
+
+
+def _wants_gradient(ffn: Any) -> bool:
+    return any(p.requires_grad for name in PROJECTIONS for p in getattr(ffn, name).parameters())
+
+
+def _scores(rows: Tensor, weight: Tensor, bias: Tensor, index: int) -> Tensor:
+    """Scores of the experts, ``[rows, experts]``, float32; a row's depend on it alone on a CPU.
+
+    Raises:
+        ValueError: One is NaN; the layer is named.
+    """
+    states = rows.detach().float()
+    native = states.is_cpu and supports(weight.shape[1], torch.float32)
+    if native and why_not_plain((states, weight)) is None:
+        # A product of all rows could round a row otherwise than one of it alone, and a near tie
+        # would be decided otherwise in decoding than in the prompt.
+        parts = [skinny_linear(part, weight) for part in states.split(MAX_ROWS)]
+        scores = torch.cat(parts) if len(parts) > 1 else parts[0]
+    else:
+        scores = F.linear(states, weight)
+    scores = scores + bias
+    if bool(scores.isnan().any()):
+        raise ValueError(
+            f"adaptive: FeedForwardExperts: scores of layer {index} must be numbers, got NaN"
+        )
+    return scores
+
+
+def _run(ffn: Any, expert: Expert, rows: Tensor) -> Tensor:
+    """What an expert makes of rows, without the bias of the last projection."""
+    gate = _multiply(ffn.gate_proj, rows, expert.gate, expert.gate_bias)
+    up = _multiply(ffn.up_proj, rows, expert.up, expert.up_bias)
+    return _multiply(ffn.down_proj, ffn.act_fn(gate) * up, expert.down, None)
+
+
+def _multiply(linear: nn.Linear, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A product with a part of a layer, natively where that of the whole layer would be."""
+    if "forward" not in linear.__dict__:
+        return F.linear(x, weight, bias)
+    few = most_rows(x.dtype)
+    if few < len(x) < MIN_ROWS and x.dtype in SLOW_DTYPES:
+        # Too few to widen the weights for, which are in the cache for the second half
+        halves = [_multiply(linear, half, weight, bias) for half in x.tensor_split(2)]
+        return torch.cat(halves)
+    out = fast_linear(x, weight, bias)
+    return F.linear(x, weight, bias) if out is None else out
+
+
+def problems(root: nn.Module, survey: Survey, policy: FeedForwardExperts) -> list[str]:
+    """Why FFNs of the model cannot run a few experts of their neurons; the first reason.
+
+    Raises:
+        ValueError: The policy is for FFNs of another size.
+    """
+    if not survey.layers or not survey.mlps:
+        return ["FeedForwardExperts does not fit: it needs a decoder of transformers"]
+    for layer in policy.split_layers(len(survey.layers)):
+        if layer >= len(survey.layers):
+            continue  # the policy's plan says that better
+        name = ffn_name(survey, layer)
+        ffn: Any = None if name is None else root.get_submodule(name)
+        if ffn is None or not _is_gated(ffn):
+            kind = "no FFN" if ffn is None else f"an FFN, {type(ffn).__name__},"
+            return [
+                f"FeedForwardExperts does not fit: layer {layer} has {kind} that is no "
+                "down_proj(act_fn(gate_proj(x)) * up_proj(x)) of plain linear layers"
+            ]
+        _check_sizes(policy, layer, *ffn.gate_proj.weight.shape)
+    return []
+
+
+def _check_sizes(policy: FeedForwardExperts, layer: int, neurons: int, width: int) -> None:
+    if neurons % policy.experts:
+        raise ValueError(
+            f"adaptive: FeedForwardExperts.experts must divide the {neurons} neurons of layer "
+            f"{layer}, got {policy.experts}"
+        )
+    router = policy.router
+    if isinstance(router, str):
+        return
+    if router.width != width:
+        raise ValueError(
+            f"adaptive: FeedForwardExperts.router must be for states of width {width}, "
+            f"got {router.width}"
+        )
+    order = router.order_of(layer)
+    if order is not None and len(order) != neurons:
+        raise ValueError(
+            f"adaptive: FeedForwardExperts.router must order the {neurons} neurons of layer "
+            f"{layer}, got {len(order)}"
+        )
+
+
+def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
+    """Give the FFNs of the split layers an ExpertsForward, undoably."""
+    policy = next((p for p in record.policies if isinstance(p, FeedForwardExperts)), None)
+    if policy is None or not (layers := policy.split_layers(len(survey.layers))):
+        return
+    record.switch.experts = ExpertLog(experts=policy.experts)
+    for layer in layers:
+        name = ffn_name(survey, layer)
+        assert name is not None  # or it would have been refused
+        ffn: Any = root.get_submodule(name)
+        weights = ExpertWeights(policy.experts, *_split(policy, layer, ffn.gate_proj.weight))
+        forward = ExpertsForward(ffn, record.switch, layer, policy, weights)
+        record.log.set(root, name, "forward", forward)
+
+
+def _split(
+    policy: FeedForwardExperts, layer: int, gate: Tensor
+) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+    """The order of a layer's neurons, and its router, where they are not made of the weights."""
+    if isinstance(policy.router, str):
+        order, router = None, None
+    else:
+        order, router = policy.router.order_of(layer), policy.router.of(layer, gate.device)
+    if policy.split == "clusters" and order is None:
+        order = balanced_clusters(gate, policy.experts)
+    return order, router

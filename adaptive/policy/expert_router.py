@@ -1,0 +1,184 @@
+"""ExpertRouterWeights: linear routers that score the experts of an FFN, one per layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptive.policy._plan_file import short
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertRouterWeights:
+    """Weights of one linear router per layer: a logit for each expert, ``weight @ x + bias``.
+
+    A value like a policy: it compares, hashes, and makes the round trip through JSON. Its numbers
+    are rounded to float32.
+
+    Attributes:
+        layers: Layers that have a router, ascending.
+        weight: ``[len(layers), experts, width]``.
+        bias: ``[len(layers), experts]``; None: zeros.
+        order: ``[len(layers), neurons]``: the neurons of the first expert, then those of the
+            second, and so on, as the routers learned them; None: as the policy splits.
+    """
+
+    layers: tuple[int, ...]
+    weight: tuple[tuple[tuple[float, ...], ...], ...] = field(repr=False)
+    bias: tuple[tuple[float, ...], ...] | None = field(default=None, repr=False)
+    order: tuple[tuple[int, ...], ...] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        layers = self.layers
+        whole = isinstance(layers, list | tuple) and all(type(i) is int and i >= 0 for i in layers)
+        if not whole or not layers or list(layers) != sorted(set(layers)):
+            raise _refused("layers", "be ascending layer numbers from 0", layers)
+        weight = _numbers("weight", self.weight, 3)
+        if len(weight) != len(layers):
+            raise _refused("weight", f"have {len(layers)} matrices, one per layer", len(weight))
+        bias = None if self.bias is None else _numbers("bias", self.bias, 2)
+        if bias is not None and bias.shape != weight.shape[:2]:
+            raise _refused("bias", f"have shape {list(weight.shape[:2])}", list(bias.shape))
+        object.__setattr__(self, "layers", tuple(layers))
+        object.__setattr__(self, "weight", _tuples(weight.tolist()))
+        object.__setattr__(self, "bias", None if bias is None else _tuples(bias.tolist()))
+        if self.order is not None:
+            self._check_order(self.order)
+
+    def _check_order(self, order: Any) -> None:
+        if not isinstance(order, list | tuple) or len(order) != len(self.layers):
+            raise _refused("order", f"have {len(self.layers)} rows, one per layer", order)
+        for row in order:
+            listed = isinstance(row, list | tuple) and all(type(i) is int for i in row)
+            if not listed or sorted(row) != list(range(len(row))) or not row:
+                raise _refused("order", "name each neuron of a layer once", row)
+            if len(row) % self.experts:
+                rule = f"have rows that {self.experts} experts divide"
+                raise _refused("order", rule, len(row))
+        object.__setattr__(self, "order", tuple(map(tuple, order)))
+
+    @property
+    def experts(self) -> int:
+        """That it scores."""
+        return len(self.weight[0])
+
+    @property
+    def width(self) -> int:
+        """Of the states that it reads."""
+        return len(self.weight[0][0])
+
+    def of(self, layer: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Weight ``[experts, width]`` and bias ``[experts]`` of a layer's router, float32."""
+        at = self.layers.index(layer)
+        weight, bias = self._tensors
+        return weight.to(device)[at], bias.to(device)[at]
+
+    def order_of(self, layer: int) -> Tensor | None:
+        """The neurons of a layer, expert by expert, int64; None: as the policy splits."""
+        return None if self.order is None else torch.tensor(self.order[self.layers.index(layer)])
+
+    @cached_property
+    def _tensors(self) -> tuple[Tensor, Tensor]:
+        weight = torch.tensor(self.weight, dtype=torch.float32)
+        zeros = weight.new_zeros(weight.shape[:2])
+        return weight, zeros if self.bias is None else torch.tensor(self.bias, dtype=torch.float32)
+
+    @staticmethod
+    def random(
+        layers: Sequence[int], experts: int, width: int, *, seed: int = 0
+    ) -> ExpertRouterWeights:
+        """Return routers that nobody trained: what others are to be compared with.
+
+        Weights are normal with standard deviation ``1 / sqrt(width)``.
+        """
+        for name, value in (("experts", experts), ("width", width)):
+            if type(value) is not int or value < 1:
+                raise _refused(name, "be a whole number from 1 on", value)
+        rng = torch.Generator().manual_seed(seed)
+        weight = torch.randn(len(layers), experts, width, generator=rng) / math.sqrt(width)
+        return ExpertRouterWeights(layers=tuple(layers), weight=_tuples(weight.tolist()))
+
+    @staticmethod
+    def from_tensors(
+        weights: Mapping[int, Tensor],
+        biases: Mapping[int, Tensor] | None = None,
+        orders: Mapping[int, Tensor] | None = None,
+    ) -> ExpertRouterWeights:
+        """Return the routers of a checkpoint.
+
+        Args:
+            weights: For each layer ``[experts, width]``.
+            biases: For each of them ``[experts]``; None: zeros.
+            orders: For each of them ``[neurons]``; None: as the policy splits.
+
+        Raises:
+            TypeError: One is no tensor.
+            ValueError: Shapes or layers do not agree, or numbers are not finite.
+        """
+        layers = tuple(sorted(weights))
+        found: dict[str, Any] = {}
+        for name, given in (("weight", weights), ("bias", biases), ("order", orders)):
+            if given is None:
+                continue
+            if tuple(sorted(given)) != layers:
+                raise _refused(name, f"be for layers {layers}", tuple(sorted(given)))
+            for layer in layers:
+                if not isinstance(given[layer], Tensor):
+                    kind = type(given[layer]).__name__
+                    rule = f"{name} of layer {layer} must be a tensor, got {kind}"
+                    raise TypeError(f"adaptive: {rule}")
+            found[name] = _tuples([given[layer].detach().cpu().tolist() for layer in layers])
+        return ExpertRouterWeights(layers=layers, **found)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {f.name: _lists(getattr(self, f.name)) for f in fields(self)}
+
+    @staticmethod
+    def from_dict(values: Any) -> ExpertRouterWeights:
+        """Return the routers that `to_dict` described.
+
+        Raises:
+            TypeError: ``values`` is not a dict.
+            ValueError: A field is missing, unknown or wrong; named in the message.
+        """
+        if not isinstance(values, dict):
+            kind = type(values).__name__
+            raise TypeError(f"adaptive: ExpertRouterWeights must be an object, got {kind}")
+        known = {f.name for f in fields(ExpertRouterWeights)}
+        wrong = sorted(known ^ values.keys())
+        if wrong:
+            rule = "a field" if wrong[0] in known else "no field"
+            raise ValueError(f"adaptive: ExpertRouterWeights must have {rule} {wrong[0]!r}")
+        return ExpertRouterWeights(**values)
+
+
+def _numbers(name: str, values: Any, rank: int) -> Tensor:
+    try:
+        found = torch.tensor(values, dtype=torch.float32)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        found = torch.empty(0)
+    if found.dim() != rank or not found.numel():
+        raise _refused(name, f"hold numbers of {rank} dimensions", values)
+    if not bool(found.isfinite().all()):
+        raise _refused(name, "hold finite numbers", values)
+    return found
+
+
+def _tuples(values: Any) -> Any:
+    return tuple(map(_tuples, values)) if isinstance(values, list | tuple) else values
+
+
+def _lists(values: Any) -> Any:
+    return list(map(_lists, values)) if isinstance(values, tuple) else values
+
+
+def _refused(name: str, rule: str, value: object) -> ValueError:
+    text = f"ExpertRouterWeights.{name} must {rule}, got {short(repr(value))}"
+    return ValueError(f"adaptive: {text}")
