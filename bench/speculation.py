@@ -73,7 +73,7 @@ def calls(
 
         def run() -> Tensor:
             patched.reset_stats()
-            if policy is not None and policy.tree:
+            if policy is not None and policy.recycles:
                 record.successors = Successors()  # or it would know the text from the last turn
             made: Tensor = own.generate(
                 ids,

@@ -11,7 +11,17 @@ LAYERS = 4
 TOKENS = 20
 LAB = Path(__file__).parents[1] / "bench" / "lab" / "model"
 MODELS = {}
-FORMS = [{"exit_layer": 2, "draft": 4}, {"skip": ((2, 3), (1, 3)), "draft": 4}, {"tree": True}]
+SIBLINGS = [
+    {"exit_layer": 2, "draft": 4, "tree": True},
+    {"skip": ((2, 3), (1, 3)), "draft": 4, "tree": True},
+]
+"""Forms whose trees are of drafts and their siblings."""
+FORMS = [
+    {"exit_layer": 2, "draft": 4},
+    {"skip": ((2, 3), (1, 3)), "draft": 4},
+    {"tree": True},
+    SIBLINGS[0],
+]
 _OUTPUTS = ("o_proj", "down_proj", "c_proj", "dense", "w2")
 
 

@@ -8,6 +8,7 @@ from models import CONFIGS, greedy, padded, token_ids
 from speculation_cases import (
     FORMS,
     LAYERS,
+    SIBLINGS,
     TOKENS,
     check_sampling,
     drafting,
@@ -115,7 +116,7 @@ def test_all_drafts_are_right_if_the_other_layers_do_nothing(case):
 @pytest.mark.parametrize(
     ("case", "policy"),
     [
-        *(("llama", policy) for policy in FORMS),
+        *(("llama", policy) for policy in (*FORMS, SIBLINGS[1])),
         ("mistral_window", {"exit_layer": 2, "draft": 5}),
         ("mistral_window", {"skip": ((2,), (2, 3)), "draft": 5}),
     ],
@@ -187,7 +188,51 @@ def test_a_stop_token_inside_a_draft_ends_the_row(draft):
         assert torch.equal(made, want)
 
 
-@pytest.mark.parametrize("policy", FORMS[:2], ids=str)
+@pytest.mark.parametrize("policy", [*FORMS[:2], SIBLINGS[0]], ids=str)
 def test_sampling_follows_the_models_distribution(policy):
     log = check_sampling(policy, tokens=6)
     assert 0.01 < log.acceptance < 0.999
+
+
+@settings(max_examples=12)
+@given(
+    drafts=st.integers(1, LAYERS - 1).map(lambda layer: {"exit_layer": layer})
+    | st.just({"skip": ((2,), (1, 3))}),
+    draft=st.none() | st.integers(1, 15),
+    batch=st.integers(1, 4),
+    tokens=st.integers(1, 18),
+    case=st.sampled_from(["llama", "gpt2", "gpt_neox"]),
+)
+def test_drafts_with_siblings_make_the_same_tokens(drafts, draft, batch, tokens, case):
+    inputs = padded(batch=batch)
+    policy = {**drafts, "draft": draft, "tree": True}
+    made, _ = speculated(model_of(case), inputs, tokens, policy=policy)
+    assert torch.equal(made, plain(model_of(case), inputs, tokens))
+
+
+@pytest.mark.parametrize("policy", SIBLINGS, ids=str)
+def test_right_siblings_save_passes_and_no_layer_runs_twice(policy):
+    """With an early exit; modules that drafts skip have the check run all layers anew."""
+    model, rows = drafting("llama", factor=0.5), {0: 0, LAYERS - 1: 0}
+    for index in rows:
+
+        def count(module, args, index=index):
+            rows[index] += args[0].shape[1]
+
+        model.model.layers[index].self_attn.q_proj.register_forward_pre_hook(count)
+    made, log = speculated(model, token_ids(1), 40, policy=policy)
+    if "exit_layer" in policy:
+        assert rows[0] == rows[LAYERS - 1] == 20 + log.drafted + log.steps + log.plain_steps
+    assert log.steps + log.plain_steps == 39 - log.accepted
+    assert 0 < log.siblings_right < log.siblings < log.drafted
+    assert f"{log.siblings_right} of {log.siblings} siblings right" in str(log)
+    assert torch.equal(made, plain(model, token_ids(1), 40))
+
+
+@pytest.mark.parametrize("head", [{"draft_vocabulary": 20}, {"draft_head": "int8"}], ids=str)
+def test_siblings_come_from_a_lighter_head_too(head):
+    model = drafting("llama", factor=0.5)
+    made, log = speculated(model, padded(batch=2), policy={**SIBLINGS[0], **head})
+    assert torch.equal(made, plain(model, padded(batch=2)))
+    assert log.siblings > 0
+    assert (log.draft_head_bytes > 0) == ("draft_head" in head)

@@ -58,9 +58,9 @@ class DraftHead:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of the whole vocabulary, ``[batch, 1, vocabulary]``; -inf where not drafted."""
         weight, bias = self._parameters()
-        if self.copy is not None and _runs_natively(hidden, weight, bias):
-            quantized, scales = self._quantize(weight)
-            scores = skinny_linear(hidden, quantized, bias, scales)
+        if _runs_natively(hidden, weight, bias):
+            read, scales = self._quantize(weight)
+            scores = skinny_linear(hidden, read, bias, scales)
         else:
             scores = functional.linear(hidden, weight, bias)
         missing = len(self.head.weight) - len(weight)

@@ -194,8 +194,12 @@ class DraftLength:
             return self._begins(most)
         if self.draft.value is None or self.verify.weight == 0:
             return made < FIRST_DRAFTS
-        gain = reach * self.acceptance**self.together
-        return gain > self._rate() * (self.draft.value + self.verify.slope)
+        gain, seconds = self._another(reach)
+        return gain > self._rate() * (self.draft.value + seconds)
+
+    def _another(self, reach: float) -> tuple[float, float]:
+        """Expected tokens of one more draft, and the seconds that checking it takes."""
+        return reach * self.acceptance**self.together, self.verify.slope
 
     def keeps(self, made: int, reach: float) -> bool:
         """Whether to verify the last of ``made`` drafts, which needs a pass of its own."""

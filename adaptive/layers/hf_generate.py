@@ -88,7 +88,7 @@ def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
     if isinstance(policy, SelfSpeculative) and policy.searches:
         attention_layers, mlp_layers = policy.candidates(record.plan)
         record.skip_search = SkipSearch(attention_layers, mlp_layers, policy.skip_ratio)
-    if isinstance(policy, SelfSpeculative) and policy.tree:
+    if isinstance(policy, SelfSpeculative) and policy.recycles:
         record.successors = Successors()
     record.depth = depth.install(root, record, survey.layers, sublayers)
     if isinstance(policy, EarlyExit):

@@ -183,47 +183,6 @@ class Passes:
         steps = torch.arange(tokens, device=ids.device)
         return self._call(ids, self.positions + steps, self.slots + tokens, last=tokens)
 
-    def tree(self, ids: Tensor, parents: Tensor, depths: Tensor, ancestors: Tensor) -> Tensor:
-        """Run the whole model on a token per row and a tree of candidates after it.
-
-        Args:
-            ids: The token and the tree's nodes, ``[batch, 1 + nodes]``.
-            parents: Which of them each follows, -1 for the first, ``[batch, 1 + nodes]``.
-            depths: How far each is from the first, ``[batch, 1 + nodes]``.
-            ancestors: Which of them each sees, ``[batch, 1 + nodes, 1 + nodes]``, bool; what
-                ``parents`` say, for attention that is not ours.
-
-        Returns:
-            Logits, ``[batch, 1 + nodes, vocabulary]``.
-        """
-        batch, nodes = ids.shape
-        if self.mask is None:
-            context = ancestors.new_ones(1, 1, 1, 1).expand(batch, 1, nodes, self.slots)
-        else:
-            seen = self.mask[:, None, None, : self.slots].bool()
-            context = seen.expand(batch, 1, nodes, self.slots)
-        mask = torch.cat([context, ancestors[:, None]], 3)
-        implementation = getattr(self.model.config, "_attn_implementation", "")
-        if "eager" in str(implementation):
-            none = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-            mask = none.masked_fill_(~mask, torch.finfo(torch.float32).min)
-        held = None
-        if self.mask is not None:
-            self._extend_mask(self.slots + nodes)
-            held = self.mask[:, : self.slots + nodes].bool()
-        mask.adaptive_tree = (parents, held)  # type: ignore[attr-defined]
-        given = self._inputs(ids, self.positions + depths, 0, self.cache)
-        given["attention_mask"] = mask
-        model: Any = self.model
-        logits: Tensor = model(**given, logits_to_keep=nodes, return_dict=True).logits
-        return logits
-
-    def keep(self, index: Tensor) -> None:
-        """Of the slots that `tree` wrote keep those at ``index``, ``[batch, kept]``, in order."""
-        layers: Sequence[Any] = self.cache.layers
-        for layer in layers:
-            layer.keep(index, int(layer.get_seq_length()) - self.slots)
-
     def accept(self, accepted: Tensor, most: int) -> None:
         """Keep ``most`` of the slots that the last check wrote, and forget the others.
 

@@ -126,6 +126,21 @@ class Rows:
         confidence = chances.gather(1, token)[:, 0]
         return token, confidence, chances if self._sample else chances[:, :0]
 
+    def rank(self, logits: Tensor, drafted: list[Tensor], width: int) -> tuple[Tensor, Tensor]:
+        """The likeliest tokens of each row, drawn or not, best first.
+
+        Args:
+            logits: ``[batch, 1, vocabulary]``.
+            drafted: Drafts before this one, ``[batch, 1]`` each.
+            width: How many; fewer if the vocabulary has not so many.
+
+        Returns:
+            Tokens and their probabilities, ``[batch, width]``.
+        """
+        scores = self._scores(logits[:, -1], drafted)
+        top, tokens = scores.topk(min(width, scores.shape[-1]), -1)
+        return tokens, (top - scores.logsumexp(-1, keepdim=True)).exp()
+
     def verify(
         self, logits: Tensor, drafted: Tensor, chances: list[Tensor]
     ) -> tuple[Tensor, list[list[int]]]:

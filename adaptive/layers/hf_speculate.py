@@ -8,6 +8,8 @@ token of each row, which no layer has seen yet, and
    last token and all drafts at once;
 3. keeps the drafts up to the first that the model would not have made itself, and the model's own
    token after them; takes the others back from the cache.
+
+With a tree, what is checked branches, and the path is kept that the model would have made.
 """
 
 from typing import Any
@@ -18,10 +20,11 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from adaptive.layers.head_copy import HeadCopy
 from adaptive.layers.hf_inputs import cache_and_mask, refuse_moving_angles
-from adaptive.layers.hf_passes import Passes
 from adaptive.layers.hf_rows import Rows
 from adaptive.layers.hf_search_steps import SearchSteps
+from adaptive.layers.hf_sibling_steps import SiblingSteps
 from adaptive.layers.hf_steps import DraftSteps, Steps
+from adaptive.layers.hf_tree_passes import TreePasses
 from adaptive.layers.hf_tree_steps import TreeSteps
 from adaptive.layers.state import RECORD, PatchRecord
 from adaptive.policy import SelfSpeculative
@@ -64,18 +67,20 @@ def speculate(  # noqa: PLR0913 - the signature that transformers calls
     cache, mask = cache_and_mask("SelfSpeculative", input_ids, model_kwargs, synced_gpus)
     most = generation_config.max_length
     refuse_moving_angles("SelfSpeculative", model.config, input_ids, mask, most)
-    passes = Passes(model, model.get_submodule(record.base), record.depth, cache, mask)
+    base = model.get_submodule(record.base)
+    passes = TreePasses(model, base, record.depth, cache, mask)
     rows = Rows(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
     as_dict = bool(generation_config.return_dict_in_generate)
     steps: Steps
-    if policy.tree:
+    if policy.recycles:
         steps = TreeSteps(passes, rows, record.successors, record.draft_sizes, record.speculation)
     elif policy.searches:
         steps = SearchSteps(policy, passes, rows, record, keeps_cache or as_dict)
     else:
         if policy.draft_head is not None and record.head_copy is None:
             record.head_copy = HeadCopy()
-        steps = DraftSteps(policy, passes, rows, record, keeps_cache or as_dict)
+        form = SiblingSteps if policy.tree else DraftSteps
+        steps = form(policy, passes, rows, record, keeps_cache or as_dict)
     steps.run(generation_config.prefill_chunk_size)
     made: Any = rows.sequences()
     return GenerateDecoderOnlyOutput(sequences=made, past_key_values=cache) if as_dict else made

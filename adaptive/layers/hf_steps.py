@@ -102,13 +102,18 @@ class DraftSteps(Steps):
         super().__init__(passes, rows, record.speculation)
         self.policy = policy
         self.keeps_cache = keeps_cache
-        new = DraftLength(fixed=policy.draft, most=MAX_DRAFT)
+        new = self.new_length(policy)
         self.length: DraftLength = record.draft_sizes.setdefault(rows.batch, new)
         self.length.begin()
         skip = policy.given or ((), ())
         self.skips: Skips = (frozenset(skip[0]), frozenset(skip[1]))
         self.confidences: list[Tensor] = []
         self.head = draft_head(passes.model, policy.draft_vocabulary, record.head_copy)
+
+    @staticmethod
+    def new_length(policy: SelfSpeculative) -> DraftLength:
+        """What decides how much to draft, before anything was learned."""
+        return DraftLength(fixed=policy.draft, most=MAX_DRAFT)
 
     def turned_off(self) -> int:
         """How often drafting was given up, in all calls."""
@@ -168,22 +173,24 @@ class DraftSteps(Steps):
 
     def _draft_pass(self, ids: Tensor, before: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """The draft after ``ids``, ``[batch, 1]``, as `Rows.draft`."""
-        passes, rows, exit_layer = self.passes, self.rows, self.policy.exit_layer
+        exit_layer, head = self.policy.exit_layer, self.head
+        if exit_layer is None or head is None or not self.rows.searches:
+            return self.rows.draft(self._draft_logits(ids), before)
+        token, confidence = head.best(self.passes.hidden(ids, exit_layer)[:, -1])
+        self.log.draft_head_bytes = head.held_bytes
+        return token, confidence, confidence[:, None]
+
+    def _draft_logits(self, ids: Tensor) -> Tensor:
+        """What the layers of a draft give after ``ids``, ``[batch, 1, vocabulary]``."""
+        passes, exit_layer, head = self.passes, self.policy.exit_layer, self.head
         if exit_layer is None:
             with passes.depth.skipping(self.skips):
-                return rows.draft(passes.skipping(ids), before)
-        if self.head is None:
-            return rows.draft(passes.shallow(ids, exit_layer), before)
-        if not rows.searches and not self.head.reduced:
-            return rows.draft(passes.shallow(ids, exit_layer), before)
-        hidden = passes.hidden(ids, exit_layer)[:, -1]
-        if not rows.searches:
-            drafted = rows.draft(self.head.logits(hidden), before)
-            self.log.draft_head_bytes = self.head.held_bytes
-            return drafted
-        token, confidence = self.head.best(hidden)
-        self.log.draft_head_bytes = self.head.held_bytes
-        return token, confidence, confidence[:, None]
+                return passes.skipping(ids)
+        if head is None or not head.reduced:
+            return passes.shallow(ids, exit_layer)
+        logits = head.logits(passes.hidden(ids, exit_layer)[:, -1])
+        self.log.draft_head_bytes = head.held_bytes
+        return logits
 
     def _check(self, ids: Tensor, chances: list[Tensor]) -> None:
         """Check the drafts and keep what was right."""

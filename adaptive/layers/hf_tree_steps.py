@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from adaptive.layers.hf_passes import Passes
 from adaptive.layers.hf_rows import Rows
 from adaptive.layers.hf_steps import Steps
+from adaptive.layers.hf_tree_passes import TreePasses
 from adaptive.layers.speculation_log import SpeculationLog
 from adaptive.layers.token_tree import WIDTH, Successors, Tree, TreeSize
 from adaptive.policy.self_speculative import MAX_DRAFT
@@ -16,7 +16,7 @@ class TreeSteps(Steps):
 
     def __init__(
         self,
-        passes: Passes,
+        passes: TreePasses,
         rows: Rows,
         table: Successors,
         learned: dict[int, TreeSize],
@@ -24,6 +24,7 @@ class TreeSteps(Steps):
     ) -> None:
         """Learn the prompt's successors; know what earlier calls learned of sizes, by rows."""
         super().__init__(passes, rows, log)
+        self.passes: TreePasses = passes
         self.table = table
         self.together = rows.batch > 1  # as drafts whose number is left to us: no gaps
         new = TreeSize(most=MAX_DRAFT)
@@ -57,24 +58,15 @@ class TreeSteps(Steps):
             logits = self.plain(self.size.plain)
             self._learn(last, logits)
             return
-        ids, parents, depths, ancestors = _tensors(trees, last, nodes)
+        ids, parents, depths, ancestors = tree_inputs(trees, last, nodes)
         begun = self.clock()
         logits = self.passes.tree(ids, parents, depths, ancestors)
         paths, chosen = self.rows.walk(logits, trees, room)
         self._learn(ids, logits, [len(tree.tokens) for tree in trees])
         alive = self.rows.alive.tolist()
         if self.together:
-            least = min(len(path) for path, on in zip(paths, alive, strict=True) if on)
-            paths = [path[:least] for path in paths]
-            chosen = [tokens[: least + 1] for tokens in chosen]
-        kept = [len(path) + 1 if on else 1 for path, on in zip(paths, alive, strict=True)]
-        most = max(kept)
-        index = torch.zeros(len(kept), most, dtype=torch.long)
-        for row, path in enumerate(paths):
-            for place, node in enumerate(path[: most - 1]):
-                index[row, place + 1] = node + 1
-        self.passes.keep(index.to(ids.device))
-        self.passes.accept(torch.tensor(kept, device=ids.device), most)
+            paths, chosen = as_slowest(paths, chosen, alive)
+        self.passes.accept_paths(paths, alive)
         self._count(trees, paths, alive, last[:, 0].tolist(), chosen)
         self.keep(chosen)
         self.size.verify.add(nodes + 1, self.clock() - begun)
@@ -117,7 +109,17 @@ def _first(tree: Tree, nodes: int) -> Tree:
     return Tree(tree.tokens[:nodes], tree.parents[:nodes])
 
 
-def _tensors(trees: list[Tree], last: Tensor, nodes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def as_slowest(
+    paths: list[list[int]], chosen: list[list[int]], alive: list[bool]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Paths and tokens of rows that go together: as far as the shortest path of a row alive."""
+    least = min(len(path) for path, on in zip(paths, alive, strict=True) if on)
+    return [path[:least] for path in paths], [tokens[: least + 1] for tokens in chosen]
+
+
+def tree_inputs(
+    trees: list[Tree], last: Tensor, nodes: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ids, parents, depths and ancestors of the last tokens and the trees, filled up to ``nodes``.
 
     What fills a smaller tree up hangs below the last token and is never walked to.

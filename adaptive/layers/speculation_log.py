@@ -45,6 +45,8 @@ class SpeculationLog:
         plain_steps: Passes of the whole model without drafts, prompts left out.
         drafted: Tokens drafted and checked, over all rows.
         accepted: Those that were right.
+        siblings: Of the drafted, those beside a draft in its tree.
+        siblings_right: Those of them that were right.
         dropped: Drafts that were not worth a check.
         turned_off: How often drafting was given up for a while, because it did not pay.
         lengths: Steps by number of drafts checked.
@@ -63,6 +65,8 @@ class SpeculationLog:
     plain_steps: int = 0
     drafted: int = 0
     accepted: int = 0
+    siblings: int = 0
+    siblings_right: int = 0
     dropped: int = 0
     turned_off: int = 0
     lengths: dict[int, int] = field(default_factory=dict)
@@ -107,6 +111,8 @@ class SpeculationLog:
             f"self-speculation: {self.tokens} tokens; {self.steps} checks of {drafts:.1f} drafts, "
             f"{self.acceptance:.0%} accepted; {self.plain_steps} plain steps"
         )
+        if self.siblings:
+            line += f"; {self.siblings_right} of {self.siblings} siblings right"
         if self.draft_head_bytes:
             line += f"; int8 draft head of {self.draft_head_bytes / 2**20:.1f} MiB"
         return line + (f"; given up {self.turned_off} times" if self.turned_off else "")

@@ -44,9 +44,14 @@ class SelfSpeculative(Policy):
     without it, in one pass; drafts use the set that promises most tokens per second. What was found
     stays as long as the patch, and is in the report.
 
-    With ``tree``, after Token Recycling (Luo et al. 2024, arXiv:2408.08696): no layer drafts. A
-    table of the tokens that lately followed each token gives a tree of guesses, and one pass of
+    With ``tree`` alone, after Token Recycling (Luo et al. 2024, arXiv:2408.08696): no layer drafts.
+    A table of the tokens that lately followed each token gives a tree of guesses, and one pass of
     the whole model checks them all. For text that repeats itself: code, copying, editing.
+
+    With ``exit_layer`` or ``skip``, and ``tree``: what the draft's head finds likely besides each
+    draft is checked beside it, as a tree (Miao et al. 2023, arXiv:2305.09781). It costs no draft,
+    only rows of the check. Which of those siblings pay follows from how often the token of each
+    rank was right and what a row costs.
 
     Attributes:
         exit_layer: Layers that a draft runs, from 1 to the model's number of layers - 1.
@@ -63,7 +68,8 @@ class SelfSpeculative(Policy):
         draft_head: With ``exit_layer``: "int8" drafts with a copy of the LM head, or of the rows
             that ``draft_vocabulary`` leaves of it, in 8 bits per weight. It is kept while the model
             is patched, and costs half of a 16-bit head to read. None: the head itself.
-        tree: Draft a tree of up to 15 tokens from what was seen; its size follows what pays.
+        tree: Check a tree of up to 15 tokens, whose size follows what pays: drafts and what was
+            likely besides them; without ``exit_layer`` and ``skip``, tokens from what was seen.
     """
 
     exact: ClassVar[bool] = True
@@ -90,13 +96,17 @@ class SelfSpeculative(Policy):
                 rule = "be None without exit_layer, whose drafts alone have a head of their own"
                 raise refused(self, name, rule, getattr(self, name))
         check_flag(self, "tree")
-        ways = [self.exit_layer is not None, self.skip is not None, self.tree]
-        if sum(ways) != 1:
+        both = self.exit_layer is not None and self.skip is not None
+        if both or not (self.exit_layer is not None or self.skip is not None or self.tree):
             given = (self.exit_layer, self.skip, self.tree)
-            rule = "be given, or skip, or tree=True, and one of them alone"
+            rule = "be given, or skip, or tree=True, and not both of the first two"
             raise refused(self, "exit_layer", rule, given)
-        if self.tree and self.draft is not None:
-            raise refused(self, "draft", "be None with tree=True, whose size follows", self.draft)
+        if self.recycles and self.draft is not None:
+            rule = "be None with tree=True alone, whose size follows"
+            raise refused(self, "draft", rule, self.draft)
+        if self.tree and self.searches:
+            rule = 'be False with skip="search", which compares sets by the drafts of a chain'
+            raise refused(self, "tree", rule, self.tree)
         check_share(self, "skip_ratio")
         if self.skip_ratio is not None and not self.searches:
             raise refused(self, "skip_ratio", 'be None without skip="search"', self.skip_ratio)
@@ -131,6 +141,11 @@ class SelfSpeculative(Policy):
     def searches(self) -> bool:
         """Whether the skip sets are to be found."""
         return isinstance(self.skip, str) and self.skip == SEARCH
+
+    @property
+    def recycles(self) -> bool:
+        """Whether no layer drafts, but a table of what was seen."""
+        return self.tree and self.exit_layer is None and self.skip is None
 
     @property
     def given(self) -> Skip | None:

@@ -24,9 +24,13 @@ from adaptive.policy import (
 LAYERS = st.sets(st.integers(0, 30), min_size=1).map(sorted)
 FORMS = (
     st.fixed_dictionaries(
-        {"exit_layer": st.integers(1, 99), "draft_head": st.sampled_from([None, "int8"])}
+        {
+            "exit_layer": st.integers(1, 99),
+            "draft_head": st.sampled_from([None, "int8"]),
+            "tree": st.booleans(),
+        }
     )
-    | st.fixed_dictionaries({"skip": st.tuples(LAYERS, LAYERS)})
+    | st.fixed_dictionaries({"skip": st.tuples(LAYERS, LAYERS), "tree": st.booleans()})
     | st.just({"tree": True})
 )
 
@@ -43,7 +47,7 @@ def shape(layers=6, windows=None):
 
 @given(FORMS, st.none() | st.integers(1, 15))
 def test_policies_make_the_round_trip(form, draft):
-    if "tree" not in form:
+    if form != {"tree": True}:
         form = {**form, "draft": draft}
     policy = SelfSpeculative(**form)
     assert Policy.from_dict(json.loads(json.dumps(policy.to_dict()))) == policy
@@ -55,8 +59,9 @@ def test_policies_make_the_round_trip(form, draft):
     ("fields", "words"),
     [
         ({}, "exit_layer must be given, or skip, or tree=True"),
-        ({"exit_layer": 2, "skip": ((1,), ())}, "one of them alone"),
-        ({"exit_layer": 2, "tree": True}, "one of them alone"),
+        ({"exit_layer": 2, "skip": ((1,), ())}, "and not both of the first two"),
+        ({"exit_layer": 2, "skip": ((1,), ()), "tree": True}, "and not both of the first two"),
+        ({"skip": "search", "tree": True}, "tree must be False with skip="),
         ({"exit_layer": 0}, "exit_layer must be a whole number from 1"),
         ({"exit_layer": 1.5}, "exit_layer must be a whole number from 1"),
         ({"exit_layer": 2, "draft": 0}, "draft must be a whole number from 1"),
@@ -97,8 +102,9 @@ def test_windows_keep_a_layer_of_each_kind_and_have_no_trees():
     with pytest.raises(ValueError, match="first with each window"):
         Plan.make(windowed, [SelfSpeculative(skip=((1,), ()))])
     Plan.make(windowed, [SelfSpeculative(skip=((2, 3), ()))])
-    with pytest.raises(ValueError, match="tree must be False for a model with windows"):
-        Plan.make(windowed, [SelfSpeculative(tree=True)])
+    for drafts in ({}, {"exit_layer": 2}, {"skip": ((2,), ())}):
+        with pytest.raises(ValueError, match="tree must be False for a model with windows"):
+            Plan.make(windowed, [SelfSpeculative(tree=True, **drafts)])
 
 
 @pytest.mark.parametrize(
