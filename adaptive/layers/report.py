@@ -13,9 +13,9 @@ from rich.table import Table
 
 from adaptive.layers.encoder_exit_log import EncoderExitLog
 from adaptive.layers.exit_log import ExitLog
-from adaptive.layers.refill_log import RefillLog
 from adaptive.layers.expert_log import ExpertLog
 from adaptive.layers.expert_weights import held_log
+from adaptive.layers.refill_log import RefillLog
 from adaptive.layers.report_rows import PERCENTILES, groups, scores, skipped, skips
 from adaptive.layers.routing_log import RoutingLog
 from adaptive.layers.sparse_ffn import SparseFfnLog, held_bytes

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from adaptive.layers.refill_log import RefillLog
 from adaptive.layers.expert_log import ExpertLog
+from adaptive.layers.refill_log import RefillLog
 from adaptive.layers.sparse_ffn import SparseFfnLog
 from adaptive.layers.width_choice import WidthPass
 from adaptive.layers.width_log import WidthLog
