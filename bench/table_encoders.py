@@ -183,8 +183,7 @@ def token_pruning_quality_table(document: Document) -> str:
             row["method"],
             f"`keep={row['setting']:g}`",
             f"{row['kept_share']:.1%}",
-            f"{row['speedup']:.2f}x",
-            f"{row['reduce_share']:.1%}",
+            f"{row['speedup']:.2f}x" if row["speedup"] else "-",
             f"{row['cosine_mean']:.3f}",
             f"{row['cosine_min']:.3f}",
             f"{row['same_neighbour']:.0%}",
@@ -192,7 +191,7 @@ def token_pruning_quality_table(document: Document) -> str:
         for row in document["quality"]
     ]
     first = document["quality"][0]
-    header = ["", "", "of all tokens", "speedup", "time to reduce", "mean cosine", "least cosine"]
+    header = ["", "", "of all tokens", "speedup", "mean cosine", "least cosine"]
     header += ["same nearest sentence"]
     return (
         render(header, rows)

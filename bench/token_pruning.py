@@ -34,6 +34,8 @@ FORMS: dict[str, dict[str, str]] = {
     "cached": {"restore": "cached"},
 }
 """TokenPruning by what tables call it: the fields that are not at their defaults."""
+TIMED = ("exact", "pruned", "by information", "merged, same layers")
+"""The other forms of pruning do as much work; merging after every layer has a page of its own."""
 
 
 def measure_images(record: Recorder, threads: int, budget_s: float, model: Any) -> None:
@@ -114,11 +116,12 @@ def measure_texts(
         made[method, keep] = embed(own, given)
         report = handle.report()
         logs[method, keep] = report.token_pruning or report.token_merging
-        calls[f"{method} {keep}"] = lambda m=own: embed(m, given)
+        if method in TIMED:
+            calls[f"{method} {keep}"] = lambda m=own: embed(m, given)
     timings = interleave(calls, threads=threads, repetitions=5, budget_s=budget_s)
     for (method, keep), embeddings in made.items():
         cosine = (embeddings * full).sum(-1)
-        timing, log = timings[f"{method} {keep}"], logs[method, keep]
+        timing, log = timings.get(f"{method} {keep}"), logs[method, keep]
         record.add(
             {
                 "model": "all-MiniLM-L6-v2",
@@ -129,8 +132,8 @@ def measure_texts(
                 "batch": BATCH,
                 "kept_share": 1.0 if log is None else round(log.kept_share, 4),
                 "reduce_share": 0.0 if log is None else round(log.reduce_seconds / log.seconds, 4),
-                "ms": round(timing.median_us / 1e3, 2),
-                "speedup": round(speedup(timings["exact 1.0"], timing), 3),
+                "ms": timing and round(timing.median_us / 1e3, 2),
+                "speedup": timing and round(speedup(timings["exact 1.0"], timing), 3),
                 "cosine_mean": round(float(cosine.mean()), 4),
                 "cosine_min": round(float(cosine.min()), 4),
                 "same_neighbour": round(float((nearest(embeddings) == near).float().mean()), 4),
