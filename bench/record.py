@@ -18,6 +18,7 @@ ROW_FIELDS: dict[str, frozenset[str]] = {
         {"rule", "setting", "sentences", "skipped_share", "ms", "time_saved", "cosine_mean"}
     ),
     "token_merging": frozenset({"model", "rule", "setting", "kept_share", "ms", "of_ideal"}),
+    "token_pruning": frozenset({"model", "setting", "kept_share", "ms", "of_ideal"}),
     "models": frozenset({"model", "context", "dtype", "threads", "kv_bytes", "variants"}),
     "prefill": frozenset({"heads", "tokens", "dtype", "threads", "variants", "split_ms"}),
     "early_exit": frozenset({"criterion", "threshold", "exits", "mean_depth", "tasks"}),

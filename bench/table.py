@@ -19,6 +19,8 @@ from bench.table_encoders import (
     encoders_table,
     token_merging_quality_table,
     token_merging_table,
+    token_pruning_quality_table,
+    token_pruning_table,
 )
 from bench.table_local import local_ops_table, prompts_table
 from bench.table_prefill import prefill_table, quality_prefill_table
@@ -168,6 +170,8 @@ TABLES: dict[str, tuple[str, Callable[[Document], str]]] = {
     "sparse_ops": ("ops", sparse_ops_table),
     "token_merging": ("token_merging", token_merging_table),
     "token_merging_quality": ("token_merging", token_merging_quality_table),
+    "token_pruning": ("token_pruning", token_pruning_table),
+    "token_pruning_quality": ("token_pruning", token_pruning_quality_table),
 }
 """Name between the markers -> kind of result file it is made from, and how."""
 

@@ -150,3 +150,52 @@ def token_merging_quality_table(document: Document) -> str:
         + f"reference of Python, in padded batches of {first['batch']}; speedup: against `keep=1`; "
         + "cosine of each embedding with that of all tokens."
     )
+
+
+def token_pruning_table(document: Document) -> str:
+    """Images a second of a ViT over the tokens that are left."""
+    rows = [
+        [
+            "stock" if row["setting"] == 1 else f"`keep={row['setting']:g}`",
+            f"{row['tokens_last']}",
+            f"{row['kept_share']:.1%}",
+            f"{row['images_per_s']:.2f}",
+            f"{row['speedup']:.2f}x",
+            f"{row['of_ideal']:.0%}",
+        ]
+        for row in document["rows"]
+    ]
+    first = document["rows"][0]
+    header = ["", "tokens in the last layer", "of all tokens", "images/s", "speedup", "of ideal"]
+    threads = f"{first['threads']} thread{'s' * (first['threads'] != 1)}"
+    return (
+        render(header, rows)
+        + f"\n\n{first['model']}, float32, one image of 224 x 224 at a time, {threads}, median CPU "
+        + "time; ideal: stock layers on as many tokens, with nothing chosen, copied or fused. "
+        + machine_line(document)
+    )
+
+
+def token_pruning_quality_table(document: Document) -> str:
+    """Cosine of embeddings with the full ones, by method and over the tokens that are left."""
+    rows = [
+        [
+            row["method"],
+            f"`keep={row['setting']:g}`",
+            f"{row['kept_share']:.1%}",
+            f"{row['speedup']:.2f}x" if row["speedup"] else "-",
+            f"{row['cosine_mean']:.3f}",
+            f"{row['cosine_min']:.3f}",
+            f"{row['same_neighbour']:.0%}",
+        ]
+        for row in document["quality"]
+    ]
+    first = document["quality"][0]
+    header = ["", "", "of all tokens", "speedup", "mean cosine", "least cosine"]
+    header += ["same nearest sentence"]
+    return (
+        render(header, rows)
+        + f"\n\n{first['model']}, float32, {first['sentences']} paragraphs of the language "
+        + f"reference of Python, in padded batches of {first['batch']}; speedup: against exact "
+        + "attention; cosine of each embedding with that of all tokens."
+    )

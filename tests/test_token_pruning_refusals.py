@@ -46,8 +46,8 @@ REFUSED = {
     "above": ({"keep": 1.1}, "keep must be a number above 0 and at most 1"),
     "NaN": ({"keep": float("nan")}, "keep must be a number above 0"),
     "rule": ({"rule": "norm"}, "rule must be one of attention, information, got 'norm'"),
-    "fused": ({"fused": "max"}, "fused must be one of sum, mean, none"),
-    "restore": ({"fused": "none", "restore": "fused"}, "restore must be cached where nothing is"),
+    "fused": ({"fused": "max"}, "fused must be one of mean, sum, none"),
+    "restore": ({"fused": "none"}, "restore must be cached where nothing is"),
     "balance": ({"balance": -1}, "balance must be a finite number from 0 on"),
     "descending": ({"layers": (2, 1)}, "layers must be ascending"),
     "none": ({"layers": ()}, "layers must hold a layer, or be None"),
@@ -97,6 +97,18 @@ def test_what_cannot_be_is_refused_by_name():
         with pytest.raises(ValueError, match="attention in layer 1 must be numbers"):
             run(model, broken)
         assert torch.isfinite(run(model, given)).all()
+
+
+def test_models_of_timm_are_refused_with_the_way_out():
+    """By the name of the package, as its classes say it: it need not be installed."""
+    names = {"__module__": "timm.models.vision_transformer", "forward": lambda _, x: x}
+    model = type("VisionTransformer", (torch.nn.Module,), names)().eval()
+    for policy in (pruning(), adaptive.TokenMerging(r=1)):
+        with pytest.raises(adaptive.UnsupportedModel, match=r"timm's blocks.*of transformers"):
+            adaptive.patch(model, policy)
+        found = adaptive.check(model, policy)
+        assert any("timm's blocks" in line for line in found.advice)
+    assert not any("timm" in line for line in adaptive.check(torch.nn.Linear(2, 2)).advice)
 
 
 @NEEDS_5

@@ -94,6 +94,10 @@ REFUSED.update(
             ("deberta", "deberta-v2", "mpnet"),
             "Its relative positions change the scores, and it does not use AttentionInterface.",
         ),
+        "timm_wrapper": (
+            "timm's blocks compute attention in code of their own; take the model of transformers "
+            "of that name (ViT, DeiT, DINOv2, CLIP, SigLIP)."
+        ),
         **dict.fromkeys(
             ("longformer", "big_bird"), "Its attention is sparse by itself, in code of its own."
         ),

@@ -55,7 +55,7 @@ class TokenPrunes(TokenReduction):
         """Note that layer ``index`` now runs on ``states``."""
         super().before(index, states)
         self._weights = self._scores = None
-        real = self._real or [states.shape[1]]
+        real = [states.shape[1]] if self._real is None else self._real
         if not any(self.policy.removed(length, self.protect) for length in real):
             self._wanted = False
 

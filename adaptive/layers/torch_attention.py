@@ -81,6 +81,13 @@ def register_attention(
         )
 
 
+TIMM = (
+    "what needs queries and keys of a layer, as TokenMerging, TokenPruning and EncoderExit do of "
+    "encoders, cannot have them of timm's blocks, which compute them in code of their own; take "
+    "the model of transformers of that name (ViT, DeiT, DINOv2, CLIP, SigLIP)"
+)
+
+
 def survey(root: nn.Module) -> Survey:
     """Find the attention modules that can be helped. Changes nothing."""
     left = _left_alone(root)
@@ -105,6 +112,8 @@ def survey(root: nn.Module) -> Survey:
             "if a module calls F.scaled_dot_product_attention, name its class: "
             "adaptive.register_attention(ThatClass)"
         )
+    if of_timm(root):
+        advice.append(TIMM)
     kinds = [site.kind for site in sites]
     have = [
         f"attention: {kinds.count('mha')} nn.MultiheadAttention, {kinds.count('sdpa')} modules "
@@ -124,6 +133,11 @@ def survey(root: nn.Module) -> Survey:
         advice=tuple(advice),
         extra=tuple(_sentences(left)),
     )
+
+
+def of_timm(root: nn.Module) -> bool:
+    """Whether the model, or one inside it, is one of timm's."""
+    return any(type(module).__module__.split(".")[0] == "timm" for module in root.modules())
 
 
 def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:

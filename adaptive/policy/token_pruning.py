@@ -12,8 +12,8 @@ from adaptive.policy.encoder_gate import POOLS
 from adaptive.policy.plan import Plan
 
 RULES = ("attention", "information")
-FUSED = ("sum", "mean", "none")
-RESTORES = ("cached", "fused")
+FUSED = ("mean", "sum", "none")
+RESTORES = ("fused", "cached")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +22,10 @@ class TokenPruning(Policy):
 
     EViT (Liang et al. 2022, arXiv:2202.07800): what matters is the attention that the class token
     pays in that layer, averaged over heads. Of a sequence's other tokens the best go on, the share
-    ``keep`` of them, rounded up; the rest become one token behind them. Two things differ from the
-    paper: tokens go behind a layer's MLP, not before it, so that layers are run as they are; and a
-    lone token that would become one by itself stays.
+    ``keep`` of them, rounded up; the rest become one token behind them. Three things differ from
+    the paper: tokens go behind a layer's MLP, not before it, so that layers are run as they are; a
+    lone token that would become one by itself stays; and the one token is a mean, unless ``fused``
+    says "sum", because models that were not trained for it cope with a mean.
 
     What follows the layers sees all tokens: a head that pools over them, too.
 
@@ -38,11 +39,12 @@ class TokenPruning(Policy):
             which is the highest cosine of a token's key, averaged over heads, with that of an
             earlier one: of tokens that are alike the first counts as new.
         balance: Weight of attention in "information".
-        fused: What the rest becomes: the "sum" of the tokens, weighted by their attention, as in
-            EViT; their weighted "mean"; or nothing, "none".
-        restore: What stands for tokens that went, in what follows the layers: "cached", the states
-            in which they went, after the cross-layer cache of CLCA (Rios et al. 2024,
-            arXiv:2501.00243); or "fused", the token that they became part of.
+        fused: What the rest becomes: the "mean" of the tokens, weighted by their attention; EViT's
+            "sum", the same not divided by the weights; or nothing, "none".
+        restore: What stands for tokens that went, in what follows the layers: "fused", the token
+            that they became part of; or "cached", the states in which they went, after the
+            cross-layer cache of CLCA (Rios et al. 2024, arXiv:2501.00243). Heads that read the
+            class token alone see neither.
         pool: What audits compare: the "first" of a sequence's tokens, or their "mean" without
             padding.
         audit_every: Every n-th call also runs in full, and the cosine of the pooled outputs is
@@ -53,8 +55,8 @@ class TokenPruning(Policy):
     layers: tuple[int, ...] | None = None
     rule: str = "attention"
     balance: float = 1.0
-    fused: str = "sum"
-    restore: str = "cached"
+    fused: str = "mean"
+    restore: str = "fused"
     pool: str = "first"
     audit_every: int | None = 64
 

@@ -1,0 +1,47 @@
+"""The benchmark of token pruning: rows are whole, tables and pictures can be made."""
+
+import pytest
+import torch
+import transformers
+
+from bench import record, table, token_pruning
+from bench.token_merging import vit
+from bench.token_pruning_chart import draw
+
+NAMES = ("token_pruning", "token_pruning_quality")
+MARKERS = "\n".join(f"<!-- table:begin {n} -->\n<!-- table:end {n} -->" for n in NAMES)
+SMALL = {
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
+
+
+def sentences(*_):
+    rng = torch.Generator().manual_seed(0)
+    mask = (torch.arange(20) < torch.tensor([[20], [13], [9]])).long()
+    return [{"input_ids": torch.randint(1, 64, (3, 20), generator=rng), "attention_mask": mask}]
+
+
+@pytest.mark.skipif(
+    int(transformers.__version__.split(".")[0]) < 5, reason="needs text encoders of 5"
+)
+def test_rows_tables_and_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_pruning, "batches", sentences)
+    path = tmp_path / "result.json"
+    recorder = record.Recorder("token_pruning", path, {})
+    token_pruning.measure_images(recorder, 1, 0.1, vit(**SMALL, image_size=32, patch_size=4))
+    text = transformers.BertModel(transformers.BertConfig(vocab_size=64, **SMALL)).eval()
+    token_pruning.measure_texts(recorder, 1, 0.1, text, None)
+    found = record.load(path)
+    assert [row["tokens_last"] for row in found["rows"]] == [65, 56, 35, 19]
+    assert found["quality"][0]["cosine_min"] > 0.9999
+    shares = {(row["method"], row["setting"]): row["kept_share"] for row in found["quality"]}
+    assert abs(shares["pruned", 0.5] - shares["merged, same layers", 0.5]) < 0.1
+    assert shares["pruned", 0.5] < 0.8
+    made = table.update(MARKERS, [found])
+    assert "| `keep=0.5` | 19 |" in made
+    assert "| by information | `keep=0.9` |" in made
+    draw(found, tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").stat().st_size > 10_000
