@@ -19,6 +19,7 @@ from adaptive.errors import (
 )
 from adaptive.layers.torch_attention import register_attention
 from adaptive.layers.torch_sdpa import attention
+from adaptive.oracle_widths import WidthOracle, oracle_widths
 from adaptive.patch import Support, check, patch, patched
 from adaptive.patched import Patched
 from adaptive.policy import (
@@ -79,6 +80,7 @@ __all__ = [
     "TokenRouting",
     "UnknownFamily",
     "UnsupportedModel",
+    "WidthOracle",
     "WidthRouter",
     "__version__",
     "_native",
@@ -86,6 +88,7 @@ __all__ = [
     "calibrate",
     "check",
     "cpu_level",
+    "oracle_widths",
     "patch",
     "patched",
     "register_attention",

@@ -27,7 +27,7 @@ def always(choice, choices=4, layers=(0, 1), width=128):
 
 def _forward(self, x):
     hidden = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
-    chosen = (x.detach().float() @ self.choices.T).argmax(-1)
+    chosen = (x.detach().float() @ self.choices.T + self.biases).argmax(-1)
     neurons = self.sizes[chosen]
     used = torch.arange(hidden.shape[-1]) < neurons[..., None]
     self.seen.append(neurons)
@@ -41,6 +41,7 @@ def masked(case, routers, widths=WIDTHS, **fields):
         mlp = model.model.layers[layer].mlp
         total = mlp.up_proj.weight.shape[0]
         mlp.choices = torch.tensor(routers.weight[at])
+        mlp.biases = torch.tensor(routers.bias[at] if routers.bias else 0.0)
         mlp.sizes = torch.tensor([neurons_of(share, total) for share in widths])
         mlp.seen = []
         mlp.forward = MethodType(_forward, mlp)

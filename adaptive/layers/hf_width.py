@@ -86,9 +86,7 @@ class PrefixForward:
     def _prefix(self, ffn: Any, x: Tensor) -> Tensor:
         """The same neurons for all tokens."""
         neurons = neurons_of(self.share, ffn.up_proj.weight.shape[0])
-        gate, up = (_slice(getattr(ffn, name), x, neurons) for name in _PROJECTIONS[:2])
-        down = ffn.down_proj
-        made = _multiply(down, ffn.act_fn(gate) * up, down.weight[:, :neurons], down.bias)
+        made = _narrow(ffn, x, neurons)
         if not torch.compiler.is_compiling() and not recorded():
             real = self.now.real(x)
             tokens = x.shape[:-1].numel() if real is None else int(real.sum())
@@ -107,8 +105,12 @@ class PrefixForward:
             )
         total, rows, real = ffn.up_proj.weight.shape[0], x.flatten(0, -2), self.now.real(x)
         neurons = chosen_neurons(self.policy, self.layer, rows, real, total, self.now)
+        if isinstance(neurons, int):  # of one token
+            made = _narrow(ffn, x, neurons)
+            self._count(ffn, x, made, real, {neurons: 1} if real is None or bool(real) else {})
+            return made
         if bool((neurons == total).all()):
-            made: Tensor = type(ffn).forward(ffn, x)
+            made = type(ffn).forward(ffn, x)
         else:
             gate, up, down = (getattr(ffn, name) for name in _PROJECTIONS)
             made = prefix_ffn(
@@ -147,6 +149,17 @@ class PrefixForward:
             with torch.no_grad():
                 dense = type(ffn).forward(ffn, rows[places])
             counters.audit.compare(made.detach().flatten(0, -2)[places], dense)
+
+
+def _narrow(ffn: Any, x: Tensor, neurons: int) -> Tensor:
+    """What the FFN would return if it had only its first neurons; zeros if it had none."""
+    down: nn.Linear = ffn.down_proj
+    if not neurons:
+        return x.new_zeros(*x.shape[:-1], down.weight.shape[0])
+    if neurons == down.weight.shape[1]:
+        return type(ffn).forward(ffn, x)  # type: ignore[no-any-return]
+    gate, up = (_slice(getattr(ffn, name), x, neurons) for name in _PROJECTIONS[:2])
+    return _multiply(down, ffn.act_fn(gate) * up, down.weight[:, :neurons], down.bias)
 
 
 def _slice(linear: nn.Linear, x: Tensor, neurons: int) -> Tensor:

@@ -94,7 +94,7 @@ class Report:
         exits: What early exit did; None without it.
         encoder_exit: After how many layers sequences left an encoder; None where they may not.
         routing: How much of which layer ran; None where no policy routes.
-        widths: How much of which FFN was computed, and how far off; None where no policy narrows.
+        widths: How much of which FFN tokens used, and how far off; None where no policy narrows.
         sparse_ffn: Neurons computed where the model leaves most at 0; None where it does not.
         token_merging: How many tokens of an encoder were left; None where none merge.
         token_pruning: The same of pruning.

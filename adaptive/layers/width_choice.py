@@ -1,5 +1,6 @@
 """Which width each token of a call gets: what the router says, and what is known of the pass."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,8 +62,8 @@ class WidthPass:
 
 def chosen_neurons(
     policy: TokenRouting, layer: int, rows: Tensor, real: Tensor | None, total: int, now: WidthPass
-) -> Tensor:
-    """How many neurons each row computes with, ``[rows]``, int64.
+) -> Tensor | int:
+    """How many neurons each row computes with, ``[rows]``, int64; of one row the number.
 
     Args:
         policy: Whose router decides.
@@ -75,29 +76,36 @@ def chosen_neurons(
     Raises:
         ValueError: A logit of a row that is no padding is NaN; the layer is named.
     """
-    shares = policy.choices
-    neurons = torch.tensor([neurons_of(share, total) for share in shares], device=rows.device)
+    neurons = [neurons_of(share, total) for share in policy.choices]
     if now.forced is not None and layer in now.forced:
-        return neurons[now.forced[layer].to(rows.device)]
+        return torch.tensor(neurons, device=rows.device)[now.forced[layer].to(rows.device)]
     with torch.no_grad():
-        chosen, wrong = _choose(policy, layer, rows)
+        logits = _logits(policy, layer, rows.detach())
+    if len(rows) == 1 and real is None:  # decoding: numbers are sooner compared than tensors
+        values: list[float] = logits[0].tolist()
+        if any(map(math.isnan, values)):
+            raise _nan(layer)
+        return neurons[values.index(max(values))]
+    wrong = logits.isnan().any(1)
+    best = (logits == logits.amax(1, keepdim=True)).int().argmax(1)
     if real is not None:
-        chosen, wrong = chosen.masked_fill(~real, 0), wrong & real
+        best, wrong = best.masked_fill(~real, 0), wrong & real
     if bool(wrong.any()):
-        raise ValueError(
-            f"adaptive: TokenRouting: scores of layer {layer} must be numbers, got NaN"
-        )
-    return neurons[chosen]
+        raise _nan(layer)
+    return torch.tensor(neurons, device=rows.device)[best]
 
 
-def _choose(policy: TokenRouting, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Choices of all rows, int64, of equal logits the narrowest; and which have a NaN."""
+def _logits(policy: TokenRouting, layer: int, rows: Tensor) -> Tensor:
+    """Of each choice, ``[rows, choices]``; of equal ones the first is taken."""
     router = policy.router
     assert router is not None
     if isinstance(router, WidthRouter):
-        logits = router.logits(layer, rows.detach())
-        best = logits == logits.amax(1, keepdim=True)
-        return best.int().argmax(1), logits.isnan().any(1)
+        return router.logits(layer, rows)
     weight, bias = router.of(layer, rows.device)
-    logit = rows.detach().float() @ weight + bias
-    return (logit >= 0).long(), logit.isnan()
+    logit = rows.float() @ weight + bias
+    # A logit of 0 chooses the wider, the second; NaN stays.
+    return torch.stack([torch.where(logit >= 0, -1.0, 0.0), 0 * logit - 0.5], 1)
+
+
+def _nan(layer: int) -> ValueError:
+    return ValueError(f"adaptive: TokenRouting: scores of layer {layer} must be numbers, got NaN")

@@ -14,7 +14,8 @@ class LayerWidths:
     Attributes:
         calls: Of it.
         tokens: By number of neurons, the tokens that went through so many; without padding.
-        computed: Neurons that were computed, added up over tokens.
+        used: Neurons that tokens went through, added up over them. Of up to 16 tokens in a call
+            all are computed up to the widest, which costs no more than reading the weights.
         dense: Those of the whole FFN.
         read: Neurons whose weights some token of the call needed, added up over calls.
         held: Those of the whole FFN.
@@ -23,7 +24,7 @@ class LayerWidths:
 
     calls: int = 0
     tokens: dict[int, int] = field(default_factory=dict)
-    computed: int = 0
+    used: int = 0
     dense: int = 0
     read: int = 0
     held: int = 0
@@ -34,7 +35,7 @@ class LayerWidths:
         self.calls += 1
         for width, many in tokens.items():
             self.tokens[width] = self.tokens.get(width, 0) + many
-            self.computed += width * many
+            self.used += width * many
             self.dense += neurons * many
         self.read += max(tokens, default=0)
         self.held += neurons
@@ -55,9 +56,9 @@ class WidthLog:
         return self.layers.setdefault(layer, LayerWidths())
 
     @property
-    def computed_share(self) -> float | None:
-        """Share of the neurons that were computed, over all tokens; None before the first."""
-        return _share(self.layers, "computed", "dense")
+    def used_share(self) -> float | None:
+        """Share of the neurons that were used, over all tokens; None before the first."""
+        return _share(self.layers, "used", "dense")
 
     @property
     def read_share(self) -> float | None:
@@ -86,22 +87,22 @@ class WidthLog:
             }
         return {
             "layers": layers,
-            "computed_share": self.computed_share,
+            "used_share": self.used_share,
             "read_share": self.read_share,
             "audit": self.audit.to_dict(),
         }
 
     def __str__(self) -> str:
         """Return a few lines for the report."""
-        if self.computed_share is None or self.read_share is None:
+        if self.used_share is None or self.read_share is None:
             return "widths of FFNs: no call yet"
         shares = ", ".join(
-            f"{number}: {layer.computed / layer.dense:.0%}"
+            f"{number}: {layer.used / layer.dense:.0%}"
             for number, layer in sorted(self.layers.items())
             if layer.dense
         )
         line = (
-            f"widths of FFNs: {self.computed_share:.1%} of neurons computed, "
+            f"widths of FFNs: {self.used_share:.1%} of neurons used, "
             f"{self.read_share:.1%} of weights read; by layer {shares}\n"
         )
         audit = self.audit

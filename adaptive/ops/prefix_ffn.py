@@ -1,11 +1,11 @@
 """prefix_ffn: an FFN in which each row uses as many of the first neurons as its width says.
 
 Made of products with slices of the weights, which are at the floor of what the processor gives:
-there is no kernel of its own to gain from. Rows are brought in the order of their widths, so the
-rows that use a neuron are the first ones, and all that is copied is rows.
+there is no kernel of its own to gain from. Many rows are brought in the order of their widths, so
+the rows that use a neuron are the first ones, and all that is copied is rows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,7 +14,9 @@ from torch.nn import functional
 from adaptive.ops.skinny_linear import MAX_ROWS
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Activation = Callable[[Tensor], Tensor]
 Biases = tuple[Tensor | None, Tensor | None, Tensor | None]
+Weights = tuple[Tensor | None, Tensor, Tensor]
 
 
 def reference(
@@ -23,7 +25,7 @@ def reference(
     gate: Tensor | None,
     up: Tensor,
     down: Tensor,
-    activation: Callable[[Tensor], Tensor],
+    activation: Activation,
     biases: Biases = (None, None, None),
 ) -> Tensor:
     """Compute what `prefix_ffn` does in full, and leave out what a row does not use by a mask."""
@@ -43,7 +45,7 @@ def prefix_ffn(
     gate: Tensor | None,
     up: Tensor,
     down: Tensor,
-    activation: Callable[[Tensor], Tensor],
+    activation: Activation,
     biases: Biases = (None, None, None),
     linear: Linear = functional.linear,
 ) -> Tensor:
@@ -51,10 +53,10 @@ def prefix_ffn(
 
     What adaptive computation modules, MatFormer's prefixes and Duo-LLM's big and small FFNs have in
     common (Wojcik et al. 2023, arXiv:2312.10193; Kudugunta et al. 2023, arXiv:2310.07707; Alizadeh
-    et al. 2024, arXiv:2410.10846). Neurons between two neighbouring widths are computed once, for
-    the rows that use them. For more than 16 rows the rows of each width are then multiplied with
-    their part of ``down``. For fewer, one product reads ``down`` up to the largest width once, for
-    all of them: the neurons that a row does not use are zeros in it.
+    et al. 2024, arXiv:2410.10846). Of more than 16 rows, neurons between two neighbouring widths
+    are computed once, for the rows that use them, and the rows of each width are multiplied with
+    their part of ``down``. Fewer rows take as long as reading the weights: three products up to the
+    largest width, in which the neurons that a row does not use become zeros.
 
     Args:
         input: ``[rows, in_features]``, any floating dtype.
@@ -76,75 +78,96 @@ def prefix_ffn(
         TypeError: ``widths`` does not hold whole numbers.
     """
     _check(input, widths, gate, up, down)
-    steps = _steps(widths, len(up))
-    if not steps:
-        return input.new_zeros(len(input), len(down))
-    active = steps[0][1]
-    whole = len(steps) == 1 and active == len(input)  # nothing to sort
-    order = None if whole else widths.argsort(descending=True, stable=True)[:active]
-    rows = input if order is None else input.index_select(0, order)
-    pieces, begin = [], 0
-    for width, users in steps:
-        part, x = slice(begin, width), rows[:users]
-        made = linear(x, up[part], _part(biases[1], part))
-        if gate is None:
-            pieces.append(activation(made))
-        else:
-            pieces.append(activation(linear(x, gate[part], _part(biases[0], part))) * made)
-        begin = width
-    out = _multiply_down(pieces, steps, down, biases[2], linear)
-    if order is None:
-        return out
-    return out.new_zeros(len(input), len(down)).index_copy(0, order, out)
+    form = _of_few if len(input) <= MAX_ROWS else _of_many
+    weights = gate, up, down
+    return form(input, widths, weights, activation, biases, linear)
 
 
-def _steps(widths: Tensor, neurons: int) -> list[tuple[int, int]]:
-    """Widths above 0 that occur, ascending, and how many rows use neurons up to each."""
-    if len(widths) == 1:  # decoding
-        levels, counts = [int(widths[0])], [1]
-    else:
-        found, many = widths.unique(return_counts=True)
-        levels, counts = found.tolist(), many.tolist()
-    if levels and not 0 <= levels[0] <= levels[-1] <= neurons:
-        wrong = levels[0] if levels[0] < 0 else levels[-1]
-        raise _refused("widths", f"be in 0..{neurons}", wrong)
-    return [(level, sum(counts[i:])) for i, level in enumerate(levels) if level]
-
-
-def _multiply_down(
-    pieces: Sequence[Tensor],
-    steps: Sequence[tuple[int, int]],
-    down: Tensor,
-    bias: Tensor | None,
+def _of_few(
+    input: Tensor,
+    widths: Tensor,
+    weights: Weights,
+    activation: Activation,
+    biases: Biases,
     linear: Linear,
 ) -> Tensor:
-    """The last product, rows from the widest to the narrowest.
+    """Products up to the largest width; arguments as for `prefix_ffn`."""
+    neurons = widths.tolist()
+    _check_range(min(neurons, default=0), max(neurons, default=0), len(weights[1]))
+    out = input.new_zeros(len(input), len(weights[2]))
+    used = [row for row, width in enumerate(neurons) if width]
+    if not used:
+        return out
+    every = len(used) == len(input)
+    order = None if every else torch.tensor(used, device=input.device)
+    rows, own = (t if order is None else t.index_select(0, order) for t in (input, widths))
+    part = slice(0, max(neurons))
+    hidden = _first(rows, part, weights, activation, biases, linear)
+    if len({neurons[row] for row in used}) > 1:
+        places = torch.arange(hidden.shape[1], device=hidden.device)
+        hidden = hidden.masked_fill(places >= own[:, None], 0)
+    made = linear(hidden, weights[2][:, part], biases[2])
+    return made if order is None else out.to(made.dtype).index_copy(0, order, made)
 
-    Args:
-        pieces: Of each step its neurons, ``[users, neurons of the step]``.
-        steps: As `_steps` returns them.
-        down: As for `prefix_ffn`.
-        bias: Of ``down``.
-        linear: As for `prefix_ffn`.
-    """
-    active, widest = steps[0][1], steps[-1][0]
-    if len(steps) == 1 or active <= MAX_ROWS:
-        if len(pieces) == 1:
-            hidden = pieces[0]
-        else:
-            hidden = torch.cat([functional.pad(p, (0, 0, 0, active - len(p))) for p in pieces], 1)
-        return linear(hidden, down[:, :widest], bias)
+
+def _of_many(
+    input: Tensor,
+    widths: Tensor,
+    weights: Weights,
+    activation: Activation,
+    biases: Biases,
+    linear: Linear,
+) -> Tensor:
+    """Each product for the rows that use it; arguments as for `prefix_ffn`."""
+    found, counts = (t.tolist() for t in widths.unique(return_counts=True))
+    _check_range(found[0], found[-1], len(weights[1]))
+    # widths above 0 that occur, ascending, and how many rows use neurons up to each
+    steps = [(width, sum(counts[i:])) for i, width in enumerate(found) if width]
+    out = input.new_zeros(len(input), len(weights[2]))
+    if not steps:
+        return out
+    whole = len(steps) == 1 and steps[0][1] == len(input)  # nothing to sort
+    order = None if whole else widths.argsort(descending=True, stable=True)[: steps[0][1]]
+    rows = input if order is None else input.index_select(0, order)
+    begins = [0, *(width for width, _ in steps)]
+    pieces = [
+        _first(rows[:users], slice(begin, width), weights, activation, biases, linear)
+        for begin, (width, users) in zip(begins, steps, strict=False)
+    ]
     groups, first = [], 0
-    for last in range(len(steps) - 1, -1, -1):
+    for last in range(len(steps) - 1, -1, -1):  # from the widest on
         width, end = steps[last]
-        hidden = torch.cat([piece[first:end] for piece in pieces[: last + 1]], 1)
-        groups.append(linear(hidden, down[:, :width], bias))
+        own = [piece[first:end] for piece in pieces[: last + 1]]
+        hidden = own[0] if len(own) == 1 else torch.cat(own, 1)
+        groups.append(linear(hidden, weights[2][:, :width], biases[2]))
         first = end
-    return torch.cat(groups)
+    made = groups[0] if len(groups) == 1 else torch.cat(groups)
+    return made if order is None else out.to(made.dtype).index_copy(0, order, made)
+
+
+def _first(
+    x: Tensor,
+    part: slice,
+    weights: Weights,
+    activation: Activation,
+    biases: Biases,
+    linear: Linear,
+) -> Tensor:
+    """Neurons of a part of the FFN, ``[rows, neurons of the part]``."""
+    gate, up, _ = weights
+    made = linear(x, up[part], _part(biases[1], part))
+    if gate is None:
+        return activation(made)
+    return activation(linear(x, gate[part], _part(biases[0], part))) * made
 
 
 def _part(bias: Tensor | None, part: slice) -> Tensor | None:
     return None if bias is None else bias[part]
+
+
+def _check_range(least: int, most: int, neurons: int) -> None:
+    if not 0 <= least <= most <= neurons:
+        raise _refused("widths", f"be in 0..{neurons}", least if least < 0 else most)
 
 
 def _check(input: Tensor, widths: Tensor, gate: Tensor | None, up: Tensor, down: Tensor) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from adaptive.policy._plan_file import short
 from adaptive.policy.router_weights import FORMAT, MAX_FILE_BYTES, _key, _numbers, _safetensors
@@ -82,14 +83,17 @@ class WidthRouter:
     def logits(self, layer: int, states: Tensor) -> Tensor:
         """Logits of a layer's choices, float32, ``[rows, choices]``, for ``[rows, width]``."""
         at = self.layers.index(layer)
-        logits = states.float() @ self._tensor.to(states.device)[at].T
-        if self.bias is not None:
-            logits = logits + torch.tensor(self.bias[at], device=states.device)
-        return logits
+        weight, bias = self._tensors
+        return functional.linear(
+            states.float(),
+            weight[at].to(states.device),
+            None if bias is None else bias[at].to(states.device),
+        )
 
     @cached_property
-    def _tensor(self) -> Tensor:
-        return torch.tensor(self.weight, dtype=torch.float32)
+    def _tensors(self) -> tuple[Tensor, Tensor | None]:
+        bias = None if self.bias is None else torch.tensor(self.bias, dtype=torch.float32)
+        return torch.tensor(self.weight, dtype=torch.float32), bias
 
     @staticmethod
     def random(
@@ -160,7 +164,7 @@ class WidthRouter:
         Raises:
             ImportError: The package safetensors is missing.
         """
-        tensors = {_key(i): self._tensor[at].clone() for at, i in enumerate(self.layers)}
+        tensors = {_key(i): self._tensors[0][at].clone() for at, i in enumerate(self.layers)}
         for layer, own in zip(self.layers, self.bias or (), strict=False):
             tensors[_key(layer, "bias")] = torch.tensor(own)
         meta = {"format": FORMAT, "layers": self.layers, "bias": self.bias is not None}
