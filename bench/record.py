@@ -32,6 +32,7 @@ ROW_FIELDS: dict[str, frozenset[str]] = {
     "speculation": frozenset({"what", "text", "batch", "variants"}),
     "skip_search": frozenset({"what", "text", "batch", "found", "variants"}),
     "mixture_of_depths": frozenset({"what", "tokens", "batch", "share", "ms"}),
+    "depths_quality": frozenset({"part", "policy", "share", "bits_per_byte", "tokens"}),
     "quality": frozenset({"policy", "budget", "context", "kv_read_share", "tasks"}),
     "block_transformer": frozenset(
         {"model", "batch", "prompt_tokens", "new_tokens", "threads", "variants", "speedup"}

@@ -113,7 +113,17 @@ class Routes:
         """
         assert self.policy.router is not None
         weight, bias = self.policy.router.of(index, states.device)
-        logits = states.float() @ weight + bias
+        return self._numbers(index, states.float() @ weight + bias)
+
+    def _guesses(self, index: int, states: Tensor) -> Tensor:
+        """As `logits`, of the router's predictor."""
+        router = self.policy.router
+        assert router is not None
+        assert router.predictor is not None  # the policy checks
+        return self._numbers(index, router.predictor.logits(router.layers.index(index), states))
+
+    @staticmethod
+    def _numbers(index: int, logits: Tensor) -> Tensor:
         if bool(logits.isnan().any()):
             raise ValueError(
                 f"adaptive: MixtureOfDepths: scores of layer {index} must be numbers, got NaN"
@@ -138,15 +148,17 @@ class Routes:
         """Which tokens run layer ``index``; arguments as `decide_rows`."""
         policy, (batch, tokens) = self.policy, states.shape[:2]
         logits, valid = self.logits(index, states), self.valid(tokens)
+        guessed = self.past and policy.decode == "predictor"
+        scores = (self._guesses(index, states) if guessed else logits).detach().sigmoid()
         least = policy.least if not self.past else policy.least_later
         prompt = policy.capacity is not None and not self.past
         if tokens == 1 and not prompt:  # decoding: there are no places to find
-            runs = logits.sigmoid() >= least
+            runs = scores >= least
             runs = runs if valid is None else runs & valid
             chosen, counts = runs.long() - 1, runs[:, 0].long()
         else:
             chosen, counts, _ = route_tokens(
-                logits.detach().sigmoid(),
+                scores,
                 threshold=None if prompt else least,
                 capacity=float(policy.capacity or 0) if prompt else None,
                 valid=valid,

@@ -1,6 +1,9 @@
 """The way of chosen tokens there and back, for any dtype and in place: gather and combine."""
 
+import torch
 from torch import Tensor
+
+from adaptive.ops.route_tokens import route_tokens
 
 
 def gather_tokens(hidden: Tensor, tokens: Tensor) -> Tensor:
@@ -35,6 +38,22 @@ def combine_tokens(
     at = (row, tokens[row, place].long())
     hidden[at] = hidden[at] + update[row, place].to(hidden.dtype)
     return hidden
+
+
+def best_tokens(logits: Tensor, capacity: float, valid: Tensor | None) -> Tensor:
+    """Say which tokens a capacity takes, ``[batch, tokens]``, bool.
+
+    Args:
+        logits: ``[batch, tokens]``.
+        capacity: Share of the tokens of each row, as `route_tokens`.
+        valid: Which are not padding, ``[batch, tokens]``, bool; None: all.
+    """
+    scores = logits.detach().sigmoid()
+    chosen, _, _ = route_tokens(scores, threshold=None, capacity=capacity, valid=valid)
+    taken = torch.zeros_like(logits, dtype=torch.bool)
+    row, place = (chosen >= 0).nonzero(as_tuple=True)
+    taken[row, chosen[row, place].long()] = True
+    return taken
 
 
 def rows_in_use(tensor: Tensor, rows: Tensor, used: int) -> Tensor:

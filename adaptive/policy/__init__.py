@@ -15,6 +15,7 @@ from adaptive.policy.mixture_of_depths import MixtureOfDepths
 from adaptive.policy.plan import Plan
 from adaptive.policy.quest import Quest
 from adaptive.policy.razor import RazorAttention
+from adaptive.policy.router_predictor import RouterPredictor
 from adaptive.policy.router_weights import RouterWeights
 from adaptive.policy.self_speculative import SelfSpeculative
 from adaptive.policy.shape import ModelShape
@@ -41,6 +42,7 @@ __all__ = [
     "Policy",
     "Quest",
     "RazorAttention",
+    "RouterPredictor",
     "RouterWeights",
     "SelfSpeculative",
     "StreamingLLM",

@@ -21,7 +21,7 @@ from adaptive.policy.plan import Plan
 from adaptive.policy.router_weights import RouterWeights
 
 UNITS = ("block", "attention", "mlp")
-DECODES = {"sequence": ("frozen",), "token": ("threshold",)}
+DECODES = {"sequence": ("frozen",), "token": ("threshold", "predictor")}
 """How each kind of decision can go on after the prompt; the first is the default."""
 
 THRESHOLD = 0.5
@@ -42,7 +42,8 @@ class MixtureOfDepths(Policy):
 
     ``decide="token"`` scores every token: by ``threshold``, which depends on the token alone, or in
     prompts by ``capacity``, the best share of each sequence's tokens, which looks ahead. Tokens
-    that come after the prompt run by threshold. Tokens that run attend to those that ran.
+    that come after the prompt run by threshold, or as a predictor says that the capacity would take
+    them. Tokens that run attend to those that ran.
 
     Attributes:
         layers: Layers that may be skipped, ascending; None: those of the router.
@@ -56,7 +57,9 @@ class MixtureOfDepths(Policy):
             ``x + logit * f(x)``; "mlp": that of a block's MLP alone is, by the score.
         positions: Of tokens that run: "original", or "compact": counted among those that run.
         kv: Keys and values of skipped tokens: "dropped", or "kept": then only queries are routed.
-        decode: "frozen" for sequences, "threshold" for tokens; None: that one.
+        decode: "frozen" for sequences; "threshold" for tokens, or with a capacity "predictor":
+            those whose score by the router's predictor reaches ``decode_threshold``. None: the
+            first.
         audit_every: Of every n tokens at most one is run again by the whole model, and the cosine
             of the last hidden states measured: the first call in any case, others when it is their
             turn. None: never.
@@ -115,6 +118,9 @@ class MixtureOfDepths(Policy):
         elif self.decode not in ways:
             rule = f"be {' or '.join(map(repr, ways))} with decide={self.decide!r}"
             raise refused(self, "decode", rule, self.decode)
+        if self.decode == "predictor" and self.capacity is None:
+            rule = "be 'threshold' without a capacity, which a predictor is for"
+            raise refused(self, "decode", rule, self.decode)
 
     def _check_rule(self) -> None:
         for name in ("threshold", "decode_threshold"):
@@ -146,6 +152,8 @@ class MixtureOfDepths(Policy):
     def _check_router(self, router: RouterWeights) -> None:
         if not isinstance(router, RouterWeights):
             raise refused(self, "router", "be RouterWeights or None", router)
+        if self.decode == "predictor" and router.predictor is None:
+            raise refused(self, "router", "have a predictor with decode='predictor'", router)
         if self.layers is None:
             object.__setattr__(self, "layers", router.layers)
         for layer in self.layers or ():
@@ -187,8 +195,12 @@ class MixtureOfDepths(Policy):
 
     @staticmethod
     def mod(router: RouterWeights, *, capacity: float = 0.125) -> MixtureOfDepths:
-        """Mixture-of-Depths (Raposo et al. 2024, arXiv:2404.02258): weighted blocks per token."""
-        return MixtureOfDepths(router=router, capacity=capacity, weighted=True)
+        """Mixture-of-Depths (Raposo et al. 2024, arXiv:2404.02258): weighted blocks per token.
+
+        Decoding goes by the router's predictor if it has one.
+        """
+        decode = None if router.predictor is None else "predictor"
+        return MixtureOfDepths(router=router, capacity=capacity, weighted=True, decode=decode)
 
     @staticmethod
     def gamma_mod(router: RouterWeights, *, threshold: float = 0.005) -> MixtureOfDepths:

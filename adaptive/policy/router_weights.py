@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from adaptive.policy._plan_file import short
+from adaptive.policy.router_predictor import PARTS, RouterPredictor, float_row, refused_row
 
 FORMAT = 1
 MAX_FILE_BYTES = 1 << 30
@@ -34,11 +35,13 @@ class RouterWeights:
         layers: Layers that have a router, ascending.
         weight: ``[len(layers), width]``.
         bias: ``[len(layers)]``; None: zeros.
+        predictor: What tells while decoding which tokens a capacity would take; None: nothing.
     """
 
     layers: tuple[int, ...]
     weight: tuple[tuple[float, ...], ...] = field(repr=False)
     bias: tuple[float, ...] | None = field(default=None, repr=False)
+    predictor: RouterPredictor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         layers = self.layers
@@ -57,8 +60,21 @@ class RouterWeights:
             bias = _numbers("bias", bias)
             if len(bias) != len(layers):
                 raise _refused("bias", f"have {len(layers)} numbers, or be None", len(bias))
+        self._check_predictor(len(rows), len(rows[0]))
         for name, value in (("layers", tuple(layers)), ("weight", rows), ("bias", bias)):
             object.__setattr__(self, name, value)
+
+    def _check_predictor(self, layers: int, width: int) -> None:
+        if isinstance(self.predictor, dict):
+            object.__setattr__(self, "predictor", RouterPredictor.from_dict(self.predictor))
+        predictor = self.predictor
+        if predictor is None:
+            return
+        if not isinstance(predictor, RouterPredictor):
+            raise _refused("predictor", "be a RouterPredictor or None", predictor)
+        if (len(predictor.inner), predictor.width) != (layers, width):
+            found = f"{len(predictor.inner)} layers of width {predictor.width}"
+            raise _refused("predictor", f"be for {layers} layers of width {width}", found)
 
     @property
     def width(self) -> int:
@@ -119,6 +135,7 @@ class RouterWeights:
             "layers": list(self.layers),
             "weight": [list(row) for row in self.weight],
             "bias": None if self.bias is None else list(self.bias),
+            "predictor": None if self.predictor is None else asdict(self.predictor),
         }
 
     @staticmethod
@@ -132,6 +149,7 @@ class RouterWeights:
         if not isinstance(values, dict):
             kind = type(values).__name__
             raise TypeError(f"adaptive: RouterWeights must be an object, got {kind}")
+        values = {"predictor": None, **values}
         known = {f.name for f in fields(RouterWeights)}
         wrong = sorted(known ^ values.keys())
         if wrong:
@@ -142,6 +160,8 @@ class RouterWeights:
     def save(self, path: str | Path) -> None:
         """Write safetensors, ``layers.<number>.router.weight`` and ``.bias``, and what they are.
 
+        A predictor's weights lie beside them, ``layers.<number>.router.predictor.*``.
+
         Raises:
             ImportError: The package safetensors is missing.
         """
@@ -149,6 +169,11 @@ class RouterWeights:
         for layer, bias in zip(self.layers, self.bias or (), strict=False):
             tensors[_key(layer, "bias")] = torch.tensor([bias])
         meta = {"format": FORMAT, "layers": self.layers, "bias": self.bias is not None}
+        if self.predictor is not None:
+            meta["predictor"] = True
+            for at, layer in enumerate(self.layers):
+                named = self.predictor.tensors(at)
+                tensors |= {_key(layer, f"predictor.{name}"): t for name, t in named.items()}
         _safetensors().save_file(tensors, Path(path), metadata={_META: json.dumps(meta)})
 
     @staticmethod
@@ -195,30 +220,29 @@ def _read(meta: Any, tensors: dict[str, Tensor]) -> RouterWeights:
     layers, biased = meta.get("layers"), bool(meta.get("bias"))
     if not isinstance(layers, list) or not all(type(i) is int for i in layers):
         raise ValueError(f"{_META}.layers must be a list of whole numbers, got {short(layers)}")
-    parts = ("weight", "bias") if biased else ("weight",)
+    parts = ["weight", *(["bias"] if biased else [])]
+    if meta.get("predictor"):
+        parts += [f"predictor.{name}" for name in PARTS]
     wanted = {_key(layer, part) for layer in layers for part in parts}
     for key in sorted(wanted - tensors.keys()):
         raise ValueError(f"it must have {key!r}")
     for key in sorted(tensors.keys() - wanted):
         raise ValueError(f"it must not have {key!r}")
     found = RouterWeights.from_tensors({layer: tensors[_key(layer)] for layer in layers})
-    if not biased:
-        return found
-    bias = tuple(float(tensors[_key(layer, "bias")].reshape(())) for layer in found.layers)
-    return RouterWeights(layers=found.layers, weight=found.weight, bias=bias)
+    bias = None
+    if biased:
+        bias = tuple(float(tensors[_key(layer, "bias")].reshape(())) for layer in found.layers)
+    predictor = None
+    if meta.get("predictor"):
+        predictor = RouterPredictor.from_tensors(
+            [{name: tensors[_key(i, f"predictor.{name}")] for name in PARTS} for i in found.layers]
+        )
+    return replace(found, bias=bias, predictor=predictor)
 
 
 def _numbers(name: str, values: Any) -> tuple[float, ...]:
-    if not isinstance(values, list | tuple) or not all(type(v) in (int, float) for v in values):
-        raise _refused(name, "hold numbers", values)
-    try:
-        rounded = torch.tensor(values, dtype=torch.float32)
-    except OverflowError:  # a whole number beyond all floats
-        rounded = torch.tensor([torch.inf])
-    if not bool(rounded.isfinite().all()):
-        raise _refused(name, "hold finite numbers", values)
-    return tuple(rounded.tolist())
+    return float_row("RouterWeights", name, values)
 
 
 def _refused(name: str, rule: str, value: object) -> ValueError:
-    return ValueError(f"adaptive: RouterWeights.{name} must {rule}, got {short(repr(value))}")
+    return refused_row("RouterWeights", name, rule, value)

@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from adaptive.adapters import Family
 from adaptive.errors import UnsupportedModel
 from adaptive.layers.changes import ChangeLog, own_forward
 from adaptive.layers.pooling import pool_weights, pooled
+from adaptive.layers.routed_tokens import best_tokens
 from adaptive.policy.mixture_of_depths import THRESHOLD
+from adaptive.policy.router_predictor import predict
 
 
 @dataclass
@@ -31,6 +34,10 @@ class Gates:
         weight: Of the routers, ``[len(layers), width]``, float32, requires gradients.
         mask: Which tokens of the pass are not padding, ``[batch, tokens]``; None: all.
         shares: Of each layer in the pass, the share that ran, with a straight-through gradient.
+        capacity: Share of each sequence's tokens that runs; None: those that score 0.5.
+        predictor: Its weights, for each layer the four of `RouterPredictor`; None: none learns.
+        guesses: Of each layer in the pass, the loss of its predictor, and the share of tokens that
+            it guessed right.
         similarity: If not None: cosines of states before and after the unit are added up here.
     """
 
@@ -40,6 +47,9 @@ class Gates:
     weight: Tensor
     mask: Tensor | None = None
     shares: list[Tensor] = field(default_factory=list)
+    capacity: float | None = None
+    predictor: tuple[list[Tensor], ...] | None = None
+    guesses: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     similarity: dict[int, list[Tensor]] | None = None
 
     def decide_on(self, index: int, states: Tensor) -> Tensor:
@@ -55,9 +65,21 @@ class Gates:
         else:
             logits, counted = states.float() @ weight, (real > 0).float()
         score = logits.sigmoid()
-        runs = (score >= THRESHOLD).float() + score - score.detach()
+        hard = score >= THRESHOLD
+        if self.capacity is not None:
+            hard = best_tokens(logits, self.capacity, real > 0)
+            self._guess(index, states, hard.float(), real > 0)
+        runs = hard.float() + score - score.detach()
         self.shares.append((runs * counted).sum() / counted.sum().clamp(min=1))
         return runs
+
+    def _guess(self, index: int, states: Tensor, best: Tensor, real: Tensor) -> None:
+        """Let the layer's predictor guess which tokens are the ``best``; states get no gradient."""
+        assert self.predictor is not None  # a capacity comes with one
+        logits = predict(states.detach().float(), self.predictor[self.layers.index(index)])[real]
+        loss = functional.binary_cross_entropy_with_logits(logits, best[real])
+        right = ((logits > 0) == (best[real] > 0)).float().mean()
+        self.guesses.append((loss, right))
 
 
 class GateForward:
@@ -142,6 +164,20 @@ def gated(root: nn.Module, family: Family, gates: Gates) -> Iterator[None]:
             parameter.requires_grad_(True)
         for module, training in modes.items():
             module.training = training
+
+
+def new_predictor(
+    layers: int, width: int, hidden: int, seed: int, device: torch.device
+) -> tuple[list[Tensor], ...]:
+    """Return random weights of predictors, for each layer four that require gradients."""
+    rng = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(layers):
+        inner = torch.randn(hidden, width, generator=rng) / math.sqrt(width)
+        outer = torch.randn(hidden, generator=rng) / math.sqrt(hidden)
+        parts = [inner, torch.zeros(hidden), outer, torch.zeros(1)]
+        found.append([part.to(device).requires_grad_() for part in parts])
+    return tuple(found)
 
 
 def step_of(width: int) -> float:

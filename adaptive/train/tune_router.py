@@ -14,12 +14,17 @@ from torch.nn import functional
 
 from adaptive.layers.hf_windows import own_windows
 from adaptive.policy import MixtureOfDepths, RouterWeights
+from adaptive.policy._fields import is_share
 from adaptive.policy.mixture_of_depths import DECODES, UNITS, always_run
+from adaptive.policy.router_predictor import PARTS, RouterPredictor
 from adaptive.progress import ProgressBar
 from adaptive.train._batch import Batch
 from adaptive.train._checks import causal_lm
-from adaptive.train._routers import Gates, gated, modules_of, step_of
+from adaptive.train._routers import Gates, gated, modules_of, new_predictor, step_of
 from adaptive.train.early_exit import _read
+
+PREDICTOR_RATE = 1e-2
+"""Adam's learning rate of the predictors: a loss of their own, whatever the model's width."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +37,7 @@ class RouterTuning:
         steps: That were trained.
         seconds: In them.
         losses: Cross entropy of each step, in nats per token.
+        accuracies: Share of tokens of each step that the predictors guessed right; () without.
         shares: Share of sequences or tokens that ran, of each step, over the routed layers.
         settings: The arguments, as given.
     """
@@ -43,6 +49,7 @@ class RouterTuning:
     losses: tuple[float, ...]
     shares: tuple[float, ...]
     settings: dict[str, Any]
+    accuracies: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data for JSON."""
@@ -54,11 +61,12 @@ class RouterTuning:
 
     def __str__(self) -> str:
         """Return speed, settings, and the first and last loss and share."""
+        guessed = f", predicted {self.accuracies[-1]:.0%} right" if self.accuracies else ""
         settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
         return (
             f"{self.model}: {self.steps} steps in {self.seconds:.1f} s\n  {settings}\n"
             f"  loss {self.losses[0]:.3f} -> {self.losses[-1]:.3f}, "
-            f"ran {self.shares[0]:.0%} -> {self.shares[-1]:.0%}"
+            f"ran {self.shares[0]:.0%} -> {self.shares[-1]:.0%}{guessed}"
         )
 
 
@@ -71,6 +79,8 @@ def tune_router(  # noqa: PLR0913
     unit: str = "attention",
     decide: str = "sequence",
     target: float = 0.5,
+    capacity: float | None = None,
+    predictor_width: int = 16,
     strength: float = 1.0,
     learning_rate: float | None = None,
     seed: int = 0,
@@ -87,6 +97,10 @@ def tune_router(  # noqa: PLR0913
     Tokens of a sequence see the keys of all others while routers learn. So for tokens the policy
     keeps them, ``kv="kept"``, unless MLPs are routed, which have none.
 
+    With a ``capacity`` the best share of each sequence's tokens runs instead, and a predictor
+    learns beside each router which tokens these are: a small MLP on the same states, which get no
+    gradient from it (Raposo et al. 2024, arXiv:2404.02258). The policy decodes by it.
+
     Args:
         model: A causal LM of transformers of a known family, not patched, bare or inside PEFT.
         batches: As many as ``steps``: token ids ``[batch, tokens]``, or mappings with "input_ids"
@@ -96,7 +110,9 @@ def tune_router(  # noqa: PLR0913
             and but those that the policy must always run.
         unit: "attention", "mlp" or "block".
         decide: "sequence" or "token".
-        target: Share that is to run, in [0, 1).
+        target: Share that is to run, in [0, 1); without meaning beside a capacity.
+        capacity: Share of each sequence's tokens that runs, above 0 and at most 1, for "token".
+        predictor_width: Hidden units of a predictor.
         strength: What a share above the target costs, in nats.
         learning_rate: None: a logit moves by about 0.05 a step.
         seed: Of the random routers that learning starts from.
@@ -114,6 +130,7 @@ def tune_router(  # noqa: PLR0913
         FloatingPointError: A loss is not finite.
     """
     _check(steps, unit, decide, target, strength, learning_rate)
+    _check_capacity(capacity, decide, predictor_width)
     root, family, total = causal_lm(model, 0.0)
     names, _ = modules_of(root, family, unit)
     config: Any = root.get_submodule(family.base_name(root)).config
@@ -123,16 +140,22 @@ def tune_router(  # noqa: PLR0913
     device = root.get_submodule(names[chosen[0]]).parameters().__next__().device
     weight = torch.tensor(start.weight, device=device, requires_grad=True)
     rate = step_of(width) if learning_rate is None else learning_rate
-    optimizer = torch.optim.Adam([weight], lr=rate)
-    gates = Gates(chosen, unit, decide, weight)
-    losses, shares = [], []
+    gates = Gates(chosen, unit, decide, weight, capacity=capacity)
+    groups: list[dict[str, Any]] = [{"params": [weight], "lr": rate}]
+    if capacity is not None:
+        gates.predictor = new_predictor(len(chosen), width, predictor_width, seed, device)
+        groups.append(
+            {"params": [part for layer in gates.predictor for part in layer], "lr": PREDICTOR_RATE}
+        )
+    optimizer = torch.optim.Adam(groups)
+    losses, shares, accuracies = [], [], []
     began = perf_counter()
     bar = ProgressBar("tuning routers", steps, progress)
     with gated(root, family, gates), bar, torch.enable_grad():
         for step, batch in enumerate(_read(batches, steps, device)):
             loss, share = _losses(root, gates, batch)
-            over = functional.relu(share - target)
-            value = loss + strength * over
+            over = functional.relu(share - target) if capacity is None else 0.0
+            value = loss + strength * over + sum(guess for guess, _ in gates.guesses)
             if not math.isfinite(float(value.detach())):
                 raise FloatingPointError(
                     f"adaptive: the loss must be finite, got {float(value)} at step {step}"
@@ -142,12 +165,17 @@ def tune_router(  # noqa: PLR0913
             optimizer.step()
             losses.append(float(loss.detach()))
             shares.append(float(share.detach()))
+            if gates.guesses:
+                right = torch.stack([right for _, right in gates.guesses])
+                accuracies.append(float(right.mean()))
             bar.step(f"loss {losses[-1]:.3f}, {shares[-1]:.0%} run")
     rows = tuple(map(tuple, weight.detach().cpu().tolist()))
     policy = MixtureOfDepths(
-        router=RouterWeights(layers=chosen, weight=rows),
+        router=RouterWeights(layers=chosen, weight=rows, predictor=_predictor(gates)),
         unit=unit,
         decide=decide,
+        capacity=capacity,
+        decode=None if capacity is None else "predictor",
         kv="kept" if decide == "token" and unit != "mlp" else "dropped",
     )
     return RouterTuning(
@@ -157,8 +185,21 @@ def tune_router(  # noqa: PLR0913
         seconds=perf_counter() - began,
         losses=tuple(losses),
         shares=tuple(shares),
-        settings={"target": target, "strength": strength, "learning_rate": rate, "seed": seed},
+        settings={
+            **({"target": target, "strength": strength} if capacity is None else {}),
+            **({} if capacity is None else {"capacity": capacity, "predictor": predictor_width}),
+            "learning_rate": rate,
+            "seed": seed,
+        },
+        accuracies=tuple(accuracies),
     )
+
+
+def _predictor(gates: Gates) -> RouterPredictor | None:
+    if gates.predictor is None:
+        return None
+    named = [dict(zip(PARTS, weights, strict=True)) for weights in gates.predictor]
+    return RouterPredictor.from_tensors(named)
 
 
 def _chosen(layers: Sequence[int] | None, total: int, first: set[int]) -> tuple[int, ...]:
@@ -185,10 +226,22 @@ def _chosen(layers: Sequence[int] | None, total: int, first: set[int]) -> tuple[
 def _losses(root: nn.Module, gates: Gates, batch: Batch) -> tuple[Tensor, Tensor]:
     """Cross entropy of one batch, and the share that ran."""
     gates.shares.clear()
+    gates.guesses.clear()
     gates.mask = batch.inputs.get("attention_mask")
     logits = root(**batch.inputs, use_cache=False).logits.flatten(0, 1)[batch.places]
     loss = functional.cross_entropy(logits.float(), batch.targets)
     return loss, torch.stack(gates.shares).mean()
+
+
+def _check_capacity(capacity: object, decide: str, hidden: object) -> None:
+    if capacity is not None and decide != "token":
+        raise ValueError(f"adaptive: capacity must be None with decide={decide!r}, got {capacity}")
+    if capacity is not None and not is_share(capacity):
+        raise ValueError(f"adaptive: capacity must be above 0 and at most 1, got {capacity!r}")
+    if type(hidden) is not int or hidden < 1:
+        raise ValueError(
+            f"adaptive: predictor_width must be a whole number from 1 on, got {hidden!r}"
+        )
 
 
 def _check(

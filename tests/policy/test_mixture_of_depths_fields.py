@@ -22,7 +22,12 @@ ROUTER = RouterWeights.random((1, 2), 8)
         ({"threshold": 10**400}, "threshold must be a number or None, got 1000"),
         ({"unit": "head"}, "unit must be one of block, attention, mlp, got 'head'"),
         ({"decide": "batch"}, "decide must be one of sequence, token, got 'batch'"),
-        ({"decode": "frozen"}, "decode must be 'threshold' with decide='token', got 'frozen'"),
+        (
+            {"decode": "frozen"},
+            "decode must be 'threshold' or 'predictor' with decide='token'",
+        ),
+        ({"decode": "predictor"}, "decode must be 'threshold' without a capacity, which a"),
+        ({"decode": "predictor", "capacity": 0.5}, "router must have a predictor with decode="),
         ({"decide": "sequence", "decode": "threshold"}, "decode must be 'frozen' with decide="),
         ({"decide": "sequence", "capacity": 0.5}, "capacity must be None for sequences"),
         ({"decide": "sequence", "weighted": True}, "weighted must be False for sequences"),
@@ -62,6 +67,49 @@ def test_fields(fields, message):
 def test_weights(fields, message):
     with pytest.raises(ValueError, match=f"adaptive: RouterWeights.{message}"):
         RouterWeights(**{"layers": (1, 2), "weight": ((1.0,), (2.0,)), **fields})
+
+
+MLP = {"inner": [[[1.0]], [[2.0]]], "inner_bias": [[0.0]] * 2, "outer": [[1.0]] * 2}
+MLP["outer_bias"] = [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inner": [[[1.0]]]}, "RouterPredictor.inner_bias must be .layers, hidden. = .1, 1."),
+        ({"inner": [[[1.0, 2.0]], [[1.0]]]}, "RouterPredictor.inner must be .layers, hidden, wid"),
+        ({"inner": []}, "RouterPredictor.inner must be a list that is not empty"),
+        ({"outer": [[math.nan]] * 2}, "RouterPredictor.outer must hold finite numbers"),
+        ({"outer_bias": [0.0]}, "RouterPredictor.outer_bias must have 2 numbers, one per layer"),
+        ({"deep": 1}, "RouterPredictor must have no field 'deep'"),
+        ({"inner": [[[1.0, 2.0]]] * 2}, "RouterWeights.predictor must be for 2 layers of width 1"),
+    ],
+)
+def test_predictors(change, message):
+    given = {"layers": (1, 2), "weight": ((1.0,), (2.0,))}
+    assert RouterWeights(**given, predictor=MLP).predictor.width == 1
+    with pytest.raises(ValueError, match=f"adaptive: {message}"):
+        RouterWeights(**given, predictor={**MLP, **change})
+
+
+def test_predictors_of_files(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "router.safetensors"
+    router = RouterWeights(layers=(1, 2), weight=((1.0,), (2.0,)), predictor=MLP)
+    router.save(path)
+    assert RouterWeights.load(path) == router
+    tensors = load_file(path)
+    key = "layers.2.router.predictor.outer.weight"
+    meta = {"format": 1, "layers": [1, 2], "bias": False, "predictor": True}
+    for value, message in ((None, f"it must have '{key}'"), (torch.ones(1, 1), "must have 1 axes")):
+        changed = {name: t for name, t in {**tensors, key: value}.items() if t is not None}
+        save_file(changed, path, metadata={"adaptive_router": json.dumps(meta)})
+        with pytest.raises(ValueError, match=message):
+            RouterWeights.load(path)
+    policy = MixtureOfDepths.mod(router)
+    assert policy.decode == "predictor"
+    assert adaptive.Policy.from_dict(json.loads(json.dumps(policy.to_dict()))) == policy
 
 
 def test_tensors_of_checkpoints():

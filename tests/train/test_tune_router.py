@@ -140,6 +140,9 @@ def test_the_layers_that_change_least():
     [
         ({"steps": 0}, "steps must be a whole number from 1 on, got 0"),
         ({"steps": 61}, "batches must hold as many as steps=61, got 60"),
+        ({"capacity": 0.5}, "capacity must be None with decide='sequence', got 0.5"),
+        ({"capacity": 0, "decide": "token"}, "capacity must be above 0 and at most 1, got 0"),
+        ({"predictor_width": 0}, "predictor_width must be a whole number from 1 on, got 0"),
         ({"target": 1.0}, r"target must be in \[0, 1\), got 1.0"),
         ({"strength": -1}, "strength must be 0 or more, got -1"),
         ({"learning_rate": 0}, "learning_rate must be positive, or None"),
@@ -175,3 +178,37 @@ def test_layers_that_always_run_get_no_router():
     for given in ({"unit": "block", "layers": (1, 3)}, {"unit": "mlp"}):
         with adaptive.patch(model, tune_router(model, batches, steps=1, **given).policy):
             pass
+
+
+@pytest.mark.parametrize("unit", ["block", "mlp"])
+def test_a_capacity_and_what_predicts_it(unit, tmp_path):
+    model, batches = taught()
+    tuned = tune_router(
+        model, batches, steps=60, layers=(BUSY, IDLE), unit=unit, decide="token", capacity=0.25
+    )
+    assert set(tuned.shares) == {0.25}
+    assert tuned.policy.decode == "predictor"
+    assert tuned.policy.kv == ("dropped" if unit == "mlp" else "kept")
+    # Three of four tokens are not among the best, so that saying so of all is right for 75%.
+    least = 0.75 if unit == "mlp" else 0.8
+    assert sum(tuned.accuracies[-10:]) / 10 > least > sum(tuned.accuracies[:10]) / 10
+    assert f"predicted {tuned.accuracies[-1]:.0%} right" in str(tuned)
+    assert adaptive.Policy.from_dict(json.loads(json.dumps(tuned.policy.to_dict()))) == tuned.policy
+    tuned.policy.router.save(tmp_path / "routers.safetensors")
+    assert adaptive.RouterWeights.load(tmp_path / "routers.safetensors") == tuned.policy.router
+    with adaptive.patch(model, tuned.policy) as patched, torch.no_grad():
+        cache = model(batches[0]["input_ids"], use_cache=True).past_key_values
+        assert patched.report().routing.share == 0.25
+        patched.reset_stats()
+        for column in batches[1]["input_ids"].split(1, 1):
+            model(column, past_key_values=cache)
+        assert 0.0 < patched.report().routing.share < 0.6
+
+
+def test_a_predictor_gives_the_model_and_the_router_no_gradient():
+    """Routers learn the same, whatever the predictors beside them are."""
+    model, batches = taught()
+    given = {"steps": 5, "layers": (BUSY, IDLE), "decide": "token", "capacity": 0.5}
+    few, many = (tune_router(model, batches, predictor_width=w, **given) for w in (2, 8))
+    assert few.policy.router.weight == many.policy.router.weight
+    assert len(many.policy.router.predictor.inner[0]) == 8
