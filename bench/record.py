@@ -24,6 +24,7 @@ ROW_FIELDS: dict[str, frozenset[str]] = {
     "prefill": frozenset({"heads", "tokens", "dtype", "threads", "variants", "split_ms"}),
     "early_exit": frozenset({"criterion", "threshold", "exits", "mean_depth", "tasks"}),
     "early_exit_rows": frozenset({"model", "criterion", "threshold", "exits", "variants"}),
+    "refill": frozenset({"model", "threads", "prompts", "batch", "new_tokens", "variants"}),
     "quality_prefill": frozenset({"policy", "choice", "context", "scores_share", "tasks"}),
     "routing": frozenset({"capacity", "dtype", "threads", "tokens", "variants", "ops_share"}),
     "prompts": frozenset({"model", "tokens", "dtype", "threads", "layers", "variants"}),
@@ -51,6 +52,7 @@ VARIANT_FIELDS: dict[str, frozenset[str]] = {
     "speculation_head": frozenset({"ms", "clean", "speedup", "against_whole", "head_bytes"}),
     "speculation": frozenset({"ms", "clean", "speedup", "same_tokens"}),
     "skip_search": frozenset({"ms", "clean", "speedup", "same_tokens"}),
+    "refill": frozenset({"tokens_per_s", "speedup", "speedup_range"}),
     "routing": frozenset({"us", "us_min", "clean", "dropped", "error"}),
     "prompts": frozenset({"ms", "ms_min", "clean", "dropped", "error", "speedup"}),
     "block_transformer": frozenset(

@@ -160,7 +160,7 @@ def _new_tokens(counts: Counts, prompts: int) -> list[int | None]:
         each = list(counts)
     if len(each) != prompts:
         raise ValueError(
-            f"{_OP}: max_new_tokens must be one number or {prompts}, one per prompt, got {len(each)}"
+            f"{_OP}: max_new_tokens must be one number or one each for {prompts}, got {len(each)}"
         )
     for count in each:
         if count is not None and (type(count) is not int or count < 1):
