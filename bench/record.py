@@ -12,6 +12,8 @@ ROW_FIELDS: dict[str, frozenset[str]] = {
     "ops": frozenset({"op", "sizes", "dtype", "threads", "moved_bytes", "variants"}),
     "modules": frozenset({"what", "memory", "dtype", "threads", "variants", "speedup"}),
     "token_routing": frozenset({"model", "tokens", "dtype", "threads", "variants"}),
+    "ffn_experts": frozenset({"model", "tokens", "dtype", "threads", "variants"}),
+    "ffn_experts_quality": frozenset({"what", "top_k", "share", "bits_per_byte", "more_bits"}),
     "sparse_ffn": frozenset({"model", "rows", "dtype", "threads", "active_share", "variants"}),
     "encoders": frozenset({"model", "layers", "tokens", "batch", "padded", "dtype", "threads"}),
     "encoder_exit": frozenset(
@@ -40,6 +42,7 @@ VARIANT_FIELDS: dict[str, frozenset[str]] = {
     "ops": frozenset({"kind", "us", "us_min", "clean", "dropped", "gb_s", "error"}),
     "modules": frozenset({"us", "us_min", "clean", "dropped", "error"}),
     "token_routing": frozenset({"us", "us_min", "clean", "dropped", "error", "speedup"}),
+    "ffn_experts": frozenset({"us", "us_min", "clean", "dropped", "error", "speedup", "of_ideal"}),
     "sparse_ffn": frozenset({"us", "us_min", "clean", "dropped", "error", "speedup"}),
     "encoders": frozenset({"ms", "ms_min", "clean", "dropped", "error", "computed_share"}),
     "models": frozenset({"ms", "ms_min", "clean", "dropped", "error", "argmax_agreement"}),
