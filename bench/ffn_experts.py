@@ -6,7 +6,8 @@ policy runs it; its time times the share of the neurons that tokens run is what 
 could cost at best, and where few tokens are many experts, times the share of the weights they read.
 
 Quality: the lab model's bits per byte on held-out text by the share of the neurons that run, for
-clusters and cuts scored by their mean gate, and for routers that nobody trained.
+clusters and cuts scored by their mean gate, for routers that nobody trained, and for routers that
+learned for a few steps.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from torch import Tensor
 
 import adaptive
 from adaptive import ExpertRouterWeights, FeedForwardExperts
+from adaptive.train import tune_experts
 from bench.lab import data, tasks
 from bench.lab.evaluate import HERE, load
 from bench.machine import last_level_cache_bytes, read_bandwidth
@@ -37,6 +39,8 @@ CHOICES = {
 }
 LAB_EXPERTS = 16
 LAB_TOP = (1, 2, 4, 8, 12, 14, 15)
+LAB_TRAINED = (2, 4, 8, 12)
+LAB_TEXTS, LAB_TOKENS, LAB_BATCH = 60, 256, 4
 
 
 def make(dtype: torch.dtype) -> Any:
@@ -159,7 +163,10 @@ def quality(options: Any, recorder: Recorder, console: Console) -> None:
         },
     }
     for top in LAB_TOP:
-        for name, fields in forms.items():
+        more = {}
+        if options.steps and top in LAB_TRAINED:
+            more["trained router"] = {"router": trained(model, tokenizer, top, options)}
+        for name, fields in {**forms, **more}.items():
             policy = FeedForwardExperts(experts=LAB_EXPERTS, top_k=top, audit_every=1, **fields)
             with adaptive.patch(model, policy) as patched:
                 found = bits()
@@ -181,6 +188,24 @@ def quality(options: Any, recorder: Recorder, console: Console) -> None:
             console.print(row)
 
 
+def trained(model: Any, tokenizer: Any, top: int, options: Any) -> ExpertRouterWeights:
+    """Routers that learned on text of the lab model's training set, by the clusters' mean gates."""
+    texts = data.training_texts()[:LAB_TEXTS]
+    tokens = torch.tensor(tasks.encoder(tokenizer)("\n".join(texts)))
+    rng = torch.Generator().manual_seed(top)
+
+    def batches() -> Any:
+        for _ in range(options.steps):
+            starts = torch.randint(0, len(tokens) - LAB_TOKENS, (LAB_BATCH,), generator=rng)
+            yield torch.stack([tokens[start : start + LAB_TOKENS] for start in starts.tolist()])
+
+    found = tune_experts(
+        model, batches(), steps=options.steps, experts=LAB_EXPERTS, top_k=top, progress=False
+    )
+    assert isinstance(found.policy.router, ExpertRouterWeights)
+    return found.policy.router
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(prog="python -m bench.ffn_experts", description=__doc__)
@@ -188,6 +213,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=(1, 8, 512, 2048))
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--quality", action="store_true", help="the lab model instead of speed")
+    parser.add_argument("--steps", type=int, default=60, help="of training routers; 0: none")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--json", type=Path, help="result file, written after every row")
