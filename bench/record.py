@@ -13,6 +13,8 @@ ROW_FIELDS: dict[str, frozenset[str]] = {
     "modules": frozenset({"what", "memory", "dtype", "threads", "variants", "speedup"}),
     "token_routing": frozenset({"model", "tokens", "dtype", "threads", "variants"}),
     "token_widths": frozenset({"model", "tokens", "dtype", "threads", "variants"}),
+    "ffn_experts": frozenset({"model", "tokens", "dtype", "threads", "variants"}),
+    "ffn_experts_quality": frozenset({"what", "top_k", "share", "bits_per_byte", "more_bits"}),
     "sparse_ffn": frozenset({"model", "rows", "dtype", "threads", "active_share", "variants"}),
     "encoders": frozenset({"model", "layers", "tokens", "batch", "padded", "dtype", "threads"}),
     "encoder_exit": frozenset(
@@ -45,6 +47,7 @@ VARIANT_FIELDS: dict[str, frozenset[str]] = {
     "modules": frozenset({"us", "us_min", "clean", "dropped", "error"}),
     "token_routing": frozenset({"us", "us_min", "clean", "dropped", "error", "speedup"}),
     "token_widths": frozenset({"us", "us_min", "clean", "dropped", "speedup", "share", "of_ideal"}),
+    "ffn_experts": frozenset({"us", "us_min", "clean", "dropped", "error", "speedup", "of_ideal"}),
     "sparse_ffn": frozenset({"us", "us_min", "clean", "dropped", "error", "speedup"}),
     "encoders": frozenset({"ms", "ms_min", "clean", "dropped", "error", "computed_share"}),
     "models": frozenset({"ms", "ms_min", "clean", "dropped", "error", "argmax_agreement"}),

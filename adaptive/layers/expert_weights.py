@@ -21,6 +21,8 @@ class Expert(NamedTuple):
         down: ``[width, neurons]``.
         gate_bias: ``[neurons]``, or None.
         up_bias: Likewise.
+        both: ``gate`` and ``up`` where they lie one after the other, ``[2 * neurons, width]``;
+            else None.
     """
 
     gate: Tensor
@@ -28,6 +30,7 @@ class Expert(NamedTuple):
     down: Tensor
     gate_bias: Tensor | None
     up_bias: Tensor | None
+    both: Tensor | None = None
 
 
 class Source:
@@ -52,7 +55,7 @@ class Source:
 
 def _identity(weight: Tensor) -> tuple[object, ...]:
     version = None if weight.is_inference() else weight._version  # inference tensors count nothing
-    return weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, version
+    return weight.data_ptr(), weight.dtype, version
 
 
 class ExpertWeights:
@@ -87,7 +90,7 @@ class ExpertWeights:
         if not known or not all(source.is_still(weight) for source, weight in pairs):
             self._held = None  # before there are two
             self._sources = []
-            parts = self.split(ffn, detached=True)
+            parts = self.split(ffn) if self.order is None else self._copied(ffn, self.order)
             weight, bias = self.router or _average(parts)
             device = given[0].device
             self._held = parts, weight.to(device).contiguous(), bias.to(device)
@@ -95,12 +98,9 @@ class ExpertWeights:
         assert self._held is not None
         return self._held
 
-    def split(self, ffn: Any, *, detached: bool = False) -> list[Expert]:
-        """The experts, made of the parameters; differentiable unless detached."""
-        gate, up, down, *biases = (
-            tensor.detach() if detached and tensor is not None else tensor
-            for tensor in _parameters(ffn)
-        )
+    def split(self, ffn: Any) -> list[Expert]:
+        """The experts, made of the parameters by operators that gradients go through."""
+        gate, up, down, *biases = _parameters(ffn)
         assert gate is not None
         assert up is not None
         assert down is not None
@@ -112,7 +112,30 @@ class ExpertWeights:
             else:
                 at = self.order[start : start + size].to(gate.device)
             own = [None if bias is None else bias[at] for bias in biases]
-            found.append(Expert(gate[at], up[at], _columns(down, at), *own))
+            found.append(Expert(gate[at], up[at], down[:, at], own[0], own[1]))
+        return found
+
+    def _copied(self, ffn: Any, order: Tensor) -> list[Expert]:
+        """The experts in two blocks of memory: large ones are mapped in large pages."""
+        gate, up, down, *biases = (
+            None if tensor is None else tensor.detach() for tensor in _parameters(ffn)
+        )
+        assert gate is not None
+        assert up is not None
+        assert down is not None
+        neurons, width = gate.shape
+        size = neurons // self.experts
+        both = gate.new_empty((self.experts, 2, size, width))
+        downs = down.new_empty((self.experts, down.shape[0], size))
+        found = []
+        for expert, at in enumerate(order.to(gate.device).split(size)):
+            both[expert, 0] = gate[at]
+            both[expert, 1] = up[at]
+            downs[expert] = down[:, at]
+            own = [None if bias is None else bias[at] for bias in biases]
+            parts = both[expert]
+            made = Expert(parts[0], parts[1], downs[expert], own[0], own[1], parts.flatten(0, 1))
+            found.append(made)
         return found
 
     @property
@@ -120,11 +143,7 @@ class ExpertWeights:
         """Bytes of the copies."""
         if self._held is None or self.order is None:
             return 0
-        return sum(t.nbytes for expert in self._held[0] for t in expert if t is not None)
-
-
-def _columns(down: Tensor, at: Any) -> Tensor:
-    return down[:, at] if isinstance(at, slice) else down.index_select(1, at)
+        return sum(t.nbytes for expert in self._held[0] for t in expert[:-1] if t is not None)
 
 
 def _parameters(ffn: Any) -> list[Tensor | None]:

@@ -5,10 +5,12 @@ from adaptive.train._schedule import curriculum_mask, dropout_probabilities, exi
 from adaptive.train.early_exit import early_exit
 from adaptive.train.encoder_gate import encoder_gate
 from adaptive.train.layer_similarity import layer_similarity, least_changing
+from adaptive.train.tune_experts import ExpertTuning, tune_experts
 from adaptive.train.tune_router import RouterTuning, tune_router
 
 __all__ = [
     "EarlyExitTraining",
+    "ExpertTuning",
     "RouterTuning",
     "curriculum_mask",
     "dropout_probabilities",
@@ -17,5 +19,6 @@ __all__ = [
     "exit_weights",
     "layer_similarity",
     "least_changing",
+    "tune_experts",
     "tune_router",
 ]

@@ -1,0 +1,110 @@
+"""Experts of FFNs while their routers learn: all run, and those count that a hard choice names."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptive.layers.balanced_clusters import balanced_clusters
+from adaptive.layers.changes import ChangeLog
+
+
+@dataclass(kw_only=True)
+class LearningRouter:
+    """The router of one FFN while it learns.
+
+    Attributes:
+        order: The neurons, expert by expert; None: as they are.
+        of: Expert of each neuron, ``[neurons]``.
+        weight: ``[experts, width]``, float32, requires gradients.
+        bias: ``[experts]``, likewise.
+    """
+
+    order: Tensor | None
+    of: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    @staticmethod
+    def start(ffn: Any, experts: int, split: str) -> LearningRouter:
+        """What learning starts from: the mean gate of each expert."""
+        gate, bias = ffn.gate_proj.weight, ffn.gate_proj.bias
+        neurons = gate.shape[0]
+        order = balanced_clusters(gate, experts) if split == "clusters" else None
+        at = torch.arange(neurons) if order is None else order
+        of = torch.empty(neurons, dtype=torch.long)
+        of[at] = torch.arange(neurons) // (neurons // experts)
+        of = of.to(gate.device)
+        share = experts / neurons
+        zeros = torch.zeros(experts, gate.shape[1], device=gate.device)
+        weight = zeros.index_add(0, of, gate.detach().float()) * share
+        means = torch.zeros(experts, device=gate.device)
+        if bias is not None:
+            means = means.index_add(0, of, bias.detach().float()) * share
+        return LearningRouter(
+            order=order, of=of, weight=weight.requires_grad_(), bias=means.requires_grad_()
+        )
+
+    def choose(self, states: Tensor, top_k: int) -> Tensor:
+        """1 for the experts that run, else 0, ``[..., experts]``.
+
+        The gradient is that of ``top_k`` times the softmax of the scores: a straight-through
+        estimate, which reaches experts that were not chosen, too.
+        """
+        scores = states.float() @ self.weight.T + self.bias
+        best = scores.argsort(dim=-1, descending=True, stable=True)[..., :top_k]
+        runs = torch.zeros_like(scores).scatter(-1, best, 1.0)
+        soft = top_k * scores.softmax(-1)
+        return runs + soft - soft.detach()
+
+
+class LearningForward:
+    """The forward of an FFN while its router learns; it holds no strong reference."""
+
+    def __init__(self, ffn: nn.Module, router: LearningRouter, top_k: int, factor: float) -> None:
+        """Know the FFN, its router, how many experts run, and what their sum is scaled by."""
+        self._ffn = weakref.ref(ffn)
+        self.router, self.top_k, self.factor = router, top_k, factor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Run the whole FFN, and let the neurons of the chosen experts count."""
+        ffn: Any = self._ffn()
+        assert ffn is not None  # it is what calls
+        runs = self.router.choose(x, self.top_k)[..., self.router.of] * self.factor
+        hidden = ffn.act_fn(ffn.gate_proj(x)) * ffn.up_proj(x)
+        made: Tensor = ffn.down_proj(hidden * runs.to(hidden.dtype))
+        return made
+
+
+@contextmanager
+def learning(
+    root: nn.Module,
+    names: Mapping[int, str],
+    routers: Mapping[int, LearningRouter],
+    top_k: int,
+    factor: float,
+) -> Iterator[None]:
+    """Hold the FFNs called ``names`` so that their routers learn, and the weights do not."""
+    log = ChangeLog()
+    wanted = [(p, p.requires_grad) for p in root.parameters()]
+    training = {module: module.training for module in root.modules()}
+    try:
+        root.eval()
+        for parameter, _ in wanted:
+            parameter.requires_grad_(False)
+        for layer, name in names.items():
+            forward = LearningForward(root.get_submodule(name), routers[layer], top_k, factor)
+            log.set(root, name, "forward", forward)
+        yield
+    finally:
+        log.undo(root)
+        for parameter, needs in wanted:
+            parameter.requires_grad_(needs)
+        for module, mode in training.items():
+            module.training = mode

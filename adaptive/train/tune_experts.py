@@ -1,0 +1,193 @@
+"""tune_experts(model, batches): learns which experts of split FFNs a token needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from adaptive.adapters import Family
+from adaptive.errors import UnsupportedModel
+from adaptive.layers.hf_width import _is_gated
+from adaptive.policy import ExpertRouterWeights, FeedForwardExperts
+from adaptive.progress import ProgressBar
+from adaptive.train._checks import causal_lm
+from adaptive.train._experts import LearningRouter, learning
+from adaptive.train._routers import step_of
+from adaptive.train.early_exit import _read
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertTuning:
+    """Routers of experts that have learned. Prints as a few lines; `to_dict` is JSON.
+
+    Attributes:
+        policy: For `adaptive.patch`.
+        model: Class of the model.
+        steps: That were trained.
+        seconds: In them.
+        losses: Cross entropy of each step, in nats per token.
+        settings: The arguments, as given.
+    """
+
+    policy: FeedForwardExperts
+    model: str
+    steps: int
+    seconds: float
+    losses: tuple[float, ...]
+    settings: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain data for JSON."""
+        return {**asdict(self), "losses": list(self.losses), "policy": self.policy.to_dict()}
+
+    def __str__(self) -> str:
+        """Return speed, settings, and the first and last loss."""
+        settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        return (
+            f"{self.model}: {self.steps} steps in {self.seconds:.1f} s\n  {settings}\n"
+            f"  loss {self.losses[0]:.3f} -> {self.losses[-1]:.3f}"
+        )
+
+
+def tune_experts(  # noqa: PLR0913
+    model: nn.Module,
+    batches: Iterable[Tensor | Mapping[str, Any]],
+    *,
+    steps: int,
+    experts: int = 8,
+    top_k: int = 2,
+    layers: Sequence[int] | None = None,
+    split: str = "clusters",
+    scaled: bool = False,
+    learning_rate: float | None = None,
+    progress: bool = True,
+) -> ExpertTuning:
+    """Train routers for `adaptive.FeedForwardExperts`; the model's weights stay as they are.
+
+    Routers start as the mean gate of each expert, and learn from the cross entropy of the next
+    token. The choice is hard from the start; its gradient is that of the softmax of the scores.
+    While routers learn every FFN runs in full, since what was not chosen must say whether it would
+    have helped: nothing is saved before `patch` runs the policy.
+
+    Args:
+        model: A causal LM of transformers of a known family, not patched, bare or inside PEFT.
+        batches: As many as ``steps``, as `tune_router` takes them.
+        steps: Of the optimiser, Adam.
+        experts: Of each FFN; they must divide its neurons.
+        top_k: Experts that each token runs.
+        layers: Whose FFNs are split, ascending; None: all.
+        split: "clusters" or "cut", as in the policy.
+        scaled: Likewise.
+        learning_rate: None: a score moves by about 0.05 a step.
+        progress: Whether to show a bar, if stderr is a terminal, after two seconds.
+
+    Returns:
+        The policy with the routers, and how they came to be.
+
+    Raises:
+        UnknownFamily, UnsupportedModel: The model is no causal LM of a known family whose FFNs can
+            be split, or set up in a way that cannot be trained here; all by name.
+        PatchConflict: It is patched.
+        TypeError: An argument or a batch is of the wrong type.
+        ValueError: A setting is out of range, a batch does not fit, or there are too few.
+        FloatingPointError: A loss is not finite.
+    """
+    plain = FeedForwardExperts(
+        experts=experts,
+        top_k=top_k,
+        split=split,
+        scaled=scaled,
+        layers=None if layers is None else tuple(layers),
+    )
+    if type(steps) is not int or steps < 1:
+        raise ValueError(f"adaptive: steps must be a whole number from 1 on, got {steps!r}")
+    root, family, total = causal_lm(model, 0.0)
+    names = _ffns(root, family, plain, total)
+    routers = {
+        layer: LearningRouter.start(root.get_submodule(name), experts, split)
+        for layer, name in names.items()
+    }
+    width = next(iter(routers.values())).weight.shape[1]
+    rate = step_of(width) if learning_rate is None else learning_rate
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+        raise ValueError(f"adaptive: learning_rate must be positive, or None, got {rate!r}")
+    parameters = [p for router in routers.values() for p in (router.weight, router.bias)]
+    optimizer = torch.optim.Adam(parameters, lr=rate)
+    factor = experts / top_k if scaled else 1.0
+    losses = []
+    began = perf_counter()
+    bar = ProgressBar("tuning experts", steps, progress)
+    with learning(root, names, routers, top_k, factor), bar, torch.enable_grad():
+        for step, batch in enumerate(_read(batches, steps, parameters[0].device)):
+            logits = root(**batch.inputs, use_cache=False).logits.flatten(0, 1)[batch.places]
+            loss = functional.cross_entropy(logits.float(), batch.targets)
+            if not math.isfinite(float(loss.detach())):
+                raise FloatingPointError(
+                    f"adaptive: the loss must be finite, got {float(loss)} at step {step}"
+                )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+            bar.step(f"loss {losses[-1]:.3f}")
+    return ExpertTuning(
+        policy=_policy(plain, routers),
+        model=type(root).__name__,
+        steps=steps,
+        seconds=perf_counter() - began,
+        losses=tuple(losses),
+        settings={"experts": experts, "top_k": top_k, "split": split, "learning_rate": rate},
+    )
+
+
+def _policy(plain: FeedForwardExperts, routers: Mapping[int, LearningRouter]) -> FeedForwardExperts:
+    """The policy with the routers as they are now."""
+    orders = {layer: r.order for layer, r in routers.items() if r.order is not None}
+    router = ExpertRouterWeights.from_tensors(
+        {layer: found.weight for layer, found in routers.items()},
+        {layer: found.bias for layer, found in routers.items()},
+        orders or None,
+    )
+    return FeedForwardExperts(
+        experts=plain.experts,
+        top_k=plain.top_k,
+        split=plain.split,
+        scaled=plain.scaled,
+        router=router,
+    )
+
+
+def _ffns(
+    root: nn.Module, family: Family, policy: FeedForwardExperts, total: int
+) -> dict[int, str]:
+    """Names of the FFNs to split, by layer."""
+    layers = tuple(range(total)) if policy.layers is None else policy.layers
+    if layers[-1] >= total:
+        raise ValueError(
+            f"adaptive: layers must be below the model's {total} layers, got {layers[-1]}"
+        )
+    starts = {layer: family.layer_names(root)[layer] + "." for layer in layers}
+    found = {}
+    for layer, start in starts.items():
+        name = next((n for n in family.mlp_names(root) if n.startswith(start)), None)
+        if name is None or not _is_gated(root.get_submodule(name)):
+            raise UnsupportedModel(
+                f"adaptive: layer {layer} has no FFN that is "
+                "down_proj(act_fn(gate_proj(x)) * up_proj(x)) of plain linear layers"
+            )
+        ffn: Any = root.get_submodule(name)
+        neurons = ffn.gate_proj.weight.shape[0]
+        if neurons % policy.experts:
+            raise ValueError(
+                f"adaptive: experts must divide the {neurons} neurons of layer {layer}, "
+                f"got {policy.experts}"
+            )
+        found[layer] = name
+    return found
