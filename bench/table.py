@@ -26,7 +26,7 @@ from bench.table_local import local_ops_table, prompts_table
 from bench.table_prefill import prefill_table, quality_prefill_table
 from bench.table_skip_search import skip_search_table
 from bench.table_sparse import quality_table, sparse_models_table, sparse_ops_table
-from bench.table_speculation import forced_table, speculation_table
+from bench.table_speculation import forced_table, siblings_table, speculation_table
 from bench.table_zoo import block_transformer_table
 
 HEADLINE_TOKENS = (16384, 32768)
@@ -163,6 +163,7 @@ TABLES: dict[str, tuple[str, Callable[[Document], str]]] = {
     "prompts": ("prompts", prompts_table),
     "quality": ("quality", quality_table),
     "quality_prefill": ("quality_prefill", quality_prefill_table),
+    "siblings": ("siblings", siblings_table),
     "skip_search": ("skip_search", skip_search_table),
     "speculation": ("speculation", speculation_table),
     "speculation_forced": ("speculation_shape", forced_table),

@@ -58,3 +58,28 @@ def forced_table(document: Document) -> str:
     )
     table = render(["accepted", *(f"{n} drafts" for n in drafts)], rows)
     return f"{table}\n\n{note}{machine_line(document)}"
+
+
+def siblings_table(document: Document) -> str:
+    """Per text and way to draft: a chain against the same with siblings."""
+    rows = []
+    for row in document["rows"]:
+        variants = row["variants"]
+        for name in variants:
+            if (with_siblings := variants.get(f"{name}, siblings")) is None:
+                continue
+            cells = [
+                f"{v['speedup']:.2f}x, {v['steps'] + v['plain_steps']} passes"
+                for v in (variants[name], with_siblings)
+            ]
+            rows.append([row["text"], name, *cells])
+    header = ["text", "drafts", "chain", "with siblings"]
+    settings = document["settings"]
+    return (
+        render(header, rows)
+        + "\n\nSpeed of the exact path, and passes of the whole model; lab model, prompts of 384 "
+        + f"tokens, {settings['tokens']} new ones, every variant's tokens equal to those of the "
+        + "exact path; exit 3, 4: drafts of four tokens, the others as many as pay; skip: "
+        + "attention and MLP of layers 2, 4 and 6. Median CPU time, "
+        + f"{settings['threads']} thread. {machine_line(document)}"
+    )
