@@ -84,6 +84,8 @@ def generation_problems(
         elif needs == "draft_head" and not can_copy(width := _head_width(root)):
             rule = f"an LM head whose width is a multiple of 32, got {width}"
             found.append(f"{name}.draft_head needs {rule}")
+        elif getattr(policy, "criterion", None) == "margin" and _tokens(root) < 2:  # noqa: PLR2004
+            found.append(f"{name}.criterion='margin' needs a vocabulary of two tokens or more")
         elif getattr(policy, "skip", None) and len(survey.mlps) != len(survey.layers):
             found.append(f"{name}.skip does not fit: some layers have no MLP that is known")
         else:
@@ -134,6 +136,12 @@ def _needs_plain_head(policy: Policy | Plan) -> str:
     """The field of the policy that takes the LM head apart; "" if none does."""
     fields = ("draft_head", "draft_vocabulary")
     return next((field for field in fields if getattr(policy, field, None)), "")
+
+
+def _tokens(root: nn.Module) -> int:
+    """Size of the vocabulary."""
+    weight = getattr(root.get_output_embeddings(), "weight", None)  # type: ignore[operator]
+    return int(root.config.vocab_size) if weight is None else len(weight)  # type: ignore[union-attr,arg-type]
 
 
 def _head_width(root: nn.Module) -> int:

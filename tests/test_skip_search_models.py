@@ -120,6 +120,36 @@ def test_an_interrupt_while_a_candidate_is_scored_leaves_the_cache_whole(monkeyp
         assert torch.equal(greedy(model, token_ids(1)), want)
 
 
+@pytest.mark.parametrize("at", [0, 2])
+def test_an_interrupt_while_the_cache_is_cropped_for_a_candidate_leaves_it_whole(at, monkeypatch):
+    """The first layers have given up their last tokens by then."""
+    model, cache = model_of("llama"), DynamicCache()
+    again, seen = Passes.again, []
+
+    def interrupted(self, ids):
+        layer, drop = self.cache.layers[at], self.cache.layers[at].drop_last
+        before = [(each.keys.clone(), each.values.clone()) for each in self.cache.layers]
+
+        def stop(tokens):
+            layer.drop_last = drop
+            raise KeyboardInterrupt
+
+        layer.drop_last = stop
+        try:
+            return again(self, ids)
+        finally:
+            for each, (keys, values) in zip(self.cache.layers, before, strict=True):
+                assert torch.equal(each.keys, keys)
+                assert torch.equal(each.values, values)
+            seen.append(ids.shape[1])
+
+    monkeypatch.setattr(Passes, "again", interrupted)
+    patched = adaptive.patch(model, adaptive.SelfSpeculative(**SEARCH))
+    with patched, pytest.raises(KeyboardInterrupt):
+        greedy(model, token_ids(1), TOKENS, past_key_values=cache)
+    assert len(seen) == 1
+
+
 def test_sampling_follows_the_models_distribution(monkeypatch):
     monkeypatch.setattr(hf_search_steps, "LEAST", 2)
     log = check_sampling(SEARCH, tokens=6)

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from threading import get_ident
 from time import perf_counter
 from typing import Any
 
@@ -44,6 +45,7 @@ class Depth:
         skips: Modules that give zeros instead of running.
         seconds: Time in attention and in MLPs so far; None: not measured.
         clock: What that is measured by.
+        owner: Thread that generates; None: none does.
     """
 
     layers: int
@@ -57,6 +59,34 @@ class Depth:
     skips: Skips = (frozenset(), frozenset())
     seconds: list[float] | None = None
     clock: Callable[[], float] = perf_counter
+    owner: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Let copies belong to nobody."""
+        return {**self.__dict__, "owner": None}
+
+    @contextmanager
+    def owned(self, policy: str) -> Iterator[None]:
+        """Let the passes inside the block be this thread's; those of others run all layers.
+
+        Raises:
+            RuntimeError: They are another thread's already.
+        """
+        if self.elsewhere:
+            raise RuntimeError(
+                f"adaptive: {policy}: another thread is generating with this model, whose layers "
+                "have one state; generate after it, or with a copy.deepcopy of the model"
+            )
+        before, self.owner = self.owner, get_ident()
+        try:
+            yield
+        finally:
+            self.owner = before
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether what this says is meant for the passes of another thread."""
+        return self.owner is not None and self.owner != get_ident()
 
     @contextmanager
     def run(self, begin: int, end: int, entering: Tensor | None = None) -> Iterator[None]:
@@ -139,7 +169,7 @@ class LayerForward(ModuleForward):
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the layer, or pass the hidden states on."""
         depth = self.depth
-        if not depth.active:
+        if not depth.active or depth.elsewhere:
             return self._run(hidden_states, args, kwargs)
         if not depth.begin <= self.index < depth.end:
             return self._as_returned(hidden_states)
@@ -167,7 +197,7 @@ class SublayerForward(ModuleForward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module, or return zeros of the shape of its input."""
-        if self.index not in self.depth.skips[self.kind]:
+        if self.index not in self.depth.skips[self.kind] or self.depth.elsewhere:
             seconds = self.depth.seconds
             if seconds is None:
                 return self._run(None, args, kwargs)

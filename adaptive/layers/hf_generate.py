@@ -1,15 +1,17 @@
 """Answers `generate` of a patched transformers model by the policy that has passes of its own."""
 
+import copy
 import functools
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
 from transformers import StoppingCriteriaList, StopStringCriteria
 
-from adaptive.layers import depth
+from adaptive.layers.depth import install as install_depth
 from adaptive.layers.exit_log import ExitLog
 from adaptive.layers.hf_exit import exit_early
 from adaptive.layers.hf_speculate import speculate
@@ -56,6 +58,7 @@ class Generate:
 
         Raises:
             NotImplementedError: The call asks for what the policy cannot do, named.
+            RuntimeError: Another thread is generating with the model.
         """
         model: Any = self._model()
         assert model is not None  # it is what calls
@@ -68,9 +71,12 @@ class Generate:
         options["policy"] = self.policy
         options["keeps_cache"] = kwargs.get("past_key_values") is not None
         loop = exit_early if isinstance(self.policy, EarlyExit) else speculate
-        kwargs = _with_stop_strings(kwargs)
-        kwargs["custom_generate"] = functools.partial(loop, **options)
-        return own(model, **kwargs)
+        given = _with_stop_strings(model, dict(kwargs))
+        given["custom_generate"] = functools.partial(loop, **options)
+        taken = "tokenizer" in kwargs and "tokenizer" not in given
+        depth = model.__dict__[_RECORD].depth
+        with depth.owned(type(self.policy).__name__), _silenced(model) if taken else nullcontext():
+            return own(model, **given)
 
 
 _RECORD = "_adaptive_generate"
@@ -90,7 +96,7 @@ def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
         record.skip_search = SkipSearch(attention_layers, mlp_layers, policy.skip_ratio)
     if isinstance(policy, SelfSpeculative) and policy.recycles:
         record.successors = Successors()
-    record.depth = depth.install(root, record, survey.layers, sublayers)
+    record.depth = install_depth(root, record, survey.layers, sublayers)
     if isinstance(policy, EarlyExit):
         record.exits = ExitLog(layers=len(survey.layers))
     else:
@@ -109,15 +115,44 @@ def _by_name(
     return {**dict(zip(names, args, strict=True)), **kwargs}
 
 
-def _with_stop_strings(kwargs: dict[str, Any]) -> dict[str, Any]:
+def _with_stop_strings(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments with ``stop_strings`` made into the criterion that they stand for."""
-    strings, tokenizer = kwargs.get("stop_strings"), kwargs.get("tokenizer")
+    tokenizer, config = kwargs.get("tokenizer"), kwargs.get("generation_config")
+    strings = kwargs.get("stop_strings")
+    for each in (config, model.generation_config):
+        strings = getattr(each, "stop_strings", None) if strings is None else strings
     if strings is None or tokenizer is None:
         return kwargs
     criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, strings)])
     criteria.extend(kwargs.get("stopping_criteria") or [])
     left = {k: v for k, v in kwargs.items() if k not in ("stop_strings", "tokenizer")}
+    if config is not None:
+        left["generation_config"] = _without_strings(config)
     return {**left, "stopping_criteria": criteria}
+
+
+def _without_strings(config: Any) -> Any:
+    """The configuration, or a copy of it without stop strings."""
+    if config is None or getattr(config, "stop_strings", None) is None:
+        return config
+    config = copy.deepcopy(config)
+    config.stop_strings = None
+    return config
+
+
+@contextmanager
+def _silenced(model: Any) -> Iterator[None]:
+    """Keep the stop strings of the model's own configuration from `generate`.
+
+    It would fill them in wherever a call has none, and ask for the tokenizer, which it does not
+    hand to a custom way of decoding.
+    """
+    own = model.generation_config
+    model.generation_config = _without_strings(own)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _refuse_modes(policy: Policy, model: Any, kwargs: dict[str, Any]) -> None:

@@ -141,8 +141,8 @@ class Passes:
         layers: Sequence[Any] = self.cache.layers
         held = [layer.copy_last(tokens) for layer in layers]
         before = self.slots - tokens
-        self.crop(before)
         try:
+            self.crop(before)
             return self._call(ids, positions, self.slots, last=tokens)
         finally:
             self.crop(before)
