@@ -42,6 +42,9 @@ ROW_FIELDS: dict[str, frozenset[str]] = {
     "block_transformer": frozenset(
         {"model", "batch", "prompt_tokens", "new_tokens", "threads", "variants", "speedup"}
     ),
+    "depth_batching": frozenset(
+        {"model", "router", "batch", "new_tokens", "depths", "threads", "variants", "speedup"}
+    ),
 }
 VARIANT_FIELDS: dict[str, frozenset[str]] = {
     "prefill": frozenset({"us", "us_min", "clean", "dropped", "error"}),
@@ -64,6 +67,7 @@ VARIANT_FIELDS: dict[str, frozenset[str]] = {
     "block_transformer": frozenset(
         {"batch", "kv_bytes", "prefill_s", "decode_tokens_per_s", "tokens_per_s", "error"}
     ),
+    "depth_batching": frozenset({"tokens_per_s", "rounds_s", "same_tokens"}),
 }
 
 
