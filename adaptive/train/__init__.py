@@ -6,6 +6,7 @@ from adaptive.train.early_exit import early_exit
 from adaptive.train.encoder_gate import encoder_gate
 from adaptive.train.layer_similarity import layer_similarity, least_changing
 from adaptive.train.tune_router import RouterTuning, tune_router
+from adaptive.train.tune_widths import tune_widths
 
 __all__ = [
     "EarlyExitTraining",
@@ -18,4 +19,5 @@ __all__ = [
     "layer_similarity",
     "least_changing",
     "tune_router",
+    "tune_widths",
 ]
