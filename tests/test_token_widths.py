@@ -6,17 +6,13 @@ import pickle
 import pytest
 import torch
 from models import greedy, make, padded, token_ids
-from width_cases import WIDTHS, always, masked, router
+from width_cases import always, masked, policy, router
 
 import adaptive
-from adaptive import RouterWeights, TokenRouting
+from adaptive import RouterWeights
 from adaptive.layers.hf_width import PrefixForward
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "granite", "olmo2"]
-
-
-def policy(**fields):
-    return TokenRouting(**{"widths": WIDTHS, "router": router(), "audit_every": None, **fields})
 
 
 def close(made, expected):
@@ -138,61 +134,6 @@ def test_padding_goes_the_narrowest_way_and_counts_nothing():
     expected = greedy(other, given)
     with adaptive.patch(model, policy()):
         assert torch.equal(greedy(model, given), expected)
-
-
-@torch.no_grad()
-def test_audits_measure_the_error_of_the_ffn():
-    model, ids = make("llama"), token_ids(tokens=30)
-    mlp, taken = model.model.layers[1].mlp, []
-    handle = mlp.register_forward_hook(lambda *call: taken.append((call[1][0], call[-1])))
-    with adaptive.patch(model, policy(audit_every=2)) as patched:
-        for _ in range(3):
-            model(ids)
-        audit = patched.report().widths.layers[1].audit
-        handle.remove()
-        assert audit.audits == 2
-        x, made = (t.flatten(0, 1) for t in taken[0])
-        with patched.disabled():
-            dense = mlp(x)
-        errors = (made - dense).norm(dim=1)
-        assert audit.worst == pytest.approx(float((errors / dense.norm(dim=1)).max()), rel=1e-4)
-        assert audit.error == pytest.approx(float(errors.norm() / dense.norm()), rel=1e-4)
-        assert audit.tokens == 120
-        assert "calls audited, 240 tokens: FFN outputs off by" in str(patched.report())
-        values = patched.report().to_dict()["widths"]
-        assert values["layers"]["1"]["audit"]["error"] == audit.error
-        assert set(values["layers"]["0"]["tokens"]) == {"0", "32", "48", "96"}
-        patched.reset_stats()
-        model(token_ids(1, 200))
-        assert patched.report().widths.audit.tokens == 2 * 64
-    with adaptive.patch(model, policy()) as patched:
-        model(ids)
-        assert patched.report().widths.audit.error is None
-        assert "none audited" in str(patched.report())
-
-
-@torch.no_grad()
-def test_audits_of_fixed_widths_and_of_what_is_exact():
-    model, ids = make("llama"), token_ids(tokens=30)
-    with adaptive.patch(model, TokenRouting(widths=0.5)) as patched:
-        model(ids)
-        half = patched.report().widths.audit.error
-        assert 0.1 < half < 1.5
-        assert patched.report().widths.used_share == 0.5
-    with adaptive.patch(model, TokenRouting(widths=(0.5, 0.84))) as patched:
-        model(ids)
-        log = patched.report().widths
-        assert log.layers[1].audit.error < log.layers[0].audit.error
-    with adaptive.patch(model, policy(router=always(3), audit_every=1)) as patched:
-        model(ids)
-        assert patched.report().widths.audit.error < 1e-5
-    with adaptive.patch(model, policy(router=always(0), audit_every=1)) as patched:
-        model(ids)
-        assert patched.report().widths.audit.error == 1
-        assert patched.report().widths.audit.worst == 1
-        model.model.layers[0].mlp.down_proj.weight[0, 90] = torch.nan
-        model(ids)
-        assert str(patched.report().widths.audit.worst) == "nan"
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ from width_cases import WIDTHS, always, router
 
 import adaptive
 from adaptive import RouterWeights, TokenRouting, WidthRouter
-from adaptive.layers.token_audit import TokenAudit, sampled
 from adaptive.policy import Policy
 from adaptive.policy.token_routing import neurons_of
 
@@ -134,21 +133,3 @@ def test_tensors_of_checkpoints():
         WidthRouter.from_tensors({0: torch.ones(2, 4)}, {1: torch.ones(2)})
     with pytest.raises(ValueError, match="choices must be a whole number from 2 on, got 1"):
         WidthRouter.random((0,), 8, choices=1)
-
-
-def test_samples_are_spread_and_audits_add_up():
-    assert sampled(torch.arange(10)).tolist() == list(range(10))
-    chosen = sampled(torch.arange(500, 1500))
-    assert len(chosen.unique()) == 64
-    assert (int(chosen[0]), int(chosen[-1])) == (500, 1499)
-    assert int(chosen.diff().max()) - int(chosen.diff().min()) <= 1
-    audit = TokenAudit()
-    assert audit.error is None
-    dense = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
-    audit.compare(dense, dense)
-    assert (audit.error, audit.worst) == (0, 0)
-    audit.compare(torch.tensor([[3.0, 3.0], [0.0, 0.0]]), dense)
-    assert audit.worst == pytest.approx(0.2)
-    assert audit.error == pytest.approx((1 / 50) ** 0.5)
-    audit.compare(torch.ones(1, 2), torch.zeros(1, 2))
-    assert audit.to_dict()["worst"] == float("inf")

@@ -5,7 +5,7 @@ from types import MethodType
 import torch
 from models import make
 
-from adaptive import WidthRouter
+from adaptive import TokenRouting, WidthRouter
 from adaptive.policy.token_routing import neurons_of
 
 WIDTHS = (0, 0.34, 0.5, 1)
@@ -46,3 +46,8 @@ def masked(case, routers, widths=WIDTHS, **fields):
         mlp.seen = []
         mlp.forward = MethodType(_forward, mlp)
     return model
+
+
+def policy(**fields):
+    """TokenRouting of two layers among WIDTHS, not audited."""
+    return TokenRouting(**{"widths": WIDTHS, "router": router(), "audit_every": None, **fields})

@@ -191,7 +191,7 @@ def problems(root: nn.Module, survey: Survey, policy: TokenRouting) -> list[str]
             continue  # the policy's plan says that better
         name = ffn_name(survey, layer)
         ffn: Any = None if name is None else root.get_submodule(name)
-        if ffn is None or not _is_gated(ffn):
+        if ffn is None or not is_gated(ffn):
             kind = "no FFN" if ffn is None else f"an FFN, {type(ffn).__name__},"
             return [
                 f"TokenRouting does not fit: layer {layer} has {kind} that is no "
@@ -226,7 +226,8 @@ def ffn_name(survey: Survey, layer: int) -> str | None:
     return next((name for name in survey.mlps if name.startswith(start)), None)
 
 
-def _is_gated(ffn: Any) -> bool:
+def is_gated(ffn: Any) -> bool:
+    """Whether this is a gated FFN of plain linear layers that nobody wrapped or watches."""
     if not all(is_plain(getattr(ffn, name, None)) for name in _PROJECTIONS):
         return False
     if "forward" in ffn.__dict__ or not callable(getattr(ffn, "act_fn", None)):

@@ -7,6 +7,7 @@ from adaptive.train.encoder_gate import encoder_gate
 from adaptive.train.layer_similarity import layer_similarity, least_changing
 from adaptive.train.tune_experts import ExpertTuning, tune_experts
 from adaptive.train.tune_router import RouterTuning, tune_router
+from adaptive.train.tune_widths import tune_widths
 
 __all__ = [
     "EarlyExitTraining",
@@ -21,4 +22,5 @@ __all__ = [
     "least_changing",
     "tune_experts",
     "tune_router",
+    "tune_widths",
 ]

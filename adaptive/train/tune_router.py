@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adaptive.layers.hf_windows import own_windows
-from adaptive.policy import MixtureOfDepths, RouterWeights
+from adaptive.policy import MixtureOfDepths, RouterWeights, TokenRouting
 from adaptive.policy._fields import is_share
 from adaptive.policy.mixture_of_depths import DECODES, UNITS, always_run
 from adaptive.policy.router_predictor import PARTS, RouterPredictor
@@ -38,11 +38,12 @@ class RouterTuning:
         seconds: In them.
         losses: Cross entropy of each step, in nats per token.
         accuracies: Share of tokens of each step that the predictors guessed right; () without.
-        shares: Share of sequences or tokens that ran, of each step, over the routed layers.
+        shares: Share of sequences or tokens that ran, or of neurons that they used, of each step,
+            over the routed layers.
         settings: The arguments, as given.
     """
 
-    policy: MixtureOfDepths
+    policy: MixtureOfDepths | TokenRouting
     model: str
     steps: int
     seconds: float

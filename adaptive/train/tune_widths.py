@@ -1,0 +1,228 @@
+"""tune_widths(model, batches): learns how much of each FFN which tokens need."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from adaptive.errors import UnsupportedModel
+from adaptive.layers.changes import ChangeLog
+from adaptive.layers.hf_width import is_gated
+from adaptive.policy import TokenRouting, WidthRouter
+from adaptive.policy.token_routing import neurons_of
+from adaptive.progress import ProgressBar
+from adaptive.train._batch import Batch
+from adaptive.train._checks import causal_lm
+from adaptive.train._routers import step_of
+from adaptive.train.early_exit import _read
+from adaptive.train.tune_router import RouterTuning
+
+
+@dataclass
+class _Choices:
+    """What FFNs share while their routers learn.
+
+    Attributes:
+        layers: That have a router.
+        widths: That they choose from.
+        weight: ``[layers, choices, width]``, float32, requires gradients.
+        bias: ``[layers, choices]``, likewise.
+        mask: Which tokens of the pass are not padding, ``[batch, tokens]``; None: all.
+        shares: Of each layer in the pass, the share of the neurons that tokens use.
+    """
+
+    layers: tuple[int, ...]
+    widths: tuple[float, ...]
+    weight: Tensor
+    bias: Tensor
+    mask: Tensor | None = None
+    shares: list[Tensor] = field(default_factory=list)
+
+    def of(self, layer: int, x: Tensor, total: int) -> tuple[Tensor, Tensor]:
+        """Which neurons each token of ``x`` uses, ``[batch, tokens, total]``, and whether any.
+
+        1 or 0; the gradient is that of the router's probabilities, a straight-through estimate.
+        """
+        at = self.layers.index(layer)
+        odds = functional.linear(x.float(), self.weight[at], self.bias[at]).softmax(-1)
+        hard = functional.one_hot(odds.argmax(-1), len(self.widths)).float()
+        chosen = hard + (odds - odds.detach())
+        neurons = torch.tensor([neurons_of(w, total) for w in self.widths], device=x.device)
+        used = (torch.arange(total, device=x.device) < neurons[:, None]).float()
+        share = chosen @ (neurons / total)
+        real = torch.ones_like(share) if self.mask is None else (self.mask != 0).float()
+        self.shares.append((share * real).sum() / real.sum())
+        return chosen @ used, (chosen @ (neurons > 0).float())[..., None]
+
+
+class _MaskedForward:
+    """The forward of a gated FFN while its router learns: in full, and masked."""
+
+    def __init__(self, ffn: nn.Module, layer: int, choices: _Choices) -> None:
+        """Know the FFN and its layer, and what decides."""
+        self._ffn = weakref.ref(ffn)
+        self.layer, self.choices = layer, choices
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Run the FFN; neurons that a token does not use count nothing."""
+        ffn: Any = self._ffn()
+        assert ffn is not None  # it is what calls
+        hidden = ffn.act_fn(ffn.gate_proj(x)) * ffn.up_proj(x)
+        used, some = self.choices.of(self.layer, x, hidden.shape[-1])
+        made: Tensor = ffn.down_proj(hidden * used.to(hidden.dtype))
+        return made if ffn.down_proj.bias is None else made * some.to(made.dtype)
+
+
+def tune_widths(  # noqa: PLR0913
+    model: nn.Module,
+    batches: Iterable[Tensor | Mapping[str, Any]],
+    *,
+    widths: Sequence[float],
+    steps: int,
+    layers: Sequence[int] | None = None,
+    target: float = 0.5,
+    strength: float = 1.0,
+    learning_rate: float | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> RouterTuning:
+    """Train routers for `adaptive.TokenRouting`; the model's weights stay as they are.
+
+    As Duo-LLM trains its routers (Alizadeh et al. 2024, arXiv:2410.10846): the loss is the cross
+    entropy of the next token, and ``strength`` times the square of what the share of neurons in use
+    is off the ``target``. Choices are hard from the start; gradients pass through them straight to
+    the probabilities. While routers learn, FFNs run in full: nothing is saved before `patch` runs
+    the policy. Whether narrow FFNs are any good is a matter of the model's weights, which do not
+    learn here: that takes training with `TokenRouting`, whose gradients are right.
+
+    Args:
+        model: A causal LM of transformers with gated FFNs, not patched, bare or inside PEFT.
+        batches: As for `tune_router`.
+        widths: Shares of the neurons to choose from, two or more, ascending; the first may be 0.
+        steps: Of the optimiser, Adam.
+        layers: That get a router, ascending; None: all.
+        target: Share of the neurons of these layers that is to be used, in [0, 1].
+        strength: What the square of the difference costs, in nats.
+        learning_rate: None: a logit moves by about 0.05 a step.
+        seed: Of the random routers that learning starts from.
+        progress: Whether to show a bar, if stderr is a terminal, after two seconds.
+
+    Returns:
+        The policy with the routers, and how they came to be.
+
+    Raises:
+        UnknownFamily, UnsupportedModel, PatchConflict, TypeError: As `tune_router`.
+        ValueError: A setting is out of range, a batch does not fit, or there are too few.
+        FloatingPointError: A loss is not finite.
+    """
+    _check(steps, target, strength, learning_rate)
+    root, family, total = causal_lm(model, 0.0)
+    chosen = tuple(range(total)) if layers is None else tuple(layers)
+    width: int = root.config.hidden_size  # type: ignore[union-attr, assignment]
+    start = WidthRouter.random(chosen, width, choices=max(len(widths), 2), seed=seed)
+    untrained = TokenRouting(widths=tuple(widths), router=start)  # checks them
+    if chosen[-1] >= total:
+        raise ValueError(
+            f"adaptive: layers must be below the model's {total} layers, got {chosen[-1]}"
+        )
+    names = family.mlp_names(root)
+    ffns = {i: root.get_submodule(names[i]) for i in chosen if i < len(names)}
+    wrong = next((i for i in chosen if not is_gated(ffns.get(i))), None)
+    if wrong is not None:
+        raise UnsupportedModel(f"adaptive: layer {wrong} has no gated FFN of plain linear layers")
+    device = next(ffns[chosen[0]].parameters()).device
+    weight = torch.tensor(start.weight, device=device, requires_grad=True)
+    bias = torch.zeros(weight.shape[:2], device=device, requires_grad=True)
+    rate = step_of(width) if learning_rate is None else learning_rate
+    # A bias moves a logit by its own step; all weights together by that of all.
+    groups: list[dict[str, Any]] = [
+        {"params": [weight]},
+        {"params": [bias], "lr": rate * 0.05 / step_of(width)},
+    ]
+    optimizer = torch.optim.Adam(groups, lr=rate)
+    choices = _Choices(chosen, untrained.choices, weight, bias)
+    losses, shares = [], []
+    began = perf_counter()
+    bar = ProgressBar("tuning widths", steps, progress)
+    with _masked(root, {i: names[i] for i in chosen}, choices), bar, torch.enable_grad():
+        for step, batch in enumerate(_read(batches, steps, device)):
+            loss, share = _losses(root, choices, batch)
+            value = loss + strength * (share - target).square()
+            if not math.isfinite(float(value.detach())):
+                raise FloatingPointError(
+                    f"adaptive: the loss must be finite, got {float(value)} at step {step}"
+                )
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+            shares.append(float(share.detach()))
+            bar.step(f"loss {losses[-1]:.3f}, {shares[-1]:.0%} in use")
+    learned, biases = (
+        dict(zip(chosen, part.detach().cpu(), strict=True)) for part in (weight, bias)
+    )
+    return RouterTuning(
+        policy=TokenRouting(
+            widths=untrained.choices, router=WidthRouter.from_tensors(learned, biases)
+        ),
+        model=type(root).__name__,
+        steps=steps,
+        seconds=perf_counter() - began,
+        losses=tuple(losses),
+        shares=tuple(shares),
+        settings={"target": target, "strength": strength, "learning_rate": rate, "seed": seed},
+    )
+
+
+def _losses(root: nn.Module, choices: _Choices, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Cross entropy of one batch, and the share of the neurons in use."""
+    choices.shares.clear()
+    choices.mask = batch.inputs.get("attention_mask")
+    logits = root(**batch.inputs, use_cache=False).logits.flatten(0, 1)[batch.places]
+    loss = functional.cross_entropy(logits.float(), batch.targets)
+    return loss, torch.stack(choices.shares).mean()
+
+
+@contextmanager
+def _masked(root: nn.Module, names: Mapping[int, str], choices: _Choices) -> Iterator[None]:
+    """Let the routers decide inside the block; afterwards the model is as before."""
+    modes = {module: module.training for module in root.modules()}
+    wanted = [parameter for parameter in root.parameters() if parameter.requires_grad]
+    log = ChangeLog()
+    root.eval()
+    try:
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        for layer, name in names.items():
+            forward = _MaskedForward(root.get_submodule(name), layer, choices)
+            log.set(root, name, "forward", forward)
+        yield
+    finally:
+        log.undo(root)
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+        for module, training in modes.items():
+            module.training = training
+
+
+def _check(steps: object, target: object, strength: object, rate: float | None) -> None:
+    if type(steps) is not int or steps < 1:
+        raise ValueError(f"adaptive: steps must be a whole number from 1 on, got {steps!r}")
+    numbers: tuple[tuple[str, Any, float, str], ...] = (
+        ("target", target, 1.0, "be in [0, 1]"),
+        ("strength", strength, math.inf, "be 0 or more"),
+        ("learning_rate", 0.0 if rate is None else rate or -1.0, math.inf, "be positive, or None"),
+    )
+    for name, number, most, rule in numbers:
+        known = isinstance(number, int | float) and not isinstance(number, bool)
+        if not known or not 0 <= number <= most or number == math.inf:
+            raise ValueError(f"adaptive: {name} must {rule}, got {number!r}")
