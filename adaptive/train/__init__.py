@@ -2,6 +2,7 @@
 
 from adaptive.train._result import EarlyExitTraining
 from adaptive.train._schedule import curriculum_mask, dropout_probabilities, exit_weights
+from adaptive.train.attention_rank import attention_rank, lowest_rank
 from adaptive.train.early_exit import early_exit
 from adaptive.train.encoder_gate import encoder_gate
 from adaptive.train.layer_similarity import layer_similarity, least_changing
@@ -10,6 +11,7 @@ from adaptive.train.tune_router import RouterTuning, tune_router
 __all__ = [
     "EarlyExitTraining",
     "RouterTuning",
+    "attention_rank",
     "curriculum_mask",
     "dropout_probabilities",
     "early_exit",
@@ -17,5 +19,6 @@ __all__ = [
     "exit_weights",
     "layer_similarity",
     "least_changing",
+    "lowest_rank",
     "tune_router",
 ]
