@@ -1,4 +1,4 @@
-"""Draws what bench.depths_quality measured on the lab model: bits per byte over what was skipped."""
+"""Draws what bench.depths_quality measured: bits per byte over what was skipped, and over time."""
 
 from pathlib import Path
 from typing import Any
