@@ -2,6 +2,7 @@
 
 from adaptive.train._result import EarlyExitTraining
 from adaptive.train._schedule import curriculum_mask, dropout_probabilities, exit_weights
+from adaptive.train.attention_rank import attention_rank, lowest_rank
 from adaptive.train.early_exit import early_exit
 from adaptive.train.encoder_gate import encoder_gate
 from adaptive.train.layer_similarity import layer_similarity, least_changing
@@ -13,6 +14,7 @@ __all__ = [
     "EarlyExitTraining",
     "ExpertTuning",
     "RouterTuning",
+    "attention_rank",
     "curriculum_mask",
     "dropout_probabilities",
     "early_exit",
@@ -20,6 +22,7 @@ __all__ = [
     "exit_weights",
     "layer_similarity",
     "least_changing",
+    "lowest_rank",
     "tune_experts",
     "tune_router",
     "tune_widths",
