@@ -200,6 +200,19 @@ def test_slots_that_no_row_uses_are_given_back(case, monkeypatch):
         assert needed <= held < needed + 16 + held / 8
 
 
+@pytest.mark.parametrize("kv", [None, "copy"])
+def test_windows_hold_no_more_than_they_need(kv, monkeypatch):
+    held, step = [], hf_refill.Refill._step
+
+    def watched(self):
+        held.append(max(layer.store.length for layer in self._layers()))
+        step(self)
+
+    monkeypatch.setattr(hf_refill.Refill, "_step", watched)
+    many("mistral_window", (40, 3, 17), 24, kv, batch_size=2)
+    assert max(held) < 8 + 4
+
+
 def test_nothing_runs_for_no_prompt():
     made, report = many("llama", (), None)
     assert made == []

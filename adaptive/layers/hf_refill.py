@@ -169,6 +169,7 @@ class Refill:
         policy = next((p for p in self.record.policies if isinstance(p, EarlyExit)), None)
         if policy is None:
             self.passes = self._passes(Passes, cache)
+            self.passes.finish(self.passes.slots)  # nothing will be taken back from windows
             self.steps = PlainSteps(self.passes, rows)
             return
         log = self.exits
