@@ -127,9 +127,9 @@ class Interrupt(LogitsProcessor):
 def test_an_interrupt_leaves_nothing(policies, at, monkeypatch):
     caches, opened = [], hf_refill.Refill._put
 
-    def watched(self, row, read):
+    def watched(self, *given):
         caches.append(weakref.ref(self.passes.cache))
-        opened(self, row, read)
+        opened(self, *given)
 
     monkeypatch.setattr(hf_refill.Refill, "_put", watched)
     model = drafting("llama")
@@ -205,11 +205,11 @@ def test_a_shift_moves_what_a_layer_holds(tokens):
 
 def test_a_row_is_overwritten_alone():
     layer, other = AdaptiveCacheLayer(), AdaptiveCacheLayer()
-    old, new = torch.randn(3, 2, 5, 4), torch.randn(1, 2, 3, 4)
+    old, new = torch.randn(3, 2, 5, 4), torch.randn(2, 2, 3, 4)
     with torch.no_grad():
         layer.update(old, old)
         other.update(new, new)
-        layer.put(1, other)
+        layer.put(1, other, 1)
     assert torch.equal(layer.keys[::2], old[::2])
-    assert torch.equal(layer.values[1, :, 2:], new[0])
+    assert torch.equal(layer.values[1, :, 2:], new[1])
     assert torch.equal(layer.keys[1, :, :2], old[1, :, :2])
