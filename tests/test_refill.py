@@ -12,7 +12,7 @@ from models import greedy
 from transformers import StoppingCriteria
 
 import adaptive
-from adaptive.layers import hf_refill
+from adaptive.layers import hf_refill, hf_sliding
 from adaptive.policy import BlockSparsePrefill
 
 LENGTHS = (3, 17, 1, 40, 8)
@@ -179,7 +179,20 @@ def test_passes_have_unfinished_rows_alone():
     )
     many("llama", (8, 3, 17), (4, 2, 2), batch_size=2)
     hook.remove()
-    assert seen == [(1, 8), (1, 3), (2, 1), (1, 17), (2, 1), (1, 1)]
+    assert seen == [(3, 17), (2, 1), (2, 1), (1, 1)]
+
+
+def test_long_prompts_are_read_alone_and_short_ones_together(monkeypatch):
+    monkeypatch.setattr(hf_refill, "READ_AT_ONCE", 40)
+    seen, lengths = [], (8, 17, 40, 1, 8, 3)
+    model = model_of("llama")
+    hook = model.model.layers[0].mlp.register_forward_hook(
+        lambda _, args, __: seen.append(tuple(args[0].shape[:2]))
+    )
+    made, _ = many("llama", lengths, 4, batch_size=2)
+    hook.remove()
+    assert [shape for shape in seen if shape[1] > 1] == [(2, 17), (1, 40), (3, 8)]
+    same(made, [alone("llama", length, 4)[0] for length in lengths])
 
 
 @pytest.mark.parametrize("case", ["llama", "mistral_window"])
@@ -198,6 +211,20 @@ def test_slots_that_no_row_uses_are_given_back(case, monkeypatch):
     assert slots[-1][0] < 30
     for held, needed in slots:
         assert needed <= held < needed + 16 + held / 8
+
+
+@pytest.mark.parametrize("kv", [None, "copy"])
+def test_windows_hold_no_more_than_they_need(kv, monkeypatch):
+    held, step = [], hf_refill.Refill._step
+
+    def watched(self):
+        held.append(max(layer.store.length for layer in self._layers()))
+        step(self)
+
+    monkeypatch.setattr(hf_refill.Refill, "_step", watched)
+    monkeypatch.setattr(hf_sliding, "slack", lambda _: 4)
+    many("mistral_window", (40, 3, 17), 24, kv, batch_size=2)
+    assert max(held) <= 7 + 4 + 1
 
 
 def test_nothing_runs_for_no_prompt():

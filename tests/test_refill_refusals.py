@@ -69,15 +69,10 @@ def test_policies_that_tie_a_cache_to_its_rows_are_named(policy):
 
 
 def test_a_model_that_does_not_generate_is_refused():
-    with adaptive.patch(make("llama").model) as patched:
-        with pytest.raises(NotImplementedError, match=r"must be a decoder .* got LlamaModel"):
+    for model in (make("llama").model, torch.nn.MultiheadAttention(64, 2).eval()):
+        words, patched = rf"must be a decoder .* got {type(model).__name__}", adaptive.patch(model)
+        with patched, pytest.raises(NotImplementedError, match=words):
             patched.generate_many(PROMPTS)
-    attention = torch.nn.MultiheadAttention(64, 2).eval()
-    with (
-        adaptive.patch(attention) as patched,
-        pytest.raises(NotImplementedError, match="Multihead"),
-    ):
-        patched.generate_many(PROMPTS)
 
 
 def test_angles_that_depend_on_other_rows_are_refused():
@@ -132,9 +127,9 @@ class Interrupt(LogitsProcessor):
 def test_an_interrupt_leaves_nothing(policies, at, monkeypatch):
     caches, opened = [], hf_refill.Refill._put
 
-    def watched(self, row, read):
+    def watched(self, *given):
         caches.append(weakref.ref(self.passes.cache))
-        opened(self, row, read)
+        opened(self, *given)
 
     monkeypatch.setattr(hf_refill.Refill, "_put", watched)
     model = drafting("llama")
@@ -210,11 +205,11 @@ def test_a_shift_moves_what_a_layer_holds(tokens):
 
 def test_a_row_is_overwritten_alone():
     layer, other = AdaptiveCacheLayer(), AdaptiveCacheLayer()
-    old, new = torch.randn(3, 2, 5, 4), torch.randn(1, 2, 3, 4)
+    old, new = torch.randn(3, 2, 5, 4), torch.randn(2, 2, 3, 4)
     with torch.no_grad():
         layer.update(old, old)
         other.update(new, new)
-        layer.put(1, other)
+        layer.put(1, other, 1)
     assert torch.equal(layer.keys[::2], old[::2])
-    assert torch.equal(layer.values[1, :, 2:], new[0])
+    assert torch.equal(layer.values[1, :, 2:], new[1])
     assert torch.equal(layer.keys[1, :, :2], old[1, :, :2])

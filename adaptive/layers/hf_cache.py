@@ -190,15 +190,18 @@ class AdaptiveCacheLayer(CacheLayerMixin):
         assert isinstance(self.store, KVStore)  # rows come and go with no policy that reduces
         self.store = shifted(self.store, tokens)
 
-    def put(self, row: int, other: "AdaptiveCacheLayer") -> None:
-        """Overwrite the last tokens of a row of the batch with all of the one row of ``other``."""
+    def put(self, row: int, other: "AdaptiveCacheLayer", place: int) -> None:
+        """Overwrite the last tokens of a row of the batch with those of row ``place`` of another.
+
+        As many as both have.
+        """
         made = (self.store.keys, other.store.keys), (self.store.values, other.store.values)
         for held, new in made:
             assert held is not None  # both hold tokens
             assert new is not None
             tokens = min(held.shape[2], new.shape[2])
             there = held[row].narrow(1, held.shape[2] - tokens, tokens)
-            there.copy_(new[0].narrow(1, new.shape[2] - tokens, tokens))
+            there.copy_(new[place].narrow(1, new.shape[2] - tokens, tokens))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace row b of the batch by row ``beam_idx[b]``, as beam search does."""

@@ -4,13 +4,16 @@ Rows of a batch end at different lengths. In a batch that stays together, a row 
 computed until the longest one ends. Here the next prompt takes its place at once.
 
 All rows end at the same slot of one cache, so a step appends one slot to all of them. A prompt is
-read alone, with a cache of its own; then its keys and values are copied to the last slots of the
-row that has become free. A prompt that is longer than the cache makes it grow at the front; slots
-in front that no row uses any more are given back. A mask says where each row begins, and positions
-count its own tokens. When no prompt waits, rows that end leave the batch.
+read into a cache of its own, which short ones share; then its keys and values are copied to the
+last slots of the row that has become free. A prompt that is longer than the cache makes it grow at
+the front; slots in front that no row uses any more are given back. A mask says where each row
+begins, and positions count its own tokens. When no prompt waits, rows that end leave the batch.
 """
 
+import copy
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -35,7 +38,14 @@ UNUSED = 8
 UNUSED_LEAST = 16
 """... and at least so many: each time, all others are copied."""
 
+READ_AT_ONCE = 256
+"""Tokens, padding included, up to which prompts are read together, before rows are free for them:
+so far a pass costs hardly more than one on a few."""
+
 Ended = Callable[[Request], None]
+Waiting = tuple[Request, Cache]
+Ready = tuple[Request, Passes, int]
+"""A prompt that was read, and the row of which cache it is in."""
 
 
 class Steps(Protocol):
@@ -75,7 +85,7 @@ class Refill:
         self,
         model: Any,
         record: PatchRecord,
-        waiting: Iterable[tuple[Request, Cache]],
+        waiting: Iterable[Waiting],
         batch: int,
         ended: Ended,
         log: RefillLog,
@@ -84,6 +94,8 @@ class Refill:
         self.model = model
         self.record = record
         self.waiting = iter(waiting)
+        self.ready: deque[Ready] = deque()
+        self.together = not any(policy.modes for policy in record.policies)
         self.batch = batch
         self.ended = ended
         self.log = log
@@ -95,7 +107,7 @@ class Refill:
 
     def run(self) -> None:
         """Generate until every prompt has ended."""
-        first = self._read()
+        first = self._next()
         if first is None:
             return
         self._open(*first)
@@ -121,29 +133,57 @@ class Refill:
             exits.steps += 1
             exits.seconds += perf_counter() - start
 
-    def _read(self) -> tuple[Request, Passes] | None:
-        """Read prompts up to the next that goes on after its first token; None: none is left."""
+    def _next(self) -> Ready | None:
+        """The next prompt that goes on after its first token; None: none is left."""
+        while not self.ready:
+            group = self._group()
+            if not group:
+                return None
+            self._read(group)
+        return self.ready.popleft()
+
+    def _group(self) -> list[Waiting]:
+        """The prompts to read next: one, or several that are short."""
+        group, longest = [], 0
         for request, cache in self.waiting:
-            passes: Passes = self._passes(Passes, cache)
-            ids = request.sequence()
-            logits = passes.prompt(ids, request.config.prefill_chunk_size)
-            layers: Sequence[Any] = cache.layers
-            for layer in layers:
-                if not isinstance(layer, AdaptiveCacheLayer):
-                    raise NotImplementedError(
-                        f"adaptive::{NAME}: rows cannot come to and leave a {type(layer).__name__}"
-                    )
-            self.log.prompts += 1
-            self.log.prompt_tokens += ids.shape[1]
-            rows = RequestRows(request)
-            self.log.tokens += rows.keep(rows.choose(logits, []))
-            if self.exits is not None:
-                self.exits.tokens += 1
-            if rows.all_finished():
-                self._end(request)
+            longest = max(longest, len(request.ids))
+            if group and (not self.together or (len(group) + 1) * longest > READ_AT_ONCE):
+                self.waiting = chain([(request, cache)], self.waiting)
+                break
+            group.append((request, cache))
+        return group
+
+    def _read(self, group: list[Waiting]) -> None:
+        """Read prompts, choose the first token of each, and note those that go on."""
+        requests, cache = [request for request, _ in group], group[0][1]
+        longest = max(len(request.ids) for request in requests)
+        padded = [[0] * (longest - len(each.ids)) + each.ids for each in requests]
+        ids = torch.tensor(padded, device=requests[0].device)
+        passes: Passes = self._passes(Passes, cache)
+        lengths = torch.tensor([[len(each.ids)] for each in requests], device=ids.device)
+        if int(lengths.min()) < longest:
+            places = torch.arange(longest, device=ids.device)
+            passes.mask = (places >= longest - lengths).long()
+        logits = passes.prompt(ids, requests[0].config.prefill_chunk_size)
+        layers: Sequence[Any] = cache.layers
+        for layer in layers:
+            if not isinstance(layer, AdaptiveCacheLayer):
+                raise NotImplementedError(
+                    f"adaptive::{NAME}: rows cannot come to and leave a {type(layer).__name__}"
+                )
+        self.log.prompts += len(requests)
+        self.log.prompt_tokens += int(lengths.sum())
+        rows = RequestRows(requests[0])
+        rows.seat(requests)
+        kept = rows.keep(rows.choose(logits, []))
+        self.log.tokens += kept
+        if self.exits is not None:
+            self.exits.tokens += kept
+        for row, (request, alive) in enumerate(zip(requests, rows.alive.tolist(), strict=True)):
+            if alive:
+                self.ready.append((request, passes, row))
             else:
-                return request, passes
-        return None
+                self._end(request)
 
     def _end(self, request: Request) -> None:
         """Hand a finished request over; whoever gets it may do anything, short of unpatching."""
@@ -158,17 +198,19 @@ class Refill:
         depth = record.depth or Depth(layers=len(record.states))
         return kind(model, model.get_submodule(record.base), depth, cache, None, *more)
 
-    def _open(self, request: Request, read: Passes) -> None:
+    def _open(self, request: Request, read: Passes, row: int) -> None:
         """Make the batch: rows like the first one, each to be overwritten or to leave."""
-        cache, batch = read.cache, self.batch
-        layers: Sequence[Any] = cache.layers
+        cache, batch = copy.copy(read.cache), self.batch
+        layers: list[Any] = [copy.copy(layer) for layer in read.cache.layers]
+        cache.layers = layers  # copies: other rows of what was read are to come
         for layer in layers:
-            layer.batch_select_indices(torch.zeros(batch, dtype=torch.long, device=layer.device))
+            layer.batch_select_indices(torch.full((batch,), row, device=layer.device))
         self.rows = rows = RequestRows(request)
         rows.seat([request] * batch)
         policy = next((p for p in self.record.policies if isinstance(p, EarlyExit)), None)
         if policy is None:
             self.passes = self._passes(Passes, cache)
+            self.passes.finish(self.passes.slots)  # nothing will be taken back from windows
             self.steps = PlainSteps(self.passes, rows)
             return
         log = self.exits
@@ -187,11 +229,11 @@ class Refill:
         """
         requests, filled = self.rows.requests, 0
         for row in free:
-            read = self._read()
-            if read is None:
+            ready = self._next()
+            if ready is None:
                 break
-            requests[row] = read[0]
-            self._put(row, read[1])
+            requests[row] = ready[0]
+            self._put(row, *ready)
             filled += 1
         gone = set(free[filled:])
         if gone:
@@ -208,13 +250,13 @@ class Refill:
         layers: Sequence[Any] = self.passes.cache.layers
         return layers
 
-    def _put(self, row: int, read: Passes) -> None:
-        """Copy what was read of a prompt into a row of the cache."""
-        self._shift(max(read.slots - self.passes.slots, 0))
+    def _put(self, row: int, request: Request, read: Passes, place: int) -> None:
+        """Copy what was read of a prompt, in row ``place`` of a cache, into a row of the batch."""
+        self._shift(max(len(request.ids) - 1 - self.passes.slots, 0))
         fresh: Sequence[Any] = read.cache.layers
         self._note_held(sum(layer.held_bytes() for layer in fresh))
         for layer, one in zip(self._layers(), fresh, strict=True):
-            layer.put(row, one)
+            layer.put(row, one, place)
 
     def _shift(self, slots: int) -> None:
         """Put so many slots in front of the cache; fewer if negative."""
