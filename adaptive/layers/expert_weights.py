@@ -81,7 +81,6 @@ class ExpertWeights:
         """What another one like this is made of, without weights of the model."""
         return self.experts, self.order, self.router
 
-    @torch.no_grad()
     def of(self, ffn: Any) -> tuple[list[Expert], Tensor, Tensor]:
         """Experts without gradients; and the router, ``[experts, width]`` and ``[experts]``."""
         given = [tensor for tensor in _parameters(ffn) if tensor is not None]
@@ -90,10 +89,11 @@ class ExpertWeights:
         if not known or not all(source.is_still(weight) for source, weight in pairs):
             self._held = None  # before there are two
             self._sources = []
-            parts = self.split(ffn) if self.order is None else self._copied(ffn, self.order)
-            weight, bias = self.router or _average(parts)
-            device = given[0].device
-            self._held = parts, weight.to(device).contiguous(), bias.to(device)
+            with torch.inference_mode(False), torch.no_grad():  # a later call may want gradients
+                parts = self.split(ffn) if self.order is None else self._copied(ffn, self.order)
+                weight, bias = self.router or _average(parts)
+                device = given[0].device
+                self._held = parts, weight.to(device).contiguous(), bias.to(device)
             self._sources = [Source(tensor) for tensor in given]
         assert self._held is not None
         return self._held

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from adaptive.adapters import Family
 from adaptive.errors import UnsupportedModel
-from adaptive.layers.hf_width import _is_gated
+from adaptive.layers.hf_width import is_gated
 from adaptive.policy import ExpertRouterWeights, FeedForwardExperts
 from adaptive.progress import ProgressBar
 from adaptive.train._checks import causal_lm
@@ -177,7 +177,7 @@ def _ffns(
     found = {}
     for layer, start in starts.items():
         name = next((n for n in family.mlp_names(root) if n.startswith(start)), None)
-        if name is None or not _is_gated(root.get_submodule(name)):
+        if name is None or not is_gated(root.get_submodule(name)):
             raise UnsupportedModel(
                 f"adaptive: layer {layer} has no FFN that is "
                 "down_proj(act_fn(gate_proj(x)) * up_proj(x)) of plain linear layers"
