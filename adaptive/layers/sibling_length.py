@@ -91,7 +91,7 @@ class SiblingLength(DraftLength):
     def learn_siblings(self, right: float) -> None:
         """Take in how many siblings were right, of a row on average, in the last check with some.
 
-        Where rows go together a sibling may be right and yet bring nothing; then nothing is learned.
+        Where rows go together one may be right and yet bring nothing; then nothing is learned.
         """
         if self._hopes and self.together == 1:
             self.expected = self.expected * KEPT + self._hopes
