@@ -1,10 +1,11 @@
 """Measures what the cost model of drafts promises: python -m bench.forced_drafts [--json OUT].
 
 A Llama-3.2-1B-shaped model with random weights drafts with 4 of its 16 layers. How many drafts a
-check accepts is forced, spread evenly as a share of right drafts would spread it, so that few checks
-have that share. The model of `DraftLength.rate` is given the share and times from other runs; what
-it promises is compared with the time that drafts and checks took. The same with siblings, of which
-that of each rank is right at a given share of the wrong drafts. CPU time on one thread.
+check accepts is forced, spread evenly as a share of right drafts would spread it, so that few
+checks have that share. The model of `DraftLength.rate` is given the share and times from other
+runs; what it promises is compared with the time that drafts and checks took. The same with
+siblings, of which that of each rank is right at a given share of the wrong drafts. CPU time on one
+thread.
 """
 
 import argparse
@@ -59,6 +60,9 @@ class KnownShares(KnownShare, SiblingLength):
     """Knows the shares of siblings, too."""
 
     def learn_rank(self, rank: int | None) -> None:
+        """Leave them."""
+
+    def learn_siblings(self, right: float) -> None:
         """Leave them."""
 
 

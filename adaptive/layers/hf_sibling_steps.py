@@ -91,7 +91,9 @@ class SiblingSteps(DraftSteps):
         log.siblings += len(siblings) * sum(alive)
         log.accepted += sum(len(path) for path, on in zip(paths, alive, strict=True) if on)
         ends = (path[-1] for path, on in zip(paths, alive, strict=True) if on and path)
-        log.siblings_right += sum(node >= drafts for node in ends)
+        found = sum(node >= drafts for node in ends)
+        log.siblings_right += found
+        length.learn_siblings(found / sum(alive))
         self.keep(made)
 
     def _count(

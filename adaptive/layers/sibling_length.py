@@ -6,7 +6,8 @@ the token that the model makes is often the draft's second or third: how often i
 rank is counted at every wrong draft, whether or not that sibling was checked. A sibling of rank r
 at some depth is then right with the chance that all drafts before are right, times that this one
 is wrong, times that share of r. It is checked if that is more than the tokens that its row's time
-brings otherwise: the marginal value rule of `draft_length`, for rows.
+brings otherwise: the marginal value rule of `draft_length`, for rows. What was expected of the
+siblings of a check is compared with what came, since those chances are estimates that add up.
 """
 
 from collections.abc import Sequence
@@ -26,6 +27,13 @@ WIDTH = 1 + len(PRIOR)
 
 PROBE_EVERY = 32
 """Every how many checks one has no siblings: two sizes are needed to tell what a row costs."""
+
+
+EXPECTED = 2.0
+"""Right siblings that were expected, and came, before any was checked."""
+
+KEPT = 0.98
+"""How much they count after one more check with siblings."""
 
 
 class Sibling(NamedTuple):
@@ -49,11 +57,16 @@ class SiblingLength(DraftLength):
             their number; nothing where there is no such pass.
         misses: Wrong drafts by the rank of the right token, from 1.
         failed: Wrong drafts.
+        expected: Right siblings, by their chances.
+        found: Those that there were.
     """
 
     branches: Line = field(default_factory=Line)
     misses: list[float] = field(default_factory=lambda: [PRIOR_WEIGHT * p for p in PRIOR])
     failed: float = PRIOR_WEIGHT
+    expected: float = EXPECTED
+    found: float = EXPECTED
+    _hopes: float = 0.0
     _checks: int = 0
     _price: float = 0.0
     _known: float | None = None
@@ -75,6 +88,15 @@ class SiblingLength(DraftLength):
         if rank is not None:
             self.misses[rank - 1] += 1
 
+    def learn_siblings(self, right: float) -> None:
+        """Take in how many siblings were right, of a row on average, in the last check with some.
+
+        Where rows go together one may be right and yet bring nothing; then nothing is learned.
+        """
+        if self._hopes and self.together == 1:
+            self.expected = self.expected * KEPT + self._hopes
+            self.found = self.found * KEPT + right
+
     def choose(self, accepts: Sequence[Sequence[float]]) -> tuple[bool, list[Sibling]]:
         """Which tokens to check besides the drafts that have passed the layers of a draft.
 
@@ -95,9 +117,11 @@ class SiblingLength(DraftLength):
         price = rate * self._row_seconds()
         offers = [] if probe else offers[: self.most - drafts + (0 if must or last > price else 1)]
         chosen = [(gain, sibling) for gain, sibling in offers if gain > price]
+        self._hopes = 0.0
         worth = sum(gain - price for gain, _ in chosen) + max(last - price, 0.0)
         if not must and worth <= rate * self._pass_seconds():
             return False, []
+        self._hopes = sum(gain for gain, _ in chosen) / self._trust
         return must or last > price, sorted(sibling for _, sibling in chosen)
 
     def rate(self, acceptance: float, draft_s: float, lengths: Sequence[int]) -> float:
@@ -143,9 +167,10 @@ class SiblingLength(DraftLength):
         for count in self.misses:
             share += (1 - acceptance) * count / self.failed
             more = reach * share**self.together
-            if more - held <= self._price or rows + 1 > room:
+            brings = self._trust * (more - held)
+            if brings <= self._price or rows + 1 > room:
                 break
-            gain, held, rows = gain + more - held, more, rows + 1
+            gain, held, rows = gain + brings, more, rows + 1
         return gain, rows
 
     def _offers(
@@ -161,10 +186,15 @@ class SiblingLength(DraftLength):
             held = last = join([r * a for r, a in pairs])
             for rank, share in enumerate(shares, 1):
                 more = join([r * (a + (1 - a) * share) for r, a in pairs])
-                offers.append((more - held, Sibling(depth, rank)))
+                offers.append((self._trust * (more - held), Sibling(depth, rank)))
                 held = more
             reach = [r * a for r, a in pairs]
         return sorted(offers, key=lambda offer: -offer[0]), last
+
+    @property
+    def _trust(self) -> float:
+        """Right siblings of each that was expected."""
+        return max(self.found / self.expected, 1e-3)
 
     def _row_seconds(self) -> float:
         """What one more sibling costs."""

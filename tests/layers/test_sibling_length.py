@@ -60,6 +60,20 @@ def test_ranks_that_were_right_come_first():
     assert length.choose([[0.5]] * 10)[1] == []
 
 
+def test_siblings_that_bring_less_than_was_expected_become_fewer():
+    """Chances that confidences give are estimates: here they promise twice what comes."""
+    length = measured(0.02)
+    before = len(length.choose([[0.5]] * 4)[1])
+    for _ in range(100):
+        length.choose([[0.5]] * 4)
+        length.learn_siblings(0.1)
+    assert 0 < len(length.choose([[0.5]] * 4)[1]) < before
+    ahead = measured(0.02, together=2)  # rows wait for each other, so that little can be said
+    ahead.choose([[0.5, 0.5]])
+    ahead.learn_siblings(0.0)
+    assert ahead.found == ahead.expected
+
+
 def test_the_pass_for_siblings_must_pay():
     """The last draft and its siblings share a pass; if that costs more than they bring, neither."""
     assert measured(0.01, branch_s=0.1).choose([[0.9], [0.5]])[0]
@@ -91,7 +105,7 @@ def simulate(length, share, ranks, steps=400, row_s=0.01):
         right = 0
         while right < made and rng.random() < share:
             right += 1
-        siblings = []
+        siblings, found = [], 0
         if isinstance(length, SiblingLength):
             _, siblings = length.choose([[length.accepts(share)]] * made)
         for depth in range(min(right + 1, made)):
@@ -99,9 +113,12 @@ def simulate(length, share, ranks, steps=400, row_s=0.01):
         tokens += right + 1
         if right < made:
             rank = rng.choices([*range(1, len(ranks) + 1), None], [*ranks, 1 - sum(ranks)])[0]
-            tokens += (right, rank) in siblings
-            if siblings or isinstance(length, SiblingLength):
+            found = (right, rank) in siblings
+            tokens += found
+            if isinstance(length, SiblingLength):
                 length.learn_rank(rank)
+        if siblings:
+            length.learn_siblings(found)
         spent = 0.8 + row_s * (1 + made + len(siblings))
         length.verify.add(1 + made + len(siblings), spent)
         seconds += spent
