@@ -22,6 +22,7 @@ from torch import Tensor
 
 import adaptive
 from adaptive.layers.exit_criterion import Judge
+from adaptive.layers.exit_head import Outlook
 from adaptive.policy import EarlyExit
 from bench.lab import data, tasks
 from bench.lab.evaluate import HERE, load
@@ -58,10 +59,10 @@ def chosen(point: EarlyExit, logits: list[Tensor], states: list[Tensor]) -> Tens
     where = torch.full((len(logits[0]),), len(EXITS))
     for number, ran in reversed(list(enumerate(EXITS))):
         if point.criterion != "agreement":
-            where[judge.leaves(logits[number], states[ran - 1], states[ran])] = number
+            where[judge.leaves(Outlook(logits[number]), states[ran - 1], states[ran])] = number
     if point.criterion == "agreement":
         for number, ran in enumerate(EXITS):
-            leaves = judge.leaves(logits[number], states[ran - 1], states[ran])
+            leaves = judge.leaves(Outlook(logits[number]), states[ran - 1], states[ran])
             where[leaves & (where == len(EXITS))] = number
     return where
 

@@ -21,6 +21,7 @@ from transformers import LlamaForCausalLM, StoppingCriteria
 
 import adaptive
 from adaptive.layers import hf_exit_steps
+from adaptive.layers.exit_head import Outlook
 from adaptive.policy import EarlyExit
 from adaptive.policy.early_exit import ROWS
 from bench import llama
@@ -70,9 +71,10 @@ class Draws:
     def keep(self, rows: Tensor) -> None:
         """Nothing is remembered of rows."""
 
-    def leaves(self, logits: Tensor, *_: Tensor) -> Tensor:
-        """Which rows leave, ``[batch]``."""
-        return torch.rand(len(logits), generator=self._rng) < Draws.chance
+    def leaves(self, said: Outlook, *_: Tensor) -> Tensor:
+        """Which rows leave, ``[batch]``; the head is asked as by a criterion."""
+        said.sure("confidence")
+        return torch.rand(len(said), generator=self._rng) < Draws.chance
 
 
 def shape(layers: int, vocabulary: int, dtype: torch.dtype) -> LlamaForCausalLM:

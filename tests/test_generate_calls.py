@@ -1,4 +1,4 @@
-"""Calls of a `generate` that a policy answers: what stands in a configuration, and other threads."""
+"""A `generate` that a policy answers: what stands in a configuration, and other threads."""
 
 import copy
 import pickle

@@ -47,7 +47,7 @@ class DraftHead:
             hidden: ``[batch, width]``.
         """
         weight, bias = self._parameters()
-        if _runs_natively(hidden, weight, bias):
+        if runs_natively(hidden, weight, bias):
             weight, scales = self._quantize(weight)
             tokens, top, lse, _ = exit_confidence(hidden, weight, bias, weight_scales=scales)
             return tokens[:, :1], (top[:, 0] - lse).exp()
@@ -58,7 +58,7 @@ class DraftHead:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of the whole vocabulary, ``[batch, 1, vocabulary]``; -inf where not drafted."""
         weight, bias = self._parameters()
-        if _runs_natively(hidden, weight, bias):
+        if runs_natively(hidden, weight, bias):
             read, scales = self._quantize(weight)
             scores = skinny_linear(hidden, read, bias, scales)
         else:
@@ -88,7 +88,8 @@ def draft_head(
     return DraftHead(head, tokens, copy) if plain else None
 
 
-def _runs_natively(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def runs_natively(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `exit_confidence` takes these."""
     return (
         len(hidden) <= MAX_ROWS
         and hidden.dtype == weight.dtype

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from adaptive.layers.exit_criterion import Judge
+from adaptive.layers.exit_head import Outlook
 from adaptive.layers.exit_log import ExitLog
 from adaptive.layers.hf_exit_passes import AT_ONCE, ExitPasses
 from adaptive.layers.hf_row_passes import Left, RowPasses
@@ -43,6 +44,8 @@ class ExitSteps(ABC):
         logits = passes.prompt(rows.prompt, chunk)
         start = perf_counter()
         try:
+            if passes.head is not None:
+                passes.head.summarises = rows.searches  # nobody else needs logits
             log.tokens += rows.keep(rows.choose(logits, []))
             while not rows.all_finished():
                 log.steps += 1
@@ -70,10 +73,11 @@ class ExitSteps(ABC):
         self.log.exit_steps += 1
         return self.policy.audit is not None and self.log.exit_steps % self.policy.audit == 0
 
-    def compare(self, early: Tensor, whole: Tensor | None) -> None:
-        """Count where exits and the whole model agree on the best token, of ``[rows, vocab]``."""
+    def compare(self, early: Tensor, whole: Outlook | None, rows: Tensor | None = None) -> None:
+        """Count where exits and the whole model have the same best token, in some rows."""
         assert whole is not None  # a token just left, so some layers had not seen it
-        same = early.argmax(-1) == whole.argmax(-1)
+        best = whole.best if rows is None else whole.best[rows]
+        same = early == best
         self.log.audited += len(same)
         self.log.agreed += int(same.sum())
 
@@ -102,34 +106,35 @@ class TogetherSteps(ExitSteps):
         whole = passes.ends[-1]
         for ran in passes.ends:
             begin = passes.ends[passes.ends.index(ran) - 1]
-            logits = passes.first(ids) if ran == passes.ends[0] else passes.onward(begin)
-            if ran == whole or self._all_leave(judge, logits):
+            said = passes.first(ids) if ran == passes.ends[0] else passes.onward(begin)
+            if ran == whole or self._all_leave(judge, said):
                 break
-        chosen = rows.choose(logits[:, None], [])
+        if rows.searches:
+            chosen = said.best[:, None].tolist()
+        else:
+            chosen = rows.choose(said.logits[:, None], [])
         log.count_exits(ran, rows.alive.nonzero().flatten().tolist())
         if ran < whole:
-            self._leave(ran, ids, logits)
+            self._leave(ran, ids, said)
         log.tokens += rows.keep(chosen)
 
-    def _all_leave(self, judge: Judge, logits: Tensor) -> bool:
+    def _all_leave(self, judge: Judge, said: Outlook) -> bool:
         """Whether each unfinished row meets the criterion."""
-        leaves = judge.leaves(logits, *self.passes.moved)
+        leaves = judge.leaves(said, *self.passes.moved)
         return bool((leaves | ~self.rows.alive_on(leaves.device)).all())
 
-    def _leave(self, ran: int, ids: Tensor, logits: Tensor) -> None:
+    def _leave(self, ran: int, ids: Tensor, said: Outlook) -> None:
         """Give the later layers what they get of tokens that left after ``ran`` layers."""
-        passes, alive = self.passes, self.rows.alive_on(logits.device)
+        passes, alive = self.passes, self.rows.alive_on(ids.device)
         audited = self.is_audited()
         if self.policy.kv == DEFERRED:
             if audited:
-                whole = passes.catch_up(head=True)
-                assert whole is not None  # the tokens that left wait
-                self.compare(logits[alive], whole[alive])
+                self.compare(said.best[alive], passes.catch_up(head=True), alive)
             elif passes.backlog == AT_ONCE:
                 passes.catch_up()
             return
         if audited:
-            self.compare(logits[alive], passes.audit(ran)[alive])
+            self.compare(said.best[alive], passes.audit(ran), alive)
         if self.policy.kv == COPY:
             passes.copy_keys(ran, self.sources[ran])
         else:
@@ -163,28 +168,29 @@ class AloneSteps(ExitSteps):
         left: Left = []
         passes.begin(rows.last())
         going, everyone = torch.arange(rows.batch), True
+        made: Tensor | None = None
         for stretch, ran in enumerate(passes.ends):
-            logits = passes.advance(stretch, None if everyone else going)
-            if everyone:
-                made = logits
-            else:
-                made[going.to(made.device)] = logits
+            said = passes.advance(stretch, None if everyone else going)
+            assert said is not None  # the head was asked
             if ran == passes.ends[-1]:
+                made = self._taken(made, said, going, torch.ones_like(going, dtype=torch.bool))
                 log.count_exits(ran, going[alive[going]].tolist())
                 break
-            leaves = judge.leaves(logits, *passes.moved).cpu() & alive[going]
+            leaves = judge.leaves(said, *passes.moved).cpu() & alive[going]
             if not leaves.any():
                 continue
             log.count_exits(ran, going[leaves].tolist())
             stays = alive[going] & ~leaves
             left.append((stretch, going[~stays]))
+            made = self._taken(made, said, going, ~stays)
             going, everyone = going[stays], False
             judge.keep(stays)
             if not len(going):
                 break
-        chosen = rows.choose(made[:, None], [])
+        assert made is not None  # each row left somewhere
+        chosen = made[:, None].tolist() if rows.searches else rows.choose(made[:, None], [])
         if left:
-            self._leave(left, made)
+            self._leave(left, made if rows.searches else made.argmax(-1))
         passes.settle()
         log.tokens += rows.keep(chosen)
 
@@ -193,7 +199,19 @@ class AloneSteps(ExitSteps):
         super().align()
         self.passes.settle()
 
-    def _leave(self, left: Left, logits: Tensor) -> None:
+    def _taken(self, made: Tensor | None, said: Outlook, going: Tensor, which: Tensor) -> Tensor:
+        """What tokens are chosen from, with some of the rows ``going`` in it.
+
+        That is the tokens themselves, ``[batch]``, where the best are taken and nothing more is
+        asked; else logits, ``[batch, vocabulary]``.
+        """
+        new = said.best if self.rows.searches else said.logits
+        if made is None:
+            made = new.new_zeros(self.rows.batch, *new.shape[1:])
+        made[going[which].to(made.device)] = new[which.to(new.device)]
+        return made
+
+    def _leave(self, left: Left, best: Tensor) -> None:
         """Give the later layers what they get of tokens that left."""
         passes, alive = self.passes, self.rows.alive
         deferred = self.policy.kv == DEFERRED
@@ -203,7 +221,7 @@ class AloneSteps(ExitSteps):
                 whole = (
                     passes.catch_up(asked, head=True) if deferred else passes.audit(stretch, asked)
                 )
-                self.compare(logits[asked.to(logits.device)], whole)
+                self.compare(best[asked.to(best.device)], whole)
         if deferred:
             held = passes.unsettled >= WINDOW_BACKLOG and passes.windowed
             if passes.backlog == AT_ONCE or held:

@@ -5,49 +5,29 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache
 
-from adaptive.layers.depth import Depth
-from adaptive.layers.exit_log import ExitLog
-from adaptive.layers.hf_exit_passes import AT_ONCE
+from adaptive.layers.exit_head import Outlook
+from adaptive.layers.hf_exit_passes import AT_ONCE, StretchPasses
 from adaptive.layers.hf_layer_rows import LayerRows
-from adaptive.layers.hf_passes import Passes
 
 Left = list[tuple[int, Tensor]]
 """Numbers of stretches, and which rows left after them."""
 
 
-class RowPasses(Passes):
+class RowPasses(StretchPasses):
     """Runs a *stretch*, the layers between two exits, on some rows of the batch.
 
     A row brings all of its tokens that wait for the stretch, so its slots of a layer's cache fill
     in order. Rows for which fewer wait run some of theirs again, which gives what is there already:
     so a pass has one shape, and the states of the last `AT_ONCE` tokens of each row are kept at
     each exit.
-
-    Attributes:
-        ends: Layers run at each exit, and the model's number of layers.
-        log: Counts what runs.
-        moved: Hidden states of the last token of the rows that ran, before and after the last
-            layer, ``[rows, width]``.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        base: nn.Module,
-        depth: Depth,
-        cache: Cache,
-        mask: Tensor | None,
-        exits: tuple[int, ...],
-        log: ExitLog,
-    ) -> None:
-        """Know what `Passes` does, the exits, and where to count."""
-        super().__init__(model, base, depth, cache, mask)
-        self.ends = (*exits, depth.layers)
-        self.log = log
-        self.moved: tuple[Tensor, Tensor]
+    def __init__(self, *given: Any) -> None:
+        """As `StretchPasses`."""
+        super().__init__(*given)
         self._ran = torch.zeros(len(self.ends), 0, dtype=torch.long)  # slots, [stretches, batch]
         self._ids: Tensor  # [batch, AT_ONCE], a token at its slot modulo AT_ONCE
         self._settled = self.slots
@@ -64,7 +44,7 @@ class RowPasses(Passes):
         return self.slots - self._settled
 
     def prompt(self, ids: Tensor, chunk: int | None) -> Tensor:
-        """As `Passes.prompt`."""
+        """As `StretchPasses.prompt`."""
         logits = super().prompt(ids, chunk)
         self.restart()
         return logits
@@ -84,7 +64,9 @@ class RowPasses(Passes):
         self.slots += 1
         self.positions = self.positions + 1
 
-    def advance(self, stretch: int, rows: Tensor | None = None, head: bool = True) -> Tensor:
+    def advance(
+        self, stretch: int, rows: Tensor | None = None, head: bool = True
+    ) -> Outlook | None:
         """Run a stretch on what waits for it.
 
         Args:
@@ -93,12 +75,12 @@ class RowPasses(Passes):
             head: Whether the model's norm and head run on what it gives.
 
         Returns:
-            Logits of the rows' last tokens, ``[rows, vocabulary]``; without a head the states.
+            What is said of the rows' last tokens; None without a head.
         """
         ran = self._ran[stretch] if rows is None else self._ran[stretch, rows]
         begin, end = self.ends[stretch - 1] if stretch else 0, self.ends[stretch]
         there = self._there(rows)
-        out, places = self._run(begin, end, there, int(ran.min()), head)
+        said, places = self._run(begin, end, there, int(ran.min()), head)
         before, state = self.depth.before, self.depth.take()
         assert before is not None  # the pass ran
         self.moved = before[:, -1], state[:, -1]
@@ -109,34 +91,34 @@ class RowPasses(Passes):
             self._ran[stretch] = self.slots
         else:
             self._ran[stretch, rows] = self.slots
-        logits: Tensor = out.logits[:, -1] if head else state
-        return logits
+        return said
 
-    def catch_up(self, rows: Tensor | None = None, head: bool = False) -> Tensor | None:
+    def catch_up(self, rows: Tensor | None = None, head: bool = False) -> Outlook | None:
         """Run what tokens of ``rows`` wait for; None: of all rows.
 
         Returns:
-            Logits of the last tokens if ``head``, where one waits for the last stretch in each row.
+            What is said of the last tokens if ``head``, where one waits for the last stretch in
+            each row.
         """
         chosen = torch.arange(self._ran.shape[1]) if rows is None else rows
-        logits = None
+        said = None
         for stretch in range(1, len(self.ends)):
             late = chosen[self._ran[stretch, chosen] < self.slots]
             if len(late):
                 everyone = len(late) == self._ran.shape[1]
                 last = head and stretch == len(self.ends) - 1
-                logits = self.advance(stretch, None if everyone else late, last)
+                said = self.advance(stretch, None if everyone else late, last)
                 self.log.catch_ups += 1
-        return logits
+        return said
 
-    def audit(self, stretch: int, rows: Tensor) -> Tensor:
-        """Logits of the whole model for the last token of rows that left after ``stretch``.
+    def audit(self, stretch: int, rows: Tensor) -> Outlook | None:
+        """What the whole model says of the last token of rows that left after ``stretch``.
 
         What later layers keep of it is to be overwritten.
         """
         for later in range(stretch + 1, len(self.ends)):
-            logits = self.advance(later, rows, later == len(self.ends) - 1)
-        return logits
+            said = self.advance(later, rows, later == len(self.ends) - 1)
+        return said
 
     def copy_keys(self, left: Left, sources: dict[int, dict[int, int]]) -> None:
         """Give later layers keys and values of layers that ran on the tokens that left.
@@ -193,7 +175,7 @@ class RowPasses(Passes):
 
     def _run(
         self, begin: int, end: int, rows: Tensor | None, start: int, head: bool | None
-    ) -> tuple[Any, Tensor]:
+    ) -> tuple[Outlook | None, Tensor]:
         """Run the layers from ``begin`` to ``end - 1`` on the rows' slots from ``start`` on.
 
         Args:
@@ -204,7 +186,7 @@ class RowPasses(Passes):
             head: Whether the head runs on the last token; None: layers only keep keys and values.
 
         Returns:
-            What the model or its base module returns, and where `_ids` holds the tokens.
+            What the head says, if it is asked, and where `_ids` holds the tokens.
         """
         slots = torch.arange(start, self.slots, device=self._ids.device)
         places = slots % AT_ONCE
@@ -216,9 +198,10 @@ class RowPasses(Passes):
             given["attention_mask"] = _chosen(given["attention_mask"], rows)
         with self.depth.run(begin, end, entering):
             self.depth.keys_only = head is None
-            run: Any = self.model if head else self.base
-            out = run(**given, **({"logits_to_keep": 1, "return_dict": True} if head else {}))
-        return out, places
+            said = self._outlook(given, end) if head else None
+            if not head:
+                self.base(**given)
+        return said, places
 
     def _there(self, rows: Tensor | None) -> Tensor | None:
         """The numbers of rows where the tokens are."""
