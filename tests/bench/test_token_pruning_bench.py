@@ -1,5 +1,7 @@
 """The benchmark of token pruning: rows are whole, tables and pictures can be made."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -8,6 +10,7 @@ from bench import record, table, token_pruning
 from bench.token_merging import vit
 from bench.token_pruning_chart import draw
 
+RESULT = Path(__file__).parents[2] / "bench/results/2026-11-21-cascadelake-token-pruning.json"
 NAMES = ("token_pruning", "token_pruning_quality")
 MARKERS = "\n".join(f"<!-- table:begin {n} -->\n<!-- table:end {n} -->" for n in NAMES)
 SMALL = {
@@ -45,3 +48,13 @@ def test_rows_tables_and_pictures(tmp_path, monkeypatch):
     assert "| by information | `keep=0.9` |" in made
     draw(found, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size > 10_000
+
+
+def test_what_the_page_says_is_in_the_committed_result():
+    found = record.load(RESULT)
+    assert len(found["rows"]) == 4
+    assert all(row["of_ideal"] >= 0.9 for row in found["rows"])
+    mean = {(row["method"], row["setting"]): row["cosine_mean"] for row in found["quality"]}
+    for keep in token_pruning.KEEP:
+        assert mean["pruned", keep] > mean["merged, same layers", keep]
+        assert mean["pruned", keep] > mean["into a sum", keep] > mean["cached", keep]
