@@ -222,7 +222,7 @@ def test_graphs_are_refused(fullgraph):
     with adaptive.patch(model, policy(router=router(layers=(0,)))):
         expected = model(ids).logits
         with pytest.raises(Exception, match=r"router=...\) cannot run under torch\.compile"):
-            torch.compile(model, backend="eager", fullgraph=fullgraph)(ids, use_cache=False)
+            torch.compile(model.model, backend="eager", fullgraph=fullgraph)(ids, use_cache=False)
         assert torch.equal(model(ids).logits, expected)
 
 

@@ -107,7 +107,7 @@ class PrefixForward:
         neurons = chosen_neurons(self.policy, self.layer, rows, real, total, self.now)
         if isinstance(neurons, int):  # of one token
             made = _narrow(ffn, x, neurons)
-            self._count(ffn, x, made, real, {neurons: 1} if real is None or bool(real) else {})
+            self._count(ffn, x, made, real, {neurons: 1})
             return made
         if bool((neurons == total).all()):
             made = type(ffn).forward(ffn, x)
