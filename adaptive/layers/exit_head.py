@@ -97,7 +97,8 @@ def measure(criterion: str, logits: Tensor) -> Tensor:
     """
     logits = logits.float()
     if criterion == "entropy":
-        return torch.special.entr(logits.softmax(-1)).sum(-1)
+        spread: Tensor = torch.special.entr(logits.softmax(-1)).sum(-1)
+        return spread
     total = logits.logsumexp(-1)
     if criterion == "confidence":
         return (logits.amax(-1) - total).exp()
