@@ -144,7 +144,8 @@ class Refill:
 
     def _group(self) -> list[Waiting]:
         """The prompts to read next: one, or several that are short."""
-        group, longest = [], 0
+        group: list[Waiting] = []
+        longest = 0
         for request, cache in self.waiting:
             longest = max(longest, len(request.ids))
             if group and (not self.together or (len(group) + 1) * longest > READ_AT_ONCE):
