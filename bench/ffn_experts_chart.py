@@ -31,8 +31,7 @@ def draw(source: Path, path: Path) -> None:
         for axes, field in ((left, "bits_per_byte"), (right, "ffn_error_mean")):
             values = [row[field] for _, row in points]
             axes.plot(shares, values, style, color=colour, label=label, markersize=4)
-    left.axhline(dense, color=INK, linewidth=1, linestyle=":")
-    left.annotate(f"dense {dense:.2f}", (100, dense), (0, -12), textcoords="offset points")
+    left.axhline(dense, color=INK, linewidth=1, linestyle=":", label=f"dense, {dense:.2f}")
     left.set_ylabel("bits per byte, held-out text", color=INK)
     right.set_ylabel("relative error of an FFN, mean of audited rows", color=INK)
     left.legend(frameon=False, fontsize=8)

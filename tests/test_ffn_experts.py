@@ -200,8 +200,12 @@ def test_copies_follow_their_weights_and_are_given_back():
         weights = [p for n, p in model.named_parameters() if "mlp" in n]
         assert patched.report().experts.copied_bytes == sum(p.nbytes for p in weights)
         mlp = model.model.layers[0].mlp
-        mlp.up_proj.weight.mul_(2)  # counted by PyTorch
-        mlp.gate_proj.weight.data.neg_()  # not counted
+        for change in (
+            lambda: mlp.up_proj.weight.mul_(2),  # counted by PyTorch
+            lambda: mlp.gate_proj.weight.data.neg_(),  # not counted
+        ):
+            change()
+            torch.testing.assert_close(model(ids).logits, masked(model)(ids).logits)
         mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight.clone() * 3)
         torch.testing.assert_close(model(ids).logits, masked(model)(ids).logits)
         held = mlp.forward.weights
