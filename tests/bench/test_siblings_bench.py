@@ -1,6 +1,7 @@
 """The benchmarks of siblings and of forced acceptance: what is forced, and the table."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,12 +10,14 @@ from models import make, token_ids
 import adaptive
 from adaptive.layers import hf_rows
 from adaptive.layers.sibling_length import PRIOR
-from bench import forced_drafts, siblings
+from bench import forced_drafts, siblings, table
 from bench.forced_drafts_chart import curves, draw
-from bench.record import validate
+from bench.record import load, validate
 from bench.speculation import measure
 from bench.table_speculation import siblings_table
 
+ROOT = Path(__file__).parents[2]
+RESULTS = sorted((ROOT / "bench" / "results").glob("*cascadelake-siblings.json"))
 MACHINE = {
     "cpu": "A Processor",
     "cores": 2,
@@ -99,3 +102,8 @@ def test_the_chart_has_a_curve_for_each_number_of_drafts(tmp_path):
     assert curves(found, True) == {d: [(0.25, 1.35, 1.25), (0.5, 1.6, 1.5)] for d in (1, 2)}
     draw(found, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size > 1000
+
+
+def test_the_table_of_the_docs_is_that_of_the_results():
+    text = (ROOT / "docs" / "self_speculation.md").read_text()
+    assert table.replace(text, "siblings", siblings_table(load(RESULTS[-1]))) == text
