@@ -27,7 +27,7 @@ from bench.table_prefill import prefill_table, quality_prefill_table
 from bench.table_skip_search import skip_search_table
 from bench.table_sparse import quality_table, sparse_models_table, sparse_ops_table
 from bench.table_speculation import forced_table, siblings_table, speculation_table
-from bench.table_zoo import block_transformer_table
+from bench.table_zoo import block_transformer_table, depth_batching_table
 
 HEADLINE_TOKENS = (16384, 32768)
 
@@ -151,6 +151,7 @@ def modules_table(document: Document) -> str:
 
 TABLES: dict[str, tuple[str, Callable[[Document], str]]] = {
     "block_transformer": ("block_transformer", block_transformer_table),
+    "depth_batching": ("depth_batching", depth_batching_table),
     "decode": ("models", models_table),
     "local_ops": ("ops", local_ops_table),
     "encoder_exit": ("encoder_exit", encoder_exit_table),

@@ -95,8 +95,9 @@ def generate_many(  # noqa: PLR0913
         else:  # a token may pass the block by
             left = torch.cat([left, entered[slots.turn[entered] == 0]])
         if len(left):
+            logits = slots.leave(left)
             queue.peak_bytes = max(queue.peak_bytes, slots.used_bytes)
-            queue.take(left, slots.leave(left))
+            queue.take(left, logits)
     new = [torch.tensor(row, device=model.device) for row in queue.made]
     model._last = {
         "rows": len(prompts),
