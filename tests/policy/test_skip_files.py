@@ -68,7 +68,7 @@ def test_a_missing_file_and_layers_that_the_model_has_not(tmp_path):
         ({"skip": "search", "skip_ratio": 1.0}, "skip_ratio must be above 0 and below 1"),
         ({"skip": "search", "skip_ratio": "half"}, "skip_ratio must be above 0 and below 1"),
         ({"skip": ((1,), ()), "skip_ratio": 0.4}, 'skip_ratio must be None without skip="search"'),
-        ({"skip": "search", "tree": True}, "one of them alone"),
+        ({"skip": "search", "tree": True}, "tree must be False .* drafts of a chain, got True"),
     ],
 )
 def test_wrong_fields_are_named(fields, words):
