@@ -10,9 +10,22 @@ passes take.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import log, sqrt
 
 BINS = 8
 PRIOR_TRIALS = 4.0
+"""How many trials count what the other confidences say of one."""
+
+FIRST_RIGHT, FIRST_CHECKED = 2.0, 3.0
+"""Drafts that were right, of so many, before any was checked; and the sum of their confidences."""
+
+RENEWED, TRIES = 8.0, 2
+"""How many checked drafts of earlier calls count in a new one, whose text may be another, and how
+many steps with drafts it begins with whatever they say."""
+
+HOPE = 1.0
+"""By how many standard errors the acceptance is thought to be better than it looks."""
+
 ADOPTED_TRIALS = 8.0
 """How many trials the expected acceptance of other drafts counts."""
 
@@ -122,7 +135,7 @@ class DraftLength:
         closing: Seconds of the pass that readies the last draft for verification.
         verify: Seconds of a verification.
         plain: Seconds of a step without drafts.
-        hits: Expected and seen right drafts, by confidence.
+        hits: Right drafts, by confidence.
         trials: Drafts that were checked, by confidence.
         off: Steps still to be made without drafts, because those do not pay.
         turned_off: How often that was decided.
@@ -135,30 +148,47 @@ class DraftLength:
     closing: Average = field(default_factory=Average)
     verify: Line = field(default_factory=Line)
     plain: Average = field(default_factory=Average)
-    hits: list[float] = field(
-        default_factory=lambda: [PRIOR_TRIALS * (b + 0.5) / BINS for b in range(BINS)]
-    )
-    trials: list[float] = field(default_factory=lambda: [PRIOR_TRIALS] * BINS)
+    hits: list[float] = field(default_factory=lambda: [0.0] * BINS)
+    trials: list[float] = field(default_factory=lambda: [0.0] * BINS)
     off: int = 0
     turned_off: int = 0
     _pause: int = OFF_STEPS
     _since: int = 0
-    _right: float = 2.0
-    _checked: float = 3.0
+    _tries: int = 0
+    _right: float = FIRST_RIGHT
+    _checked: float = FIRST_CHECKED
+    _confident: float = FIRST_RIGHT
 
     def begin(self) -> None:
-        """Keep what was learned for another call, whose text may be easier."""
-        self.off = min(self.off, OFF_STEPS)
+        """Keep what was learned for another call, whose text may be easier, and try anew."""
+        self.off, self._pause, self._tries = 0, OFF_STEPS, TRIES
+        share = min(1.0, RENEWED / self._checked)
+        for name in ("_right", "_checked", "_confident"):
+            setattr(self, name, getattr(self, name) * share)
 
     def accepts(self, confidence: float) -> float:
-        """Expected share of right drafts among those with this confidence."""
+        """Expected share of right drafts among those with this confidence.
+
+        What few drafts of this confidence tell is completed by all others: those that are right
+        more often than their confidence says make this one likelier, too. Without that a kind of
+        draft that is never checked, because it is unlikely, would stay so.
+        """
         b = _bin(confidence)
-        return self.hits[b] / self.trials[b]
+        mean = min(self._confident / self._checked, 0.99)
+        power = log(min(self.acceptance, 0.99)) / log(mean)
+        expected = float(((b + 0.5) / BINS) ** power)
+        return (self.hits[b] + PRIOR_TRIALS * expected) / (self.trials[b] + PRIOR_TRIALS)
 
     @property
     def acceptance(self) -> float:
         """Share of right drafts among those that were checked of late."""
         return self._right / self._checked
+
+    @property
+    def hoped(self) -> float:
+        """The acceptance that there may be: few checks leave much to hope for."""
+        share = self.acceptance
+        return min(share + HOPE * sqrt(share * (1 - share) / self._checked), 1.0)
 
     def learn(self, confidence: float, right: bool) -> None:
         """Take in whether a checked draft was right."""
@@ -167,12 +197,14 @@ class DraftLength:
         self.trials[b] = self.trials[b] * DECAY + 1
         self._right = self._right * DECAY + right
         self._checked = self._checked * DECAY + 1
+        self._confident = self._confident * DECAY + max((b + 0.5) / BINS, 0.01)
 
     def adopt(self, acceptance: float, draft_s: float) -> None:
         """Begin anew with other drafts, of which that acceptance and time are expected."""
         self.hits = [ADOPTED_TRIALS * acceptance] * BINS
         self.trials = [ADOPTED_TRIALS] * BINS
         self._right, self._checked = ADOPTED_TRIALS * acceptance, ADOPTED_TRIALS
+        self._confident = ADOPTED_TRIALS * acceptance
         self.draft = Average()
         self.draft.add(draft_s)
         self.off, self._pause = 0, OFF_STEPS
@@ -217,9 +249,11 @@ class DraftLength:
         if self.off:
             self.off -= 1
             return self.off == 0  # then look again whether it pays by now
-        if self.draft.value is None or self.verify.weight == 0:
+        self._tries -= 1
+        if self._tries >= 0 or self.draft.value is None or self.verify.weight == 0:
             return True
-        if self._best(most) * self.plain.value > GAIN:
+        hope = self._best(most, self.hoped)
+        if hope * self.plain.value > GAIN:
             self._pause = OFF_STEPS
             return True
         self.off = self._pause
@@ -232,11 +266,12 @@ class DraftLength:
         plain = 1.0 / self.plain.value if self.plain.value else 0.0
         return max(plain, self._best(self.most))
 
-    def _best(self, most: int) -> float:
+    def _best(self, most: int, acceptance: float | None = None) -> float:
         """Expected tokens per second with the best constant number of drafts."""
         if self.draft.value is None or self.verify.weight == 0:
             return 0.0
-        return self.rate(self.acceptance, self.draft.value, range(1, min(most, self.most) + 1))
+        share = self.acceptance if acceptance is None else acceptance
+        return self.rate(share, self.draft.value, range(1, min(most, self.most) + 1))
 
     def promise(self, acceptance: float, draft_s: float) -> float:
         """Expected tokens per second with drafts of that acceptance and time."""

@@ -149,12 +149,13 @@ class SiblingLength(DraftLength):
             self._known = super()._rate()
         return self._known
 
-    def _best(self, most: int) -> float:
+    def _best(self, most: int, acceptance: float | None = None) -> float:
         if self.draft.value is None or self.verify.weight == 0:
             return 0.0
         most = min(most, self.most)
         lengths = range(1, most + 1) if self.fixed is None else [min(self.fixed, most)]
-        return self.rate(self.acceptance, self.draft.value, lengths)
+        share = self.acceptance if acceptance is None else acceptance
+        return self.rate(share, self.draft.value, lengths)
 
     def _another(self, reach: float) -> tuple[float, float]:
         gain, rows = self._level(reach, self.acceptance, self.most)

@@ -131,3 +131,47 @@ def test_what_was_learned_makes_short_calls_as_good_as_the_best_length():
         length.begin()
         rates.append(simulate(0.8, 0.3, verify_s, 1.0, steps=20, seed=seed, length=length)[0])
     assert sum(rates) / len(rates) > 0.95 * best_fixed(0.8, 0.3, verify_s)
+
+
+def test_drafts_that_are_unsure_but_right_are_found_out():
+    """A draft that is thought to be wrong is not checked, so nothing is learned of it alone."""
+    length, rng = DraftLength(fixed=None, most=15), random.Random(4)
+    for _ in range(60):
+        length.learn(rng.uniform(0.7, 1.0), True)
+    assert length.accepts(0.4) > 0.9
+    for _ in range(30):
+        length.learn(0.4, False)
+    assert length.accepts(0.4) < 0.3
+    assert length.accepts(0.9) > 0.9
+
+
+def test_sure_drafts_that_are_wrong_make_unsure_ones_unlikely():
+    length = DraftLength(fixed=None, most=15)
+    for turn in range(60):
+        length.learn(0.9, turn % 2 == 0)
+    assert length.accepts(0.9) == pytest.approx(0.5, abs=0.06)
+    assert length.accepts(0.4) < 0.2
+
+
+@pytest.mark.parametrize("before", [0.1, 0.2])
+def test_a_call_on_easier_text_is_tried_at_once(before):
+    def verify_s(rows):
+        return 0.8 + 0.02 * rows
+
+    _, _, length = simulate(before, 0.4, verify_s, plain_s=1.0, steps=200)
+    assert length.turned_off > 0
+    length.begin()
+    rate, _, _ = simulate(0.95, 0.4, verify_s, plain_s=1.0, steps=40, length=length)
+    assert rate > 0.85 * best_fixed(0.95, 0.4, verify_s)
+
+
+def test_hard_text_costs_few_trials_in_each_call():
+    length, rates = None, []
+    for seed in range(20):
+        if length is not None:
+            length.begin()
+        rate, _, length = simulate(
+            0.3, 0.4, lambda rows: 0.8 + 0.02 * rows, 1.0, steps=60, seed=seed, length=length
+        )
+        rates.append(rate)
+    assert sum(rates) / len(rates) > 0.97
