@@ -154,3 +154,32 @@ def test_a_margin_needs_two_tokens():
         adaptive.patch(make("llama", vocab_size=1, pad_token_id=0), policy)
     with adaptive.patch(make("llama", vocab_size=2, pad_token_id=0), policy):
         pass
+
+
+@pytest.mark.parametrize("policies", [(), (POLICIES[2],)], ids=["exact", "early"])
+@pytest.mark.parametrize("way", ["argument", "configuration", "model"])
+def test_stop_strings_end_a_prompt_of_many(policies, way):
+    tokenizer = AutoTokenizer.from_pretrained(LAB)
+    model = AutoModelForCausalLM.from_pretrained(LAB).eval()
+    texts = ("def first(items):\n    return items[0]\n\ndef ", "import os", "class Reader:")
+    prompts = [tokenizer(text, return_tensors="pt").input_ids[0] for text in texts]
+    fields = {"max_new_tokens": 20, "pad_token_id": 1, "do_sample": False}
+    stops = {"stop_strings": ["\n"], "tokenizer": tokenizer}
+    want = [
+        model.generate(ids[None], attention_mask=torch.ones_like(ids[None]), **fields, **stops)[0]
+        for ids in prompts
+    ]
+    assert any(len(made) < len(ids) + 20 for made, ids in zip(want, prompts, strict=True))
+    given = {**fields, **stops}
+    if way == "configuration":
+        config = GenerationConfig(**fields, stop_strings=["\n"])
+        given = {"generation_config": config, "tokenizer": tokenizer}
+    elif way == "model":
+        model.generation_config.stop_strings = given.pop("stop_strings")
+    with adaptive.patch(model, *policies) as patched:
+        made = patched.generate_many(prompts, batch_size=2, **given)
+        assert all(torch.equal(*each) for each in zip(made, want, strict=True))
+        del given["tokenizer"]
+        with pytest.raises(ValueError, match="tokenizer"):  # as generate
+            patched.generate_many(prompts, **given)
+    assert model.generation_config.stop_strings == (["\n"] if way == "model" else None)
