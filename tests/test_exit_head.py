@@ -142,3 +142,23 @@ def test_the_kernel_says_what_logits_do(criterion, softcap):
     torch.testing.assert_close(said.sure(criterion), written.sure(criterion))
     assert torch.equal(said.best, written.best)
     assert torch.equal(written.sure(criterion), measure(criterion, written.logits))
+
+
+@pytest.mark.parametrize("rows", ["together", "alone"])
+def test_prompts_that_take_the_place_of_others_ask_it_too(rows, asked):
+    model, prompts = model_of("llama"), [token_ids(1)[0], token_ids(1)[0, :5], token_ids(1)[0, :3]]
+    given = {"batch_size": 2, "max_new_tokens": 6}
+    policy = judged("confidence", "llama", rows)
+    with adaptive.patch(model, adaptive.EarlyExit(**policy)) as patched:
+        made = patched.generate_many(prompts, **given)
+        assert set(asked) == {"kernel"}
+        asked.clear()
+        same = patched.generate_many(prompts, repetition_penalty=1.0000001, **given)
+        assert "kernel" not in asked
+        assert all(torch.equal(*each) for each in zip(made, same, strict=True))
+    asked.clear()
+    with adaptive.patch(
+        model, adaptive.EarlyExit(**never(criterion="cosine", rows=rows))
+    ) as patched:
+        patched.generate_many(prompts, **given)
+    assert asked == []

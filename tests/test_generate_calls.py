@@ -154,3 +154,58 @@ def test_a_margin_needs_two_tokens():
         adaptive.patch(make("llama", vocab_size=1, pad_token_id=0), policy)
     with adaptive.patch(make("llama", vocab_size=2, pad_token_id=0), policy):
         pass
+
+
+LEAVING = adaptive.EarlyExit(layers=(1, 2, 3), criterion="agreement", rows="alone", audit=None)
+
+
+@pytest.mark.parametrize("policies", [(), (POLICIES[2],)], ids=["exact", "early"])
+@pytest.mark.parametrize("way", ["argument", "configuration", "model"])
+def test_stop_strings_end_a_prompt_of_many(policies, way):
+    tokenizer = AutoTokenizer.from_pretrained(LAB)
+    model = AutoModelForCausalLM.from_pretrained(LAB).eval()
+    texts = ("def first(items):\n    return items[0]\n\ndef ", "import os", "class Reader:")
+    prompts = [tokenizer(text, return_tensors="pt").input_ids[0] for text in texts]
+    fields = {"max_new_tokens": 20, "pad_token_id": 1, "do_sample": False}
+    stops = {"stop_strings": ["\n"], "tokenizer": tokenizer}
+    want = [
+        model.generate(ids[None], attention_mask=torch.ones_like(ids[None]), **fields, **stops)[0]
+        for ids in prompts
+    ]
+    assert any(len(made) < len(ids) + 20 for made, ids in zip(want, prompts, strict=True))
+    given = {**fields, **stops}
+    if way == "configuration":
+        config = GenerationConfig(**fields, stop_strings=["\n"])
+        given = {"generation_config": config, "tokenizer": tokenizer}
+    elif way == "model":
+        model.generation_config.stop_strings = given.pop("stop_strings")
+    with adaptive.patch(model, *policies) as patched:
+        made = patched.generate_many(prompts, batch_size=2, **given)
+        assert all(torch.equal(*each) for each in zip(made, want, strict=True))
+        del given["tokenizer"]
+        with pytest.raises(ValueError, match="tokenizer"):  # as generate
+            patched.generate_many(prompts, **given)
+    assert model.generation_config.stop_strings == (["\n"] if way == "model" else None)
+
+
+def test_many_prompts_are_one_threads_alone_where_layers_are_left_out():
+    model, found = model_of("llama"), []
+    prompts = [token_ids(1)[0], token_ids(1)[0, :5]]
+
+    def other():
+        found.append(in_a_thread(lambda: greedy(model, token_ids(1))))
+        found.append(in_a_thread(lambda: patched.generate_many(prompts, max_new_tokens=2)))
+        exits.append(patched.report().exits.row_exits)
+
+    exits = []
+    with adaptive.patch(model, LEAVING) as patched:
+        want = patched.generate_many(prompts, max_new_tokens=8)
+        given = {"max_new_tokens": 8, "stopping_criteria": [Meanwhile(other, tokens=5)]}
+        made = patched.generate_many(prompts, **given)
+        assert all(torch.equal(*each) for each in zip(made, want, strict=True))
+        assert any(exits[0])  # those of the call that goes on
+        for error, name in zip(found, ("EarlyExit", "generate_many"), strict=True):
+            assert isinstance(error, RuntimeError)
+            assert f"adaptive: {name}: another thread is generating" in str(error)
+        free = in_a_thread(lambda: patched.generate_many(prompts, max_new_tokens=8))
+        assert all(torch.equal(*each) for each in zip(free, want, strict=True))

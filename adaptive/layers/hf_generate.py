@@ -71,11 +71,11 @@ class Generate:
         options["policy"] = self.policy
         options["keeps_cache"] = kwargs.get("past_key_values") is not None
         loop = exit_early if isinstance(self.policy, EarlyExit) else speculate
-        given = _with_stop_strings(model, dict(kwargs))
+        given = with_stop_strings(model, dict(kwargs))
         given["custom_generate"] = functools.partial(loop, **options)
         taken = "tokenizer" in kwargs and "tokenizer" not in given
         depth = model.__dict__[_RECORD].depth
-        with depth.owned(type(self.policy).__name__), _silenced(model) if taken else nullcontext():
+        with depth.owned(type(self.policy).__name__), silenced(model) if taken else nullcontext():
             return own(model, **given)
 
 
@@ -115,7 +115,7 @@ def _by_name(
     return {**dict(zip(names, args, strict=True)), **kwargs}
 
 
-def _with_stop_strings(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+def with_stop_strings(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments with ``stop_strings`` made into the criterion that they stand for."""
     tokenizer, config = kwargs.get("tokenizer"), kwargs.get("generation_config")
     strings = kwargs.get("stop_strings")
@@ -141,7 +141,7 @@ def _without_strings(config: Any) -> Any:
 
 
 @contextmanager
-def _silenced(model: Any) -> Iterator[None]:
+def silenced(model: Any) -> Iterator[None]:
     """Keep the stop strings of the model's own configuration from `generate`.
 
     It would fill them in wherever a call has none, and ask for the tokenizer, which it does not

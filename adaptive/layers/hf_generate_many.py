@@ -1,6 +1,7 @@
 """Answers `Patched.generate_many`: checks of the call, and its prompts one by one to the batch."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -60,7 +61,6 @@ def generate_many(
         record.switch.refill = RefillLog()
     requests = _requests(model, ids, new, options)
     log, exits = record.switch.refill, record.exits
-    log.calls += 1
     found: list[Tensor | None] = [None] * len(ids)
 
     def ended(request: Request) -> None:
@@ -68,14 +68,16 @@ def generate_many(
         if on_result is not None:
             on_result(request.index, result)
 
-    if exits is not None:
-        exits.begin_call(len(ids))
     refill = Refill(model, record, requests, min(batch_size, len(ids)), ended, log)
-    try:
-        refill.run()
-    finally:
-        if exits is not None:  # of prompts, not of rows that many took the place of
-            exits.row_exits = [refill.exits_of.get(i, {}) for i in range(len(ids))]
+    with nullcontext() if record.depth is None else record.depth.owned(NAME):
+        log.calls += 1
+        if exits is not None:
+            exits.begin_call(len(ids))
+        try:
+            refill.run()
+        finally:
+            if exits is not None:  # of prompts, not of rows that many took the place of
+                exits.row_exits = [refill.exits_of.get(i, {}) for i in range(len(ids))]
     return [sequence for sequence in found if sequence is not None]
 
 

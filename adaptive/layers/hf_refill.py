@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 from adaptive.errors import PatchConflict
 from adaptive.layers.depth import Depth
 from adaptive.layers.hf_cache import AdaptiveCacheLayer
-from adaptive.layers.hf_exit_passes import ExitPasses
+from adaptive.layers.hf_exit_passes import ExitPasses, StretchPasses
 from adaptive.layers.hf_exit_steps import AloneSteps, TogetherSteps
 from adaptive.layers.hf_passes import Passes
 from adaptive.layers.hf_requests import NAME, Request, RequestRows
@@ -103,6 +103,7 @@ class Refill:
         self.passes: Passes
         self.steps: Steps
         self.exits = record.exits
+        self.exiting = next((p for p in record.policies if isinstance(p, EarlyExit)), None)
         self.exits_of: dict[int, dict[int, int]] = {}
 
     def run(self) -> None:
@@ -160,7 +161,9 @@ class Refill:
         longest = max(len(request.ids) for request in requests)
         padded = [[0] * (longest - len(each.ids)) + each.ids for each in requests]
         ids = torch.tensor(padded, device=requests[0].device)
-        passes: Passes = self._passes(Passes, cache)
+        policy = self.exiting
+        more = () if policy is None else (policy.layers, self.exits)
+        passes: Passes = self._passes(StretchPasses if more else Passes, cache, *more)
         lengths = torch.tensor([[len(each.ids)] for each in requests], device=ids.device)
         if int(lengths.min()) < longest:
             places = torch.arange(longest, device=ids.device)
@@ -208,7 +211,7 @@ class Refill:
             layer.batch_select_indices(torch.full((batch,), row, device=layer.device))
         self.rows = rows = RequestRows(request)
         rows.seat([request] * batch)
-        policy = next((p for p in self.record.policies if isinstance(p, EarlyExit)), None)
+        policy = self.exiting
         if policy is None:
             self.passes = self._passes(Passes, cache)
             self.passes.finish(self.passes.slots)  # nothing will be taken back from windows
@@ -218,9 +221,13 @@ class Refill:
         assert log is not None  # the policy has made it
         alone = policy.rows == ALONE and batch > 1
         kind = RowPasses if alone else ExitPasses
-        self.passes = self._passes(kind, cache, policy.layers, log)
+        self.passes = passes = self._passes(kind, cache, policy.layers, log)
+        assert isinstance(read, StretchPasses)  # as `_read` makes it
+        passes.head = read.head
+        if passes.head is not None:
+            passes.head.summarises = rows.searches  # as in `ExitSteps.run`
         steps = AloneSteps if alone else TogetherSteps
-        self.steps = steps(policy, self.record, self.passes, rows, log)  # type: ignore[arg-type]
+        self.steps = steps(policy, self.record, passes, rows, log)
 
     def _fill(self, free: list[int]) -> int:
         """Give free rows to the next prompts, or up if there are none; return how many were filled.

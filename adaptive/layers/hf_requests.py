@@ -1,5 +1,6 @@
 """Prompts of `generate_many`: what `generate` makes of the options of each, and rows of them."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from adaptive.layers.hf_generate import silenced, with_stop_strings
 from adaptive.layers.hf_inputs import cache_and_mask
 from adaptive.layers.hf_rows import SCORES_ALONE, Rows
 
@@ -87,8 +89,10 @@ def prepare(
         made.append((Request(index, input_ids[0].tolist(), input_ids.device, *given), cache))
         return input_ids
 
-    given = {"attention_mask": torch.ones_like(prompt[None]), **options, "custom_generate": note}
-    type(model).generate(model, prompt[None], **given)
+    given = {"attention_mask": torch.ones_like(prompt[None]), **with_stop_strings(model, options)}
+    taken = "tokenizer" in options and "tokenizer" not in given
+    with silenced(model) if taken else nullcontext():
+        type(model).generate(model, prompt[None], **given, custom_generate=note)
     return made[0]
 
 

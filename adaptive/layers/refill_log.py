@@ -57,7 +57,7 @@ class RefillLog:
         )
         if self.steps:
             line += (
-                f", {self.refills} refills; {self.mean_rows:.1f} rows in {self.steps} passes, "
+                f"; {self.mean_rows:.1f} rows in {self.steps} passes, "
                 f"{self.busy_share:.0%} of the places busy; cache at most "
                 f"{in_bytes(self.held_bytes)}"
             )
