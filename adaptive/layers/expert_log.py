@@ -22,9 +22,9 @@ class LayerExperts:
 
     Attributes:
         calls: Of it.
-        rows: Tokens in them.
-        runs: Tokens that ran each expert.
-        read: Experts that some token of a call ran, added up: those whose weights were read.
+        rows: Tokens in them, without padding.
+        runs: Of these, those that ran each expert.
+        read: Experts that some row of a call ran, added up: those whose weights were read.
         audits: Calls of which rows also ran in full.
         audited: Those rows.
         error_sum: Of them, the distance from the whole FFN's output over its length, added up.
@@ -44,11 +44,11 @@ class LayerExperts:
     cosine_sum: float = 0.0
     cosine_min: float = 1.0
 
-    def count(self, rows: int, runs: list[int]) -> None:
-        """Count one call, and the tokens that ran each expert."""
+    def count(self, rows: int, runs: list[int], read: int) -> None:
+        """Count one call, the tokens that ran each expert, and how many experts rows ran."""
         self.calls += 1
         self.rows += rows
-        self.read += sum(count > 0 for count in runs)
+        self.read += read
         known = self.runs or [0] * len(runs)
         self.runs = [old + new for old, new in zip(known, runs, strict=True)]
 
