@@ -130,7 +130,7 @@ class ExpertsForward:
         found = log.layer(self.index)
         every = self.policy.audit_every
         if every is not None and found.calls % every == 0 and many:
-            at = slice(None, None, -(-len(rows) // AUDITED_ROWS))
+            at: Any = slice(None, None, -(-len(rows) // AUDITED_ROWS))
             if real is not None:
                 at = real.nonzero()[:, 0][:: -(-many // AUDITED_ROWS)]
             with torch.no_grad():
