@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,10 +112,10 @@ def oracle_widths(
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     chosen = tuple(range(config.num_hidden_layers)) if layers is None else tuple(layers)
     router = WidthRouter.random(chosen, config.hidden_size, choices=max(len(widths), 2))
-    policy = TokenRouting(widths=tuple(widths), router=router, audit_every=None)
+    policy = TokenRouting(widths=tuple(widths), layers=chosen, router=router, audit_every=None)
     tried = _patterns(len(policy.choices), len(chosen), patterns, seed)
     bar = ProgressBar("trying widths", len(tried), progress)
-    with patch(model, policy) as patched, bar:
+    with patch(model, policy) as patched, _evaluating(model), bar:
         run = _Run(model, ids, chosen, patched._root.__dict__[RECORD].switch.width_pass)
         with patched.disabled():
             dense = run.losses()
@@ -141,6 +142,18 @@ def oracle_widths(
         fixed_loss=float(means.min()),
         patterns=len(tried),
     )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Let nothing drop out inside the block: losses of patterns would differ by that."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 class _Run:

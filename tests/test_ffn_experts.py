@@ -9,6 +9,7 @@ from models import greedy, make, token_ids
 
 import adaptive
 from adaptive import ExpertRouterWeights, FeedForwardExperts
+from adaptive.layers.expert_log import ExpertLog
 from adaptive.layers.hf_ffn_experts import ExpertsForward
 
 FAMILIES = ["qwen2", "gemma2", "granite", "olmo2"]
@@ -242,6 +243,42 @@ def test_audits_measure_the_distance_from_the_whole():
         assert patched.report().experts.layers[0].calls == 2
         patched.reset_stats()
         assert patched.report().experts.error is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("top_k", [2, 6])
+def test_padding_is_neither_counted_nor_audited(top_k):
+    model, ids = make("llama", num_hidden_layers=1), token_ids(1, 40)
+    mask = torch.ones_like(ids)
+    mask[:, 5:] = 0
+    with adaptive.patch(model, policy(top_k, audit_every=1)) as patched:
+        model(ids[:, :5])
+        alone = patched.report().experts
+        patched.reset_stats()
+        model(ids, attention_mask=mask)
+        padded = patched.report().experts
+        assert padded.layers[0].rows == padded.layers[0].audited == 5
+        assert padded.layers[0].runs == alone.layers[0].runs
+        assert padded.share == top_k / 6
+        assert padded.read_share >= alone.read_share
+        assert padded.error == pytest.approx(alone.error, rel=1e-4, abs=1e-5)
+        patched.reset_stats()
+        model(ids, attention_mask=mask * 0)
+        assert (patched.report().experts.share, patched.report().experts.error) == (None, None)
+
+
+@pytest.mark.parametrize("broken", ["made", "full"])
+def test_audits_do_not_lose_what_is_no_number(broken):
+    log, good = ExpertLog(experts=2), torch.ones(3, 4)
+    bad = good.clone()
+    bad[1, 2] = torch.nan
+    log.layer(0).audit(good, good)
+    assert (log.error, log.cosine) == ((0, 0), (1, 1))
+    log.layer(0).audit(*((bad, good) if broken == "made" else (good, bad)))
+    log.layer(1).audit(good, good)
+    assert log.layers[0].audited == 6
+    for number in (*log.error, *log.cosine):
+        assert str(number) == "nan"
 
 
 @torch.no_grad()

@@ -137,6 +137,25 @@ def test_graphs(fields, whole):
         assert model(token_ids()).logits.isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("decide", ["sequence", "token"])
+def test_traces_would_keep_what_is_decided(decide):
+    class Logits(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            return self.model(ids, use_cache=False).logits
+
+    model = deep("llama")
+    policy = MixtureOfDepths(router=router(model), decide=decide, audit_every=None)
+    with adaptive.patch(model, policy), torch.no_grad():
+        with pytest.raises(NotImplementedError, match=r"MixtureOfDepths cannot run.* torch\.jit"):
+            torch.jit.trace(Logits(model), token_ids(), check_trace=False)
+        assert model(token_ids()).logits.isfinite().all()
+
+
 def test_attention_weights_and_training():
     model = deep("llama")
     with adaptive.patch(model, DROP):

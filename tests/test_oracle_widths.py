@@ -86,6 +86,14 @@ def test_more_patterns_than_can_be_tried():
     assert some.layers == (1, 4)
 
 
+def test_nothing_drops_out():
+    model, ids = make("llama", attention_dropout=0.5), token_ids(tokens=12)
+    found = adaptive.oracle_widths(model, ids, **FIELDS)
+    model.train()
+    assert adaptive.oracle_widths(model, ids, **FIELDS) == found
+    assert all(module.training for module in model.modules())
+
+
 def test_prices_meet_the_budget():
     rng = torch.Generator().manual_seed(0)
     losses, costs = torch.rand(7, 3, 50, generator=rng), torch.linspace(0, 1, 7).double()
@@ -107,6 +115,8 @@ BAD = {
     "patterns": ({"patterns": 0}, ValueError, "patterns must be a whole number from 1 on, got 0"),
     "widths": ({"widths": (0.5,)}, ValueError, "TokenRouting.widths must be ascending shares"),
     "layers": ({"layers": (1, 2)}, ValueError, "layers must be below the model's 2 layers"),
+    "twice": ({"layers": (1, 1)}, ValueError, "layers must be ascending layer numbers"),
+    "descending": ({"layers": (1, 0)}, ValueError, "layers must be ascending layer numbers"),
 }
 
 

@@ -11,6 +11,7 @@ from encoder_models import IMAGES, OLD, SUPPORTED, TEXTS, inputs, run
 from pruning_reference import pruned_by_masks
 
 import adaptive
+from adaptive.layers.cosine_audit import CosineAudits
 from adaptive.policy import Plan
 
 CASES = [c for c in SUPPORTED if c not in ("modernbert", "dinov3_vit", "siglip_vision")]
@@ -163,6 +164,15 @@ def test_the_report_measures_the_error_of_the_pooled_output():
     assert log.to_dict()["kept_shares"] == pytest.approx([1, 1, 41 / 65, 26 / 65])
     assert "token pruning: " in str(log)
     assert "6 audited" in str(patched.report())
+
+
+def test_outputs_that_are_no_numbers_are_the_worst():
+    log = CosineAudits()
+    log.count_audit([0.5, 0.9], 0.0)
+    assert log.agreement == (0.7, 0.5)
+    for cosines in ([0.8, torch.nan], [0.9]):
+        log.count_audit(cosines, 0.0)
+        assert [str(number) for number in log.agreement] == ["nan", "nan"]
 
 
 def test_the_class_token_s_attention_is_not_computed_for_all_tokens():

@@ -226,6 +226,20 @@ def test_graphs_are_refused(fullgraph):
         assert torch.equal(model(ids).logits, expected)
 
 
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+def test_traces_keep_fixed_widths_and_refuse_routers():
+    model = make("llama", num_hidden_layers=1)
+    ffn, x = model.model.layers[0].mlp, torch.randn(2, 5, 128)
+    with adaptive.patch(model, adaptive.TokenRouting(widths=0.5)):
+        traced = torch.jit.trace(ffn, x)
+        assert torch.equal(traced(x * 3), ffn(x * 3))
+    with adaptive.patch(model, policy(router=router(layers=(0,)))):
+        with pytest.raises(NotImplementedError, match=r"cannot run under.* torch\.jit"):
+            torch.jit.trace(ffn, x)
+        assert ffn(x).isfinite().all()
+
+
 def test_with_other_policies():
     model, ids = make("llama"), token_ids(tokens=12)
     expected = greedy(masked("llama", router()), ids)

@@ -81,3 +81,8 @@ def test_samples_are_spread_and_audits_add_up():
     assert audit.error == pytest.approx((1 / 50) ** 0.5)
     audit.compare(torch.ones(1, 2), torch.zeros(1, 2))
     assert audit.to_dict()["worst"] == float("inf")
+    silent = TokenAudit()
+    silent.compare(torch.zeros(1, 2), torch.zeros(1, 2))
+    assert silent.error == 0
+    silent.compare(torch.ones(1, 2), torch.zeros(1, 2))
+    assert silent.error == float("inf")

@@ -63,5 +63,6 @@ class CosineAudits:
             self.audits += 1
             self.audited += len(cosines)
             self.cosine_sum += sum(cosines)
-            self.cosine_min = min(self.cosine_min, *cosines)
+            least = (self.cosine_min, *cosines)  # min() would lose a NaN
+            self.cosine_min = math.nan if any(map(math.isnan, least)) else min(least)
             self.audit_seconds += seconds

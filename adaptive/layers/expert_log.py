@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -20,9 +22,9 @@ class LayerExperts:
 
     Attributes:
         calls: Of it.
-        rows: Tokens in them.
-        runs: Tokens that ran each expert.
-        read: Experts that some token of a call ran, added up: those whose weights were read.
+        rows: Tokens in them, without padding.
+        runs: Of these, those that ran each expert.
+        read: Experts that some row of a call ran, added up: those whose weights were read.
         audits: Calls of which rows also ran in full.
         audited: Those rows.
         error_sum: Of them, the distance from the whole FFN's output over its length, added up.
@@ -42,11 +44,11 @@ class LayerExperts:
     cosine_sum: float = 0.0
     cosine_min: float = 1.0
 
-    def count(self, rows: int, runs: list[int]) -> None:
-        """Count one call, and the tokens that ran each expert."""
+    def count(self, rows: int, runs: list[int], read: int) -> None:
+        """Count one call, the tokens that ran each expert, and how many experts rows ran."""
         self.calls += 1
         self.rows += rows
-        self.read += sum(count > 0 for count in runs)
+        self.read += read
         known = self.runs or [0] * len(runs)
         self.runs = [old + new for old, new in zip(known, runs, strict=True)]
 
@@ -54,16 +56,16 @@ class LayerExperts:
         """Count how far rows, ``[rows, width]``, are from what the whole FFN makes of them."""
         ours, theirs = made.detach().double(), full.detach().double()
         size = theirs.norm(dim=1)
-        known = size > 0  # nothing is relative to zero
+        known = size != 0  # nothing is relative to zero
         errors = ((ours - theirs).norm(dim=1) / size)[known].tolist()
         cosines = torch.cosine_similarity(ours, theirs, dim=1)[known].clamp(max=1).tolist()
         if errors:
             self.audits += 1
             self.audited += len(errors)
             self.error_sum += sum(errors)
-            self.error_max = max(self.error_max, *errors)
+            self.error_max = _worst(max, self.error_max, errors)
             self.cosine_sum += sum(cosines)
-            self.cosine_min = min(self.cosine_min, *cosines)
+            self.cosine_min = _worst(min, self.cosine_min, cosines)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values; means and extremes are None where nothing was audited."""
@@ -113,7 +115,7 @@ class ExpertLog:
         if not audited:
             return None
         total = sum(layer.error_sum for layer in self.layers.values())
-        return total / audited, max(layer.error_max for layer in self.layers.values())
+        return total / audited, _worst(max, 0.0, [x.error_max for x in self.layers.values()])
 
     @property
     def cosine(self) -> tuple[float, float] | None:
@@ -122,7 +124,7 @@ class ExpertLog:
         if not audited:
             return None
         total = sum(layer.cosine_sum for layer in self.layers.values())
-        return total / audited, min(layer.cosine_min for layer in self.layers.values())
+        return total / audited, _worst(min, 1.0, [x.cosine_min for x in self.layers.values()])
 
     def reset(self) -> ExpertLog:
         """A log of the same FFNs with nothing in it."""
@@ -159,3 +161,9 @@ class ExpertLog:
             f"{text}\n{audited} rows audited: an FFN's relative error {self.error[0]:.3f}, at most "
             f"{self.error[1]:.3f}; cosine {self.cosine[0]:.3f}, at least {self.cosine[1]:.3f}"
         )
+
+
+def _worst(of: Callable[..., float], known: float, found: list[float]) -> float:
+    """The largest or least of all; NaN is worse than any number, and `max` would lose it."""
+    values = [known, *found]
+    return math.nan if any(map(math.isnan, values)) else of(values)

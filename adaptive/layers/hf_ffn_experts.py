@@ -18,6 +18,7 @@ from adaptive.layers.survey import Survey
 from adaptive.layers.switch import Switch
 from adaptive.layers.torch_guard import why_not_plain
 from adaptive.layers.widened_linear import MIN_ROWS
+from adaptive.layers.width_choice import WidthPass
 from adaptive.ops.skinny_linear import MAX_ROWS, skinny_linear, supports
 from adaptive.policy.ffn_experts import FeedForwardExperts
 
@@ -89,7 +90,7 @@ class ExpertsForward:
         if ffn.down_proj.bias is not None:
             out = out + ffn.down_proj.bias
         result = out.to(dtype)
-        self._count(ffn, rows, groups, result)
+        self._count(ffn, rows, groups, result, self._real(x))
         return result.view(*x.shape[:-1], result.shape[1])
 
     def _groups(self, scores: Tensor) -> Groups:
@@ -110,20 +111,32 @@ class ExpertsForward:
             if count
         ]
 
-    def _count(self, ffn: Any, rows: Tensor, groups: Groups, result: Tensor) -> None:
+    def _real(self, x: Tensor) -> Tensor | None:
+        """Which rows are no padding, ``[rows]``; None: all."""
+        now = self.switch.width_pass
+        return None if now is None else now.real(x)
+
+    def _count(
+        self, ffn: Any, rows: Tensor, groups: Groups, result: Tensor, real: Tensor | None
+    ) -> None:
         log = self.switch.experts
         assert log is not None  # install made it
-        runs = [0] * self.policy.experts
+        runs, many = [0] * self.policy.experts, len(rows) if real is None else int(real.sum())
         for expert, chosen in groups:
-            runs[expert] = len(rows) if chosen is None else len(chosen)
+            if chosen is None:
+                runs[expert] = many
+            else:
+                runs[expert] = len(chosen) if real is None else int(real[chosen].sum())
         found = log.layer(self.index)
         every = self.policy.audit_every
-        if every is not None and found.calls % every == 0:
-            step = -(-len(rows) // AUDITED_ROWS)
+        if every is not None and found.calls % every == 0 and many:
+            at: Any = slice(None, None, -(-len(rows) // AUDITED_ROWS))
+            if real is not None:
+                at = real.nonzero()[:, 0][:: -(-many // AUDITED_ROWS)]
             with torch.no_grad():
-                full = type(ffn).forward(ffn, rows.detach()[::step])
-            found.audit(result[::step], full)
-        found.count(len(rows), runs)
+                full = type(ffn).forward(ffn, rows.detach()[at])
+            found.audit(result[at], full)
+        found.count(many, runs, len(groups))
 
 
 def _refuse(ffn: Any, in_graph: bool) -> None:
@@ -259,6 +272,7 @@ def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
     if policy is None or not (layers := policy.split_layers(len(survey.layers))):
         return
     record.switch.experts = ExpertLog(experts=policy.experts)
+    record.switch.width_pass = WidthPass()  # says what is padding
     for layer in layers:
         name = ffn_name(survey, layer)
         assert name is not None  # or it would have been refused

@@ -109,9 +109,15 @@ class Routes:
         """Logits of a layer's router, float32, of the last axis of ``states``.
 
         Raises:
+            NotImplementedError: torch.jit.trace is at work, which would keep what is decided.
             ValueError: One is NaN; the layer is named.
         """
         assert self.policy.router is not None
+        if torch._C._is_tracing():
+            raise NotImplementedError(
+                "adaptive: MixtureOfDepths cannot run under torch.jit.trace: which tokens run "
+                "depends on the tokens"
+            )
         weight, bias = self.policy.router.of(index, states.device)
         return self._numbers(index, states.float() @ weight + bias)
 

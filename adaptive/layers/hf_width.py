@@ -85,7 +85,7 @@ class PrefixForward:
 
     def _prefix(self, ffn: Any, x: Tensor) -> Tensor:
         """The same neurons for all tokens."""
-        neurons = neurons_of(self.share, ffn.up_proj.weight.shape[0])
+        neurons = neurons_of(self.share, int(ffn.up_proj.weight.shape[0]))  # a trace has no number
         made = _narrow(ffn, x, neurons)
         if not torch.compiler.is_compiling() and not recorded():
             real = self.now.real(x)
@@ -97,11 +97,13 @@ class PrefixForward:
         """Each token with neurons of its own.
 
         Raises:
-            NotImplementedError: torch.compile is at work: how many tokens share a width is data.
+            NotImplementedError: torch.compile or torch.jit.trace is at work: how many tokens share
+                a width is data.
         """
-        if torch.compiler.is_compiling() or self.now.in_graph:
+        if torch.compiler.is_compiling() or self.now.in_graph or torch._C._is_tracing():
             raise NotImplementedError(
-                "adaptive: TokenRouting(router=...) cannot run under torch.compile"
+                "adaptive: TokenRouting(router=...) cannot run under torch.compile or "
+                "torch.jit.trace"
             )
         total, rows, real = ffn.up_proj.weight.shape[0], x.flatten(0, -2), self.now.real(x)
         neurons = chosen_neurons(self.policy, self.layer, rows, real, total, self.now)

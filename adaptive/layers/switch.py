@@ -18,7 +18,7 @@ class Switch:
         in_graph: Whether torch.compile is at work on the pass now running, if not on every call.
         sparse_ffn: What FFNs of few active neurons did; None without one.
         widths: What FFNs of a part of their neurons did; None where no policy narrows them.
-        width_pass: What these FFNs share in a pass; None likewise.
+        width_pass: What these FFNs, and those of experts, share in a pass; None without any.
         refill: What `Patched.generate_many` did; None before its first call.
         experts: What the experts of FFNs did; None without any.
     """

@@ -34,7 +34,9 @@ class TokenAudit:
         """Error of all audited outputs, relative to them in full; None: none was audited."""
         if not self.audits:
             return None
-        return math.sqrt(self.error_squares / self.dense_squares) if self.dense_squares else 0.0
+        if not self.dense_squares:  # nothing is relative to zero but itself
+            return math.inf if self.error_squares else 0.0
+        return math.sqrt(self.error_squares / self.dense_squares)
 
     @torch.no_grad()
     def compare(self, made: Tensor, dense: Tensor) -> None:

@@ -129,7 +129,7 @@ def tune_widths(  # noqa: PLR0913
     chosen = tuple(range(total)) if layers is None else tuple(layers)
     width: int = root.config.hidden_size  # type: ignore[union-attr, assignment]
     start = WidthRouter.random(chosen, width, choices=max(len(widths), 2), seed=seed)
-    untrained = TokenRouting(widths=tuple(widths), router=start)  # checks them
+    untrained = TokenRouting(widths=tuple(widths), layers=chosen, router=start)  # checks them
     if chosen[-1] >= total:
         raise ValueError(
             f"adaptive: layers must be below the model's {total} layers, got {chosen[-1]}"

@@ -103,6 +103,7 @@ BAD = {
     "widths": ({"widths": (1, 0.5)}, "TokenRouting.widths must be ascending shares"),
     "one width": ({"widths": (1,)}, "TokenRouting.widths must be ascending shares"),
     "layers": ({"layers": (1, 2)}, "layers must be below the model's 2 layers, got 2"),
+    "descending": ({"layers": (1, 0)}, "layers must be ascending layer numbers"),
     "batches": ({"steps": 4}, "batches must hold as many as steps=4, got 3"),
 }
 
