@@ -169,14 +169,13 @@ class DraftLength:
     def accepts(self, confidence: float) -> float:
         """Expected share of right drafts among those with this confidence.
 
-        What few drafts of this confidence tell is completed by all others: those that are right
-        more often than their confidence says make this one likelier, too. Without that a kind of
-        draft that is never checked, because it is unlikely, would stay so.
+        Others complete what few drafts of this confidence tell: where those are right more often
+        than they seem, this is likelier. Else drafts too unlikely to be checked would stay so.
         """
         b = _bin(confidence)
-        mean = min(self._confident / self._checked, 0.99)
-        power = log(min(self.acceptance, 0.99)) / log(mean)
-        expected = float(((b + 0.5) / BINS) ** power)
+        shares = (self.acceptance, self._confident / self._checked)
+        seen, said = (log(min(max(share, 0.01), 0.99)) for share in shares)
+        expected = float(((b + 0.5) / BINS) ** (seen / said))
         return (self.hits[b] + PRIOR_TRIALS * expected) / (self.trials[b] + PRIOR_TRIALS)
 
     @property
@@ -197,7 +196,7 @@ class DraftLength:
         self.trials[b] = self.trials[b] * DECAY + 1
         self._right = self._right * DECAY + right
         self._checked = self._checked * DECAY + 1
-        self._confident = self._confident * DECAY + max((b + 0.5) / BINS, 0.01)
+        self._confident = self._confident * DECAY + (b + 0.5) / BINS
 
     def adopt(self, acceptance: float, draft_s: float) -> None:
         """Begin anew with other drafts, of which that acceptance and time are expected."""

@@ -175,3 +175,14 @@ def test_hard_text_costs_few_trials_in_each_call():
         )
         rates.append(rate)
     assert sum(rates) / len(rates) > 0.97
+
+
+@pytest.mark.parametrize("acceptance", [0.0, 1.0])
+def test_drafts_that_are_always_or_never_right_have_chances(acceptance):
+    length = DraftLength(fixed=None, most=15)
+    length.adopt(acceptance, 0.1)
+    for confidence in (0.0, 0.5, 1.0):
+        assert length.accepts(confidence) == pytest.approx(acceptance, abs=0.4)
+    for _ in range(2000):
+        length.learn(acceptance, acceptance == 1.0)
+    assert length.accepts(acceptance) == pytest.approx(acceptance, abs=0.05)
