@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import json
 import math
-
 import pytest
 import torch
 from models import greedy, padded, token_ids
@@ -142,7 +141,10 @@ def test_beams_keep_the_decision_of_their_row(unit):
 def test_counts_are_those_of_hooks():
     model, given = deep("llama"), padded(4)
     rows = {layer: [] for layer in ROUTED}
-    with adaptive.patch(model, mindskip(model, "attention", seed=1)) as patched:
+    policy = dataclasses.replace(
+        mindskip(model, "attention", seed=1), audit_every=None
+    )  # audits run all rows
+    with adaptive.patch(model, policy) as patched:
         hooks = [
             model.model.layers[layer].self_attn.o_proj.register_forward_hook(
                 lambda _, args, __, layer=layer: rows[layer].append(len(args[0]))
