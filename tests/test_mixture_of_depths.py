@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+
 import pytest
 import torch
 from models import greedy, padded, token_ids
