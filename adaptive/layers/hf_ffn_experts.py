@@ -12,7 +12,7 @@ from adaptive.layers.balanced_clusters import balanced_clusters
 from adaptive.layers.expert_log import AUDITED_ROWS, ExpertLog
 from adaptive.layers.expert_weights import PROJECTIONS, Expert, ExpertWeights
 from adaptive.layers.hf_linear import SLOW_DTYPES, _can_run, fast_linear, is_plain, most_rows
-from adaptive.layers.hf_width import ffn_name, is_gated
+from adaptive.layers.hf_width import ffn_name, gated_ffn
 from adaptive.layers.state import PatchRecord
 from adaptive.layers.survey import Survey
 from adaptive.layers.switch import Switch
@@ -232,14 +232,9 @@ def problems(root: nn.Module, survey: Survey, policy: FeedForwardExperts) -> lis
     for layer in policy.split_layers(len(survey.layers)):
         if layer >= len(survey.layers):
             continue  # the policy's plan says that better
-        name = ffn_name(survey, layer)
-        ffn: Any = None if name is None else root.get_submodule(name)
-        if ffn is None or not is_gated(ffn):
-            kind = "no FFN" if ffn is None else f"an FFN, {type(ffn).__name__},"
-            return [
-                f"FeedForwardExperts does not fit: layer {layer} has {kind} that is no "
-                "down_proj(act_fn(gate_proj(x)) * up_proj(x)) of plain linear layers"
-            ]
+        ffn = gated_ffn(root, survey, layer)
+        if isinstance(ffn, str):
+            return [f"FeedForwardExperts does not fit: {ffn}"]
         _check_sizes(policy, layer, *ffn.gate_proj.weight.shape)
     return []
 

@@ -191,14 +191,9 @@ def problems(root: nn.Module, survey: Survey, policy: TokenRouting) -> list[str]
     for layer in policy.shares(len(survey.layers)):
         if layer >= len(survey.layers):
             continue  # the policy's plan says that better
-        name = ffn_name(survey, layer)
-        ffn: Any = None if name is None else root.get_submodule(name)
-        if ffn is None or not is_gated(ffn):
-            kind = "no FFN" if ffn is None else f"an FFN, {type(ffn).__name__},"
-            return [
-                f"TokenRouting does not fit: layer {layer} has {kind} that is no "
-                "down_proj(act_fn(gate_proj(x)) * up_proj(x)) of plain linear layers"
-            ]
+        ffn = gated_ffn(root, survey, layer)
+        if isinstance(ffn, str):
+            return [f"TokenRouting does not fit: {ffn}"]
         width = ffn.up_proj.in_features
         if policy.router is not None and policy.router.width != width:
             raise ValueError(
@@ -220,6 +215,19 @@ def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
             ffn = root.get_submodule(name)
             forward = PrefixForward(ffn, record.switch, layer, share, policy)
             record.log.set(root, name, "forward", forward)
+
+
+def gated_ffn(root: nn.Module, survey: Survey, layer: int) -> Any:
+    """The layer's FFN, or why it is none of which a part can run."""
+    name = ffn_name(survey, layer)
+    ffn = None if name is None else root.get_submodule(name)
+    if ffn is not None and is_gated(ffn):
+        return ffn
+    kind = "no FFN" if ffn is None else f"an FFN, {type(ffn).__name__},"
+    return (
+        f"layer {layer} has {kind} that is no down_proj(act_fn(gate_proj(x)) * up_proj(x)) of "
+        "plain linear layers"
+    )
 
 
 def ffn_name(survey: Survey, layer: int) -> str | None:
