@@ -105,9 +105,19 @@ def encoder_exit_table(document: Document) -> str:
 
 def token_merging_table(document: Document) -> str:
     """Images a second of a ViT over the tokens that are left."""
+    return _images_table(document, "`r={:g}`", 0, "not matched, merged or sized")
+
+
+def token_pruning_table(document: Document) -> str:
+    """Images a second of a ViT over the tokens that are left."""
+    return _images_table(document, "`keep={:g}`", 1, "with nothing chosen, copied or fused")
+
+
+def _images_table(document: Document, label: str, stock: float, ideal: str) -> str:
+    """One row for each setting; that of ``stock`` changes nothing, and ``ideal`` says what is."""
     rows = [
         [
-            "stock" if not row["setting"] else f"`r={row['setting']}`",
+            "stock" if row["setting"] == stock else label.format(row["setting"]),
             f"{row['tokens_last']}",
             f"{row['kept_share']:.1%}",
             f"{row['images_per_s']:.2f}",
@@ -122,7 +132,7 @@ def token_merging_table(document: Document) -> str:
     return (
         render(header, rows)
         + f"\n\n{first['model']}, float32, one image of 224 x 224 at a time, {threads}, median CPU "
-        + "time; ideal: stock layers on as many tokens, not matched, merged or sized. "
+        + f"time; ideal: stock layers on as many tokens, {ideal}. "
         + machine_line(document)
     )
 
@@ -149,30 +159,6 @@ def token_merging_quality_table(document: Document) -> str:
         + f"\n\n{first['model']}, float32, {first['sentences']} paragraphs of the language "
         + f"reference of Python, in padded batches of {first['batch']}; speedup: against `keep=1`; "
         + "cosine of each embedding with that of all tokens."
-    )
-
-
-def token_pruning_table(document: Document) -> str:
-    """Images a second of a ViT over the tokens that are left."""
-    rows = [
-        [
-            "stock" if row["setting"] == 1 else f"`keep={row['setting']:g}`",
-            f"{row['tokens_last']}",
-            f"{row['kept_share']:.1%}",
-            f"{row['images_per_s']:.2f}",
-            f"{row['speedup']:.2f}x",
-            f"{row['of_ideal']:.0%}",
-        ]
-        for row in document["rows"]
-    ]
-    first = document["rows"][0]
-    header = ["", "tokens in the last layer", "of all tokens", "images/s", "speedup", "of ideal"]
-    threads = f"{first['threads']} thread{'s' * (first['threads'] != 1)}"
-    return (
-        render(header, rows)
-        + f"\n\n{first['model']}, float32, one image of 224 x 224 at a time, {threads}, median CPU "
-        + "time; ideal: stock layers on as many tokens, with nothing chosen, copied or fused. "
-        + machine_line(document)
     )
 
 
