@@ -19,9 +19,9 @@ PRIOR_TRIALS = 4.0
 FIRST_RIGHT, FIRST_CHECKED = 2.0, 3.0
 """Drafts that were right, of so many, before any was checked; and the sum of their confidences."""
 
-RENEWED, TRIES = 8.0, 2
+RENEWED, TRIED = 8.0, 2
 """How many checked drafts of earlier calls count in a new one, whose text may be another, and how
-many steps with drafts it begins with whatever they say."""
+many it begins by checking whatever they say: of one row in two steps, of many rows in one."""
 
 HOPE = 1.0
 """By how many standard errors the acceptance is thought to be better than it looks."""
@@ -154,14 +154,14 @@ class DraftLength:
     turned_off: int = 0
     _pause: int = OFF_STEPS
     _since: int = 0
-    _tries: int = 0
+    _untried: int = 0
     _right: float = FIRST_RIGHT
     _checked: float = FIRST_CHECKED
     _confident: float = FIRST_RIGHT
 
     def begin(self) -> None:
         """Keep what was learned for another call, whose text may be easier, and try anew."""
-        self.off, self._pause, self._tries = 0, OFF_STEPS, TRIES
+        self.off, self._pause, self._untried = 0, OFF_STEPS, TRIED
         share = min(1.0, RENEWED / self._checked)
         for name in ("_right", "_checked", "_confident"):
             setattr(self, name, getattr(self, name) * share)
@@ -192,6 +192,7 @@ class DraftLength:
     def learn(self, confidence: float, right: bool) -> None:
         """Take in whether a checked draft was right."""
         b = _bin(confidence)
+        self._untried -= 1
         self.hits[b] = self.hits[b] * DECAY + right
         self.trials[b] = self.trials[b] * DECAY + 1
         self._right = self._right * DECAY + right
@@ -248,8 +249,7 @@ class DraftLength:
         if self.off:
             self.off -= 1
             return self.off == 0  # then look again whether it pays by now
-        self._tries -= 1
-        if self._tries >= 0 or self.draft.value is None or self.verify.weight == 0:
+        if self._untried > 0 or self.draft.value is None or self.verify.weight == 0:
             return True
         hope = self._best(most, self.hoped)
         if hope * self.plain.value > GAIN:

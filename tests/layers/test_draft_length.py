@@ -186,3 +186,15 @@ def test_drafts_that_are_always_or_never_right_have_chances(acceptance):
     for _ in range(2000):
         length.learn(acceptance, acceptance == 1.0)
     assert length.accepts(acceptance) == pytest.approx(acceptance, abs=0.05)
+
+
+@pytest.mark.parametrize(("rows", "steps"), [(1, 2), (8, 1)])
+def test_a_call_begins_with_as_many_tries_as_tell_something(rows, steps):
+    _, _, length = simulate(0.05, 0.9, lambda count: 0.9 + 0.02 * count, 1.0, steps=200)
+    length.begin()
+    tried = 0
+    while length.wants(0, 1.0, 15):
+        tried += 1
+        for _ in range(rows):
+            length.learn(0.5, False)
+    assert tried == steps
