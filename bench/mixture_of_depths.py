@@ -138,14 +138,19 @@ def _times(timing: Timing) -> dict[str, Any]:
     return {"ms": round(us / 1e3, 3), "ms_min": round(least / 1e3, 3), **found}
 
 
+def drawn(batch: int) -> Tensor:
+    """Sequences of random tokens, of a context and what is decoded after it."""
+    rng = torch.Generator().manual_seed(1)
+    return torch.randint(0, 512, (batch, CONTEXT + STEPS), generator=rng)
+
+
 class Steps:
     """Decodes given tokens after a context; every call begins anew behind it."""
 
-    def __init__(self, model: nn.Module, batch: int) -> None:
+    def __init__(self, model: nn.Module, tokens: Tensor) -> None:
         """Fill a cache with the context."""
-        rng = torch.Generator().manual_seed(1)
         self.model = model
-        self.tokens = torch.randint(0, 512, (batch, CONTEXT + STEPS), generator=rng)
+        self.tokens = tokens
         self.cache: Any = DynamicCache(config=model.config)  # type: ignore[arg-type]
         with torch.inference_mode():
             model(self.tokens[:, :CONTEXT], past_key_values=self.cache, use_cache=True)
@@ -169,7 +174,7 @@ def decoding(model: Any, record: Recorder, threads: int, budget_s: float) -> Non
     policies["shallow"], variants = adaptive.Exact(), {}
     for name, found in models.items():
         adaptive.patch(found, policies[name])
-        variants[name] = Steps(found, 1)
+        variants[name] = Steps(found, drawn(1))
     timings = interleave(variants, threads=threads, repetitions=7, budget_s=budget_s)
     names = ("dense", "shallow", "never", "always")
     full, shallow, skipped, run = (timings[name].rounds for name in names)
@@ -192,10 +197,10 @@ def decoding(model: Any, record: Recorder, threads: int, budget_s: float) -> Non
     print(record.document["rows"][-1])
 
 
-def scores_in(model: nn.Module, router: RouterWeights, mean: bool) -> Tensor:
-    """Scores of the decoded tokens, or of the sequences' contexts, in both layers."""
+def scores_in(model: nn.Module, router: RouterWeights, tokens: Tensor, mean: bool) -> Tensor:
+    """Scores of the decoded tokens, or of the sequences' contexts, layer by layer."""
     seen: list[Tensor] = []
-    steps = None if mean else Steps(model, BATCH)
+    steps = None if mean else Steps(model, tokens)
     hooks = []
     for index in router.layers:
         weight, _ = router.of(index, torch.device("cpu"))
@@ -206,7 +211,7 @@ def scores_in(model: nn.Module, router: RouterWeights, mean: bool) -> Tensor:
             )
         )
     if steps is None:
-        Steps(model, BATCH)
+        Steps(model, tokens)
     else:
         steps()
     for hook in hooks:
@@ -216,14 +221,14 @@ def scores_in(model: nn.Module, router: RouterWeights, mean: bool) -> Tensor:
 
 def batches(model: nn.Module, record: Recorder, threads: int, budget_s: float) -> None:
     """Eight sequences: calls and time saved, tokens against sequences."""
-    router = RouterWeights.random(ROUTED, model.config.hidden_size)
+    router, tokens = RouterWeights.random(ROUTED, model.config.hidden_size), drawn(BATCH)
     models = twins(model, ["dense", "dropped"])
     adaptive.patch(models["dense"], adaptive.Exact())
     adaptive.patch(models["dropped"], DROPPED)
-    variants: dict[str, Any] = {name: Steps(found, BATCH) for name, found in models.items()}
+    variants: dict[str, Any] = {name: Steps(found, tokens) for name, found in models.items()}
     logs = {}
     found = twins(model, [f"{d} {s}" for d in ("token", "sequence") for s in SHARES])
-    scores = {d: scores_in(model, router, d == "sequence") for d in ("token", "sequence")}
+    scores = {d: scores_in(model, router, tokens, d == "sequence") for d in ("token", "sequence")}
     for share in SHARES:
         for decide in scores:
             least = float(scores[decide].quantile(1 - share))
@@ -232,7 +237,7 @@ def batches(model: nn.Module, record: Recorder, threads: int, budget_s: float) -
             threshold = 0.0 if decide == "token" else least
             policy = unaudited(router=router, threshold=threshold, decide=decide, **rule)
             handle = adaptive.patch(found[name], policy)
-            variants[name] = Steps(found[name], BATCH)
+            variants[name] = Steps(found[name], tokens)
             handle.reset_stats()
             variants[name]()
             logs[name] = handle.report().routing

@@ -34,6 +34,7 @@ ROW_FIELDS: dict[str, frozenset[str]] = {
     "speculation_shape": frozenset({"what", "text", "exit_layer", "variants"}),
     "speculation_head": frozenset({"what", "text", "draft", "exit_layer", "variants"}),
     "speculation": frozenset({"what", "text", "batch", "variants"}),
+    "sequence_groups": frozenset({"what", "sequences", "batch", "share", "ms"}),
     "siblings": frozenset({"what", "text", "batch", "rank_shares", "variants"}),
     "forced_drafts": frozenset({"accepted", "draft", "siblings", "measured", "promised"}),
     "skip_search": frozenset({"what", "text", "batch", "found", "variants"}),
