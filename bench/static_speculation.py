@@ -75,7 +75,8 @@ class Variant:
 
     def __init__(self, model: Any, options: argparse.Namespace, drafts: int, chance: float) -> None:
         """Set it up, and capture it on CUDA."""
-        self.steps, self.context = options.steps, options.context
+        self.steps: int = options.steps
+        self.context: int = options.context
         capacity = self.context + (self.steps + 1) * (drafts + 1)
         layers = model.config.num_hidden_layers
         exit_layer = max(layers // PARTS, 1)
@@ -105,7 +106,7 @@ class Variant:
     def tokens_per_step(self) -> float:
         """Of the last run, for each row."""
         rows = self.step.rows
-        return float(rows.made.float().mean() - 1) / self.steps  # one came with the context
+        return (float(rows.made.float().mean()) - 1) / self.steps  # one came with the context
 
 
 def time_cuda(variants: dict[str, Variant], repetitions: int) -> dict[str, Timing]:
@@ -144,7 +145,7 @@ def by_bytes(model: Any, drafts: int, tokens: float) -> float:
     head, part = model.lm_head.weight.nbytes, max(len(layers) // PARTS, 1)
     plain = len(layers) * layer + head
     step = ((drafts + 1) * part + len(layers) - part) * layer + (drafts + 1) * head
-    return tokens * plain / float(step)
+    return float(tokens * plain / step)
 
 
 @torch.no_grad()

@@ -73,6 +73,7 @@ def test_a_step_never_asks_for_the_value_of_a_tensor(case, drafts):
     with FakeTensorMode():
         model = make(case, **fields(case))
         with adaptive.patch(model, adaptive.SelfSpeculative(**STATIC)):
+            run(StaticStep(model, 2, 256, 2, 0, 2))
             step = StaticStep(model, 2, 256, 2, drafts, 2)
             run(step, 2)
         assert all(isinstance(tensor, FakeTensor) for tensor in step.state().values())
@@ -87,6 +88,7 @@ def test_a_step_that_asked_would_be_seen():
         model = make("llama", **fields("llama"))
         with adaptive.patch(model, adaptive.SelfSpeculative(**STATIC)):
             step = StaticStep(model, 2, 256, 2, 3, 2)
+            run(step)
             step.verify = asks
             with pytest.raises(Exception, match="_local_scalar_dense"):
                 run(step)

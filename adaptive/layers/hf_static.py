@@ -65,9 +65,10 @@ def speculate_static(  # noqa: PLR0913 - the signature that transformers calls
     most = int(stopping_criteria.max_length or generation_config.max_length)
     limit, ends = most - tokens, _end_tokens(stopping_criteria)
     longest = tokens if mask is None else int(mask.sum(-1).max())
-    held = _held(model, policy, steps, batch, longest + limit, len(ends))
     prompt = Passes(model, model.get_submodule(record.base), record.depth, cache, mask)
     logits = prompt.prompt(input_ids, generation_config.prefill_chunk_size)
+    # After the prompt: layers that are passed over return what they returned when they last ran.
+    held = _held(model, policy, steps, batch, longest + limit, len(ends))
     pad = getattr(generation_config, "_pad_token_tensor", None)
     held.step.begin(
         cache, mask, logits[:, -1:].argmax(-1), limit, ends, 0 if pad is None else int(pad)
@@ -96,7 +97,7 @@ def _held(
 ) -> Held:
     """The step for a call, set up if no earlier call has done so.
 
-    It is captured with rows that are not alive, so that it may run before there is a prompt.
+    It is captured with rows that are not alive, so that what it does meanwhile is of no account.
     """
     assert policy.exit_layer is not None  # the policy has checked it
     assert policy.draft is not None

@@ -41,7 +41,7 @@ class StaticStep:
         """Allocate all that the step will ever write to.
 
         Args:
-            model: A patched model, which has a `Depth`. It is not kept alive.
+            model: A patched model, which has a `Depth` and has run once. It is not kept alive.
             batch: Rows.
             capacity: See above.
             exit_layer: Layers that a draft runs.
