@@ -90,7 +90,23 @@ def generation_problems(
             found.append(f"{name}.skip does not fit: some layers have no MLP that is known")
         else:
             found += _own_forwards(root, name, [*survey.layers, *survey.mlps])
+            found += _static_problems(root) if getattr(policy, "static", False) else []
     return found
+
+
+def _static_problems(root: nn.Module) -> list[str]:
+    """Why a step of the model needs the host: what it asks of tensors to go on."""
+    config = root.config
+    experts = ("num_local_experts", "num_experts", "n_routed_experts")
+    ropes = [getattr(config, field, None) for field in ("rope_parameters", "rope_scaling")]
+    ropes += [r for rope in ropes if isinstance(rope, dict) for r in rope.values()]
+    kinds = {str(r.get("rope_type", r.get("type"))) for r in ropes if isinstance(r, dict)}
+    found = []
+    if any(getattr(config, field, None) for field in experts):
+        found.append("which experts have tokens is asked by the host")
+    if moving := sorted(kinds & {"dynamic", "longrope"}):
+        found.append(f"angles of rope_type={moving[0]!r} follow the longest position of a pass")
+    return [f"SelfSpeculative.static does not fit: {problem}" for problem in found]
 
 
 def _layer_problems(root: nn.Module, survey: Survey, policy: Policy) -> list[str]:

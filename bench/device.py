@@ -61,7 +61,10 @@ def main() -> None:
     date = datetime.datetime.now(datetime.timezone.utc).date()
     result = Path("bench") / "results" / f"{date}-{gpu}.json"
     run("benchmarks", python, "-m", "bench.ops", "--device", "cuda", "--json", str(result))
-    print(f"\nwrote {result}")
+    steps = Path("bench") / "results" / f"{date}-{gpu}-static-speculation.json"
+    static = ("-m", "bench.static_speculation", "--shape", "8b", "--device", "cuda")
+    run("static steps", python, *static, "--json", str(steps))
+    print(f"\nwrote {result} and {steps}")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,9 @@ ROW_FIELDS: dict[str, frozenset[str]] = {
     "siblings": frozenset({"what", "text", "batch", "rank_shares", "variants"}),
     "forced_drafts": frozenset({"accepted", "draft", "siblings", "measured", "promised"}),
     "skip_search": frozenset({"what", "text", "batch", "found", "variants"}),
+    "static_speculation": frozenset(
+        {"model", "device", "captured", "batch", "context", "exit_layer", "accepted", "variants"}
+    ),
     "mixture_of_depths": frozenset({"what", "tokens", "batch", "share", "ms"}),
     "depths_quality": frozenset({"part", "policy", "share", "bits_per_byte", "tokens"}),
     "quality": frozenset({"policy", "budget", "context", "kv_read_share", "tasks"}),
@@ -64,6 +67,7 @@ VARIANT_FIELDS: dict[str, frozenset[str]] = {
     "speculation": frozenset({"ms", "clean", "speedup", "same_tokens"}),
     "siblings": frozenset({"ms", "clean", "speedup", "same_tokens"}),
     "skip_search": frozenset({"ms", "clean", "speedup", "same_tokens"}),
+    "static_speculation": frozenset({"us_per_step", "tokens_per_step", "speedup", "by_bytes"}),
     "refill": frozenset({"tokens_per_s", "speedup", "speedup_range"}),
     "routing": frozenset({"us", "us_min", "clean", "dropped", "error"}),
     "prompts": frozenset({"ms", "ms_min", "clean", "dropped", "error", "speedup"}),

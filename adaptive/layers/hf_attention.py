@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adaptive.errors import AdaptiveError, PatchConflict
-from adaptive.layers import block_sparse, local_heads, windowed_attention
+from adaptive.layers import block_sparse, hf_static_attention, local_heads, windowed_attention
 from adaptive.layers import hf_encoder_attention as encoder
 from adaptive.layers.depth import KeysKept
 from adaptive.layers.head_split import HeadSplit
@@ -160,6 +160,8 @@ def _attend(call: Call) -> Attended:
             f"adaptive: {type(call.module).__name__} asks for {ADAPTIVE!r} attention, but its "
             "model is not patched; load it with attn_implementation='sdpa', then adaptive.patch it"
         )
+    if (lengths := hf_static_attention.lengths_of(call)) is not None:
+        return hf_static_attention.attend(call, state, lengths)
     if not state.record.enabled:
         return _stock(call, None)
     if state.site.kind == ENCODER:
@@ -181,8 +183,7 @@ def _attend(call: Call) -> Attended:
         return _native(call, state, layer, pattern) if reason is None else _stock(call, state.how)
 
     start = perf_counter()
-    native = reason is None
-    attended = _native(call, state, layer, pattern) if native else _stock(call, state.how)
+    attended = _stock(call, state.how) if reason else _native(call, state, layer, pattern)
     state.record.timed = call.query.is_cpu
     seconds = perf_counter() - start if state.record.timed else 0.0
     batch, _, query_tokens, _ = call.query.shape
@@ -286,9 +287,8 @@ def _native(
             out = attend_whole(state, inputs, store)
         else:
             out = attend_all(call, inputs, state, rows)
-            batch, keys = call.query.shape[0], call.key[0]
-            kv_bytes = 2 * batch * keys.numel() * keys.element_size()
-            state.count_read(batch * call.key.shape[2], kv_bytes, 0)
+            batch = len(call.query)
+            state.count_read(batch * call.key.shape[2], 2 * batch * call.key[0].nbytes, 0)
     out = out.transpose(1, 2)
     return out if call.value.dtype == out.dtype else out.to(call.value.dtype), None
 

@@ -133,12 +133,13 @@ def why_stock(call: Call, state: LayerState) -> str | None:
     mask = None if isinstance(call.mask, LazyMask) else call.mask
     return (
         why_not_plain((query, key, value, mask))
-        or _why_not_tensors(query, key, value)
-        or _why_not_arguments(call)
+        or why_not_tensors(query, key, value)
+        or why_not_arguments(call)
     )
 
 
-def _why_not_tensors(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+def why_not_tensors(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """Say what of a call's tensors the kernels do not take; None if they take them."""
     if not (query.dtype == key.dtype == value.dtype):
         return "mixed dtypes"
     if torch._C._is_any_autocast_enabled() and autocast_dtype(query) not in (None, query.dtype):
@@ -155,7 +156,8 @@ def _why_not_tensors(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     return None
 
 
-def _why_not_arguments(call: Call) -> str | None:
+def why_not_arguments(call: Call) -> str | None:
+    """Say which of a call's other arguments they do not know; None if they know all."""
     mask, kwargs = call.mask, call.kwargs
     for name, given in kwargs.items():
         if given is not None and given is not False and name not in HARMLESS:

@@ -15,9 +15,11 @@ from adaptive.layers.depth import install as install_depth
 from adaptive.layers.exit_log import ExitLog
 from adaptive.layers.hf_exit import exit_early
 from adaptive.layers.hf_speculate import speculate
+from adaptive.layers.hf_static import speculate_static
 from adaptive.layers.skip_search import SkipSearch
 from adaptive.layers.speculation_log import SpeculationLog
 from adaptive.layers.state import PatchRecord
+from adaptive.layers.static_steps import StaticSteps
 from adaptive.layers.survey import Survey
 from adaptive.layers.token_tree import Successors
 from adaptive.policy import EarlyExit, Policy, SelfSpeculative
@@ -45,6 +47,7 @@ class Generate:
         """Know the model and what to do."""
         self._model = weakref.ref(model)
         self.policy = policy
+        self._steps = StaticSteps()
 
     def __getstate__(self) -> tuple[nn.Module | None, Policy]:
         """Let copies and pickles arrive with the copy of the model."""
@@ -70,7 +73,10 @@ class Generate:
         options = {name: kwargs[name] for name in _NOT_HANDED_ON if kwargs.get(name) is not None}
         options["policy"] = self.policy
         options["keeps_cache"] = kwargs.get("past_key_values") is not None
-        loop = exit_early if isinstance(self.policy, EarlyExit) else speculate
+        loop: Callable[..., Any] = exit_early if isinstance(self.policy, EarlyExit) else speculate
+        if isinstance(self.policy, SelfSpeculative) and self.policy.static:
+            loop = speculate_static
+            options["steps"] = self._steps
         given = with_stop_strings(model, dict(kwargs))
         given["custom_generate"] = functools.partial(loop, **options)
         taken = "tokenizer" in kwargs and "tokenizer" not in given

@@ -54,6 +54,7 @@ class SpeculationLog:
         verify_seconds: Time in checks.
         plain_seconds: Time in steps without drafts.
         draft_head_bytes: What the copy of the LM head takes that drafts were made with.
+        static_bytes: What the KV caches of static steps take.
         candidates: Skip sets that a search scored.
         search_seconds: Time in that.
         search: What it has found since the model was patched; None without one.
@@ -74,6 +75,7 @@ class SpeculationLog:
     verify_seconds: float = 0.0
     plain_seconds: float = 0.0
     draft_head_bytes: int = 0
+    static_bytes: int = 0
     candidates: int = 0
     search_seconds: float = 0.0
     search: SkipSearchLog | None = None
@@ -115,6 +117,8 @@ class SpeculationLog:
             line += f"; {self.siblings_right} of {self.siblings} siblings right"
         if self.draft_head_bytes:
             line += f"; int8 draft head of {self.draft_head_bytes / 2**20:.1f} MiB"
+        if self.static_bytes:
+            line += f"; static cache of {self.static_bytes / 2**20:.1f} MiB"
         return line + (f"; given up {self.turned_off} times" if self.turned_off else "")
 
     def _search(self) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from adaptive.policy import _skip_files
-from adaptive.policy._compose import begin
+from adaptive.policy._compose import begin, stock_layers
 from adaptive.policy._fields import check_count, check_flag, check_share, refused
 from adaptive.policy._policy import Policy
 from adaptive.policy.plan import Plan
@@ -53,6 +53,10 @@ class SelfSpeculative(Policy):
     only rows of the check. Which of those siblings pay follows from how often the token of each
     rank was right and what a row costs.
 
+    With ``exit_layer``, ``draft`` and ``static``: every step does the same work on the same memory,
+    and nothing of it is decided by the host. Rows that accept different numbers of drafts go on
+    alone; on CUDA the step is captured in a graph once and replayed. Greedy search alone.
+
     Attributes:
         exit_layer: Layers that a draft runs, from 1 to the model's number of layers - 1.
         skip: Layers whose attention drafts leave out, and layers whose MLP they do, ascending; or
@@ -70,6 +74,7 @@ class SelfSpeculative(Policy):
             is patched, and costs half of a 16-bit head to read. None: the head itself.
         tree: Check a tree of up to 15 tokens, whose size follows what pays: drafts and what was
             likely besides them; without ``exit_layer`` and ``skip``, tokens from what was seen.
+        static: Decode by steps of fixed shapes over a KV cache of fixed capacity.
     """
 
     exact: ClassVar[bool] = True
@@ -82,6 +87,7 @@ class SelfSpeculative(Policy):
     draft_head: str | None = None
     tree: bool = False
     skip_ratio: float | None = None
+    static: bool = False
 
     def __post_init__(self) -> None:
         check_count(self, "exit_layer", 1, optional=True)
@@ -112,6 +118,20 @@ class SelfSpeculative(Policy):
             raise refused(self, "skip_ratio", 'be None without skip="search"', self.skip_ratio)
         if self.skip is not None and not self.searches:
             object.__setattr__(self, "skip", _two_lists(self, self.skip))
+        self._check_static()
+
+    def _check_static(self) -> None:
+        """Raise unless a static step has one form that nothing measured can change."""
+        check_flag(self, "static")
+        if not self.static:
+            return
+        if self.exit_layer is None or self.draft is None:
+            rule = "be False without exit_layer and draft, which fix what a step does"
+            raise refused(self, "static", rule, self.static)
+        for name in ("tree", "draft_vocabulary", "draft_head"):
+            if getattr(self, name):
+                rule = f"be False with {name}, which static steps do not have"
+                raise refused(self, "static", rule, self.static)
 
     @classmethod
     def from_json(cls, path: str | Path, **fields: Any) -> SelfSpeculative:
@@ -179,9 +199,16 @@ class SelfSpeculative(Policy):
         for chosen in self.given or ():
             if chosen and chosen[-1] >= layers:
                 raise refused(self, "skip", f"name layers below the model's {layers}", chosen[-1])
-        if self.tree and any(window is not None for window in table.shape.windows):
+        windowed = any(window is not None for window in table.shape.windows)
+        if self.tree and windowed:
             rule = "be False for a model with windows: those count slots, and branches share none"
             raise refused(self, "tree", rule, self.tree)
+        if self.static and windowed:
+            rule = "be False for a model with windows: a static cache holds every token"
+            raise refused(self, "static", rule, self.static)
+        if self.static and stock_layers(table):
+            rule = "be False with Exact.stock_layers: stock attention reads no lengths of rows"
+            raise refused(self, "static", rule, self.static)
         first = _first_of_each_kind(table)
         taken = sorted(first & set(self.given[0])) if self.given else []
         if taken:

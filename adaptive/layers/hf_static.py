@@ -1,0 +1,176 @@
+"""Self-speculative decoding by static steps: the loop that `generate` runs, and what it refuses."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from adaptive.layers.cuda_graph import Ending, LateEnding
+from adaptive.layers.hf_inputs import cache_and_mask
+from adaptive.layers.hf_passes import Passes
+from adaptive.layers.hf_static_step import StaticStep
+from adaptive.layers.state import RECORD, PatchRecord
+from adaptive.layers.static_steps import CAPTURE, Held, StaticSteps, capacity_for, weights_of
+from adaptive.policy import SelfSpeculative
+
+_NAME = "SelfSpeculative(static=True)"
+_KEEP_THE_BEST = {"MinPLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper"}
+"""Processors that leave the largest score what and where it is."""
+
+
+@torch.no_grad()
+def speculate_static(  # noqa: PLR0913 - the signature that transformers calls
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    synced_gpus: bool = False,
+    streamer: Any = None,
+    *,
+    policy: SelfSpeculative,
+    keeps_cache: bool,
+    steps: StaticSteps,
+    **model_kwargs: Any,
+) -> Any:
+    """Decode until every row is finished, as `speculate`.
+
+    Args:
+        model: A patched model.
+        input_ids: The prompt, ``[batch, tokens]``, padded on the left.
+        logits_processor: Refused if it could change what is the best token.
+        stopping_criteria: Length and end tokens; refused if there are others.
+        generation_config: As `generate` prepared it.
+        synced_gpus: Refused if True.
+        streamer: Refused.
+        policy: What to do.
+        keeps_cache: Whether the caller holds the cache; refused.
+        steps: What earlier calls have set up.
+        model_kwargs: As `generate` prepared them; what has no meaning here is refused.
+
+    Returns:
+        ``[batch, tokens]``, finished rows padded, or the dict that ``return_dict_in_generate``
+        asks for, without past_key_values: the static cache stays with the patch.
+
+    Raises:
+        NotImplementedError: The call asks for what a static step cannot do, named.
+    """
+    record: PatchRecord = model.__dict__[RECORD]
+    assert record.speculation is not None
+    _refuse(model, logits_processor, stopping_criteria, generation_config, streamer, keeps_cache)
+    cache, mask = cache_and_mask(_NAME, input_ids, model_kwargs, synced_gpus)
+    batch, tokens = input_ids.shape
+    most = int(stopping_criteria.max_length or generation_config.max_length)
+    limit, ends = most - tokens, _end_tokens(stopping_criteria)
+    longest = tokens if mask is None else int(mask.sum(-1).max())
+    prompt = Passes(model, model.get_submodule(record.base), record.depth, cache, mask)
+    logits = prompt.prompt(input_ids, generation_config.prefill_chunk_size)
+    # After the prompt: layers that are passed over return what they returned when they last ran.
+    held = _held(model, policy, steps, batch, longest + limit, len(ends))
+    pad = getattr(generation_config, "_pad_token_tensor", None)
+    held.step.begin(
+        cache, mask, logits[:, -1:].argmax(-1), limit, ends, 0 if pad is None else int(pad)
+    )
+    decode(held, limit - 1, LateEnding() if input_ids.is_cuda else Ending())
+    rows = held.step.rows
+    _count(record, policy, held, steps)
+    made: Any = torch.cat([input_ids, rows.tokens[:, : int(rows.made.max())]], 1)
+    if generation_config.return_dict_in_generate:
+        return GenerateDecoderOnlyOutput(sequences=made)
+    return made
+
+
+def decode(held: Held, most: int, ending: Ending) -> None:
+    """Make steps until no row is alive, ``most`` at most."""
+    going = held.step.rows.going
+    for _ in range(most):
+        ending.note(going)
+        if ending.over():
+            break
+        held.run()
+
+
+def _held(
+    model: Any, policy: SelfSpeculative, steps: StaticSteps, batch: int, tokens: int, ends: int
+) -> Held:
+    """The step for a call, set up if no earlier call has done so.
+
+    It is captured with rows that are not alive, so that what it does meanwhile is of no account.
+    """
+    assert policy.exit_layer is not None  # the policy has checked it
+    assert policy.draft is not None
+    needed = tokens + policy.draft + 1
+    room = 1 << max(ends - 1, 0).bit_length()
+    capture = CAPTURE.get(model.device.type)
+    weights = weights_of(model) if capture is not None else None
+    key = (batch, room, policy.exit_layer, policy.draft, model.dtype, model.device, weights)
+    found = steps.find(key, needed)
+    if found is None:
+        steps.make_room()
+        capacity = capacity_for(needed)
+        step = StaticStep(model, batch, capacity, policy.exit_layer, policy.draft, room)
+        found = Held(step, key, capture)
+        steps.add(found)
+    return found
+
+
+def _count(record: PatchRecord, policy: SelfSpeculative, held: Held, steps: StaticSteps) -> None:
+    log, rows, drafts = record.speculation, held.step.rows, held.step.drafts
+    assert log is not None
+    checks, row_checks, accepted = rows.counts.tolist()
+    log.calls += 1
+    log.tokens += int(rows.made.sum())
+    log.steps += checks
+    log.drafted += drafts * row_checks
+    log.accepted += accepted
+    log.lengths[drafts] = log.lengths.get(drafts, 0) + checks
+    log.static_bytes = steps.held_bytes
+
+
+def _end_tokens(criteria: Any) -> list[int]:
+    found: list[int] = []
+    for criterion in criteria:
+        found += getattr(criterion, "eos_token_id", torch.zeros(0)).flatten().tolist()
+    return sorted(set(found))
+
+
+def _refuse(
+    model: Any, processors: Any, criteria: Any, config: Any, streamer: Any, keeps_cache: bool
+) -> None:
+    """Raise if the call asks for what a step without the host cannot do."""
+    problem = _why_not_model(model)
+    others = _others(processors, _KEEP_THE_BEST)
+    if others:
+        problem = f"logits processors ({others}) run on the host"
+    others = _others(criteria, {"EosTokenCriteria", "MaxLengthCriteria"})
+    if others:
+        problem = f"stopping criteria ({others}) run on the host"
+    if streamer is not None:
+        problem = "a streamer gets tokens that the host would have to wait for"
+    if keeps_cache:
+        problem = "it has a cache of its own, past_key_values cannot be given"
+    if config.do_sample:
+        problem = "do_sample=True is not supported, greedy search is"
+    if problem is not None:
+        raise NotImplementedError(
+            f"adaptive: {_NAME}: {problem}; use `with patched.disabled():` for that call, or "
+            "static=False"
+        )
+
+
+def _why_not_model(model: Any) -> str | None:
+    if torch.compiler.is_compiling():
+        return "it cannot run under torch.compile"
+    if torch.is_autocast_enabled(model.device.type):
+        return "autocast casts weights anew in each step"
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    if len(devices) > 1:
+        return f"the model must be on one device, got {', '.join(sorted(devices))}"
+    return None
+
+
+def _others(given: Sequence[Any], known: set[str]) -> str:
+    names = {type(each).__name__ for each in given}
+    return ", ".join(sorted(names - known))

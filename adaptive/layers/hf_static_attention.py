@@ -1,0 +1,61 @@
+"""Attention of a static step: a cache of fixed capacity, of which each row uses its own length.
+
+How long a row is, is known to the device alone. So neither a mask nor a view of the keys says what
+the queries see, but the lengths, which the kernel reads.
+"""
+
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from adaptive.layers.hf_call import Call, why_not_arguments, why_not_tensors
+from adaptive.layers.state import LayerState
+from adaptive.layers.torch_guard import seconds_since
+from adaptive.ops import decode_attention
+
+
+def lengths_of(call: Call) -> Tensor | None:
+    """Keys that each row of a static cache uses, ``[batch]``, int32; None for other caches."""
+    return getattr(call.key, "adaptive_lengths", None)
+
+
+def attend(call: Call, state: LayerState, lengths: Tensor) -> tuple[Tensor, None]:
+    """Answer a call of a static step: query ``i`` of ``n`` sees ``lengths - n + i + 1`` keys.
+
+    Returns:
+        ``[batch, query_tokens, heads, head_dim]`` in the dtype of the value, and no weights.
+
+    Raises:
+        NotImplementedError: The kernel does not take the call; stock could not tell rows apart.
+    """
+    reason = _why_not(call, state)
+    if reason is not None:
+        raise NotImplementedError(
+            f"adaptive: SelfSpeculative(static=True): attention of {type(call.module).__name__} "
+            f"must be one that the native kernel computes, got {reason}; use static=False"
+        )
+    start = perf_counter()
+    out, _ = decode_attention(
+        call.query,
+        call.key,
+        call.value,
+        lengths=lengths,
+        scale=call.scaling,
+        softcap=call.kwargs.get("softcap") or 0.0,
+    )
+    batch, _, query_tokens, _ = call.query.shape
+    state.count_path("static")
+    state.count_native(batch * query_tokens, 0, 0, seconds_since(start, state, call.query))
+    return out.transpose(1, 2).to(call.value.dtype), None
+
+
+def _why_not(call: Call, state: LayerState) -> str | None:
+    if torch.compiler.is_compiling():
+        return "torch.compile"
+    if state.record.want_weights:
+        return "output_attentions"
+    if call.dropout > 0:
+        return "dropout"
+    tensors = (call.query, call.key, call.value)
+    return why_not_tensors(*tensors) or why_not_arguments(call)
