@@ -135,7 +135,7 @@ def test_strides_are_followed_and_neurons_of_no_row_are_not_read(widest, dtype, 
 
 @every_dtype
 def test_whole_numbers_are_exact(dtype, level):
-    """relu of small whole numbers: each neuron is its own, and is summed once."""
+    """Small whole numbers: each neuron is its own, and is summed once."""
     rng = torch.Generator().manual_seed(1)
 
     def whole(*sizes):
