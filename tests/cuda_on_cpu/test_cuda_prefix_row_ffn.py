@@ -174,6 +174,11 @@ MUTANTS = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_caught(builder, tmp_path, name):
     mutant = planted(tmp_path / "csrc", SOURCE, *MUTANTS[name])
+    for dtype in ("float>", "simt::float16>"):  # what is left compiles faster
+        text = mutant.read_text()
+        run = f"return launch<{dtype}(args, hidden, stream);"
+        assert text.count(run) == 1
+        mutant.write_text(text.replace(run, "return;"))
     prefix_ffn = PrefixFfn(builder.library(*builder.objects(mutant, SHIM)))
     with pytest.raises((AssertionError, RuntimeError)):
         check_everything(prefix_ffn, torch.bfloat16)
