@@ -2,21 +2,20 @@
 
 from typing import Any
 
-from torch import Tensor, nn
-from transformers import activations
+from torch import Tensor
 
 from adaptive.layers.hf_sparse_ffn import few_rows
 from adaptive.ops.prefix_row_ffn import NEURONS_STEP, prefix_row_ffn
 
+_MODULES = ("torch.nn.modules.activation", "transformers.activations")
 _ACTIVATIONS = {
-    nn.SiLU: "silu",
-    nn.ReLU: "relu",
-    **{
-        getattr(activations, name): known
-        for name, known in (("SiLUActivation", "silu"), ("GELUTanh", "gelu_tanh"))
-        if hasattr(activations, name)  # older versions use those of torch, or call them otherwise
-    },
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "ReLU": "relu",
 }
+"""By the name of the class in one of the modules: what the kernel calls the function."""
 
 
 def fast_prefix(ffn: Any, rows: Tensor, neurons: Tensor) -> Tensor | None:
@@ -41,7 +40,8 @@ def fast_prefix(ffn: Any, rows: Tensor, neurons: Tensor) -> Tensor | None:
 
 def _native_name(act_fn: Any) -> str | None:
     """What the kernel calls this function; None: it has none, or someone wrapped or watches it."""
-    name = _ACTIVATIONS.get(type(act_fn))
+    kind = type(act_fn)
+    name = _ACTIVATIONS.get(kind.__name__) if kind.__module__ in _MODULES else None
     if name is None or "forward" in act_fn.__dict__:
         return None
     watched = act_fn._forward_hooks or act_fn._forward_pre_hooks
