@@ -113,6 +113,16 @@ def pool_blocks(
     block_size: int = 64,
     offsets: Tensor | None = None,
 ) -> int: ...
+def prefix_row_ffn(
+    out: Tensor,
+    workspace: Tensor | None,
+    input: Tensor,
+    widths: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    activation: str = "silu",
+) -> int: ...
 def route_tokens(
     tokens: Tensor,
     counts: Tensor,

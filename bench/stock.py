@@ -148,11 +148,13 @@ def suite_for(op: Op[..., Any]) -> Suite:
     from bench.stock_linear import SUITES as LINEAR
     from bench.stock_local import SUITES as LOCAL
     from bench.stock_merge import SUITES as MERGE
+    from bench.stock_prefix_ffn import SUITES as PREFIX_FFN
     from bench.stock_routing import SUITES as ROUTING
     from bench.stock_sparse import SUITES as SPARSE
     from bench.stock_sparse_ffn import SUITES as SPARSE_FFN
 
-    more = {**SPARSE, **LINEAR, **LOCAL, **EXIT, **DRAFT, **SPARSE_FFN, **ROUTING, **MERGE}
+    more = {**SPARSE, **LINEAR, **LOCAL, **EXIT, **DRAFT, **ROUTING, **MERGE}
+    more |= {**SPARSE_FFN, **PREFIX_FFN}
     if op.name in (suites := {**SUITES, **more}):
         return replace(suites[op.name], others=INT8.get(op.name, ()))
     return Suite(

@@ -77,6 +77,7 @@ PYBIND11_MODULE(_native, m) {
   bind_local_attention(m);
   bind_merge_tokens(m);
   bind_pool_blocks(m);
+  bind_prefix_row_ffn(m);
   bind_route_tokens(m);
   bind_router_scores(m);
   bind_score_tokens(m);

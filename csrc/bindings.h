@@ -18,6 +18,7 @@ void bind_gather_tokens(pybind11::module_& m);
 void bind_local_attention(pybind11::module_& m);
 void bind_merge_tokens(pybind11::module_& m);
 void bind_pool_blocks(pybind11::module_& m);
+void bind_prefix_row_ffn(pybind11::module_& m);
 void bind_route_tokens(pybind11::module_& m);
 void bind_router_scores(pybind11::module_& m);
 void bind_score_tokens(pybind11::module_& m);

@@ -162,21 +162,6 @@ def test_gradients_are_those_of_the_masked_model():
         torch.testing.assert_close(ours.grad, right.grad, rtol=1e-3, atol=1e-5)
 
 
-@torch.no_grad()
-def test_native_products_of_rows_and_slices():
-    fields = {"hidden_size": 1024, "intermediate_size": 1536, "num_hidden_layers": 1}
-    given = router(layers=(0,), width=1024)
-    model, ids = make("llama", **fields), token_ids(1, tokens=6)
-    other = masked("llama", given, **fields)
-    expected = other(ids).logits
-    with adaptive.patch(model, policy(router=given)) as patched:
-        patched.reset_stats()
-        made = model(ids).logits
-        assert len(torch.cat(other.model.layers[0].mlp.seen).unique()) > 2
-        assert patched.report().native_calls["skinny_linear:cpu"] == 3
-    close(made, expected)
-
-
 def test_copies_pickles_and_plans():
     model, ids = make("llama"), token_ids(tokens=12)
     with adaptive.patch(model, policy()) as patched:

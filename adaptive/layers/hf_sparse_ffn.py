@@ -28,17 +28,9 @@ class Gemma3nForward(SparseFfnForward):
 
     def takes(self, ffn: Any, hidden_states: Tensor) -> bool:
         """Whether rows are few, memory is plain, nobody wants a gradient or watches the parts."""
-        if torch.is_grad_enabled() or type(hidden_states) is not Tensor or not hidden_states.is_cpu:
+        if not _is_plain(ffn):
             return False
-        if hidden_states.dim() == 0 or hidden_states.shape[-1] == 0:
-            return False
-        rows = hidden_states.numel() // hidden_states.shape[-1]
-        if not 1 <= rows <= most_rows(hidden_states.dtype) or not _is_plain(ffn):
-            return False
-        weights = [getattr(ffn, name).weight for name in _PROJECTIONS]
-        if autocast_dtype(hidden_states) is not None or not _fit(hidden_states, *weights):
-            return False
-        return why_not_plain((hidden_states, *weights)) is None
+        return few_rows(hidden_states, *(getattr(ffn, name).weight for name in _PROJECTIONS))
 
     def activations(self, ffn: Any, rows: Tensor) -> Tensor:
         """As Gemma3nTextMLP computes them."""
@@ -74,6 +66,20 @@ def _is_plain(ffn: Any) -> bool:
     """Whether the projections are linear layers without bias that nobody wrapped or watches."""
     linears = [getattr(ffn, name) for name in _PROJECTIONS]
     return all(is_plain(linear) and linear.bias is None for linear in linears)
+
+
+def few_rows(hidden_states: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> bool:
+    """Whether a kernel may run this gated FFN: few rows, plain memory, no gradient wanted."""
+    if torch.is_grad_enabled() or type(hidden_states) is not Tensor or not hidden_states.is_cpu:
+        return False
+    if hidden_states.dim() == 0 or hidden_states.shape[-1] == 0:
+        return False
+    rows = hidden_states.numel() // hidden_states.shape[-1]
+    if not 1 <= rows <= most_rows(hidden_states.dtype):
+        return False
+    if autocast_dtype(hidden_states) is not None or not _fit(hidden_states, gate, up, down):
+        return False
+    return why_not_plain((hidden_states, gate, up, down)) is None
 
 
 def _fit(hidden_states: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from adaptive.errors import PatchConflict
 from adaptive.layers.hf_linear import fast_linear, is_plain
+from adaptive.layers.hf_prefix_rows import fast_prefix
 from adaptive.layers.state import PatchRecord
 from adaptive.layers.survey import Survey
 from adaptive.layers.switch import Switch
@@ -114,17 +115,7 @@ class PrefixForward:
         if bool((neurons == total).all()):
             made = type(ffn).forward(ffn, x)
         else:
-            gate, up, down = (getattr(ffn, name) for name in _PROJECTIONS)
-            made = prefix_ffn(
-                rows,
-                neurons,
-                gate.weight,
-                up.weight,
-                down.weight,
-                ffn.act_fn,
-                (gate.bias, up.bias, down.bias),
-                _native_linear if "forward" in up.__dict__ else F.linear,
-            )
+            made = _own_widths(ffn, rows, neurons)
             made = made.view(*x.shape[:-1], made.shape[1])
         counted = neurons if real is None else neurons[real]
         widths, many = counted.unique(return_counts=True)
@@ -151,6 +142,25 @@ class PrefixForward:
             with torch.no_grad():
                 dense = type(ffn).forward(ffn, rows[places])
             counters.audit.compare(made.detach().flatten(0, -2)[places], dense)
+
+
+def _own_widths(ffn: Any, rows: Tensor, neurons: Tensor) -> Tensor:
+    """What the FFN would return if each row had only its own first neurons."""
+    gate, up, down = (getattr(ffn, name) for name in _PROJECTIONS)
+    native = "forward" in up.__dict__
+    made = fast_prefix(ffn, rows, neurons) if native else None
+    if made is not None:
+        return made
+    return prefix_ffn(
+        rows,
+        neurons,
+        gate.weight,
+        up.weight,
+        down.weight,
+        ffn.act_fn,
+        (gate.bias, up.bias, down.bias),
+        _native_linear if native else F.linear,
+    )
 
 
 def _narrow(ffn: Any, x: Tensor, neurons: int) -> Tensor:

@@ -14,6 +14,7 @@ from adaptive.ops.local_attention import local_attention
 from adaptive.ops.merge_tokens import merge_tokens, unmerge_tokens
 from adaptive.ops.pool_blocks import pool_blocks
 from adaptive.ops.prefix_ffn import prefix_ffn
+from adaptive.ops.prefix_row_ffn import prefix_row_ffn
 from adaptive.ops.quantize_weight import quantize_weight
 from adaptive.ops.route_tokens import route_tokens
 from adaptive.ops.router_scores import router_scores
@@ -45,6 +46,7 @@ __all__ = [
     "merge_tokens",
     "pool_blocks",
     "prefix_ffn",
+    "prefix_row_ffn",
     "quantize_weight",
     "recorded",
     "route_tokens",

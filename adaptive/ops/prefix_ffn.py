@@ -1,8 +1,9 @@
 """prefix_ffn: an FFN in which each row uses as many of the first neurons as its width says.
 
-Made of products with slices of the weights, which are at the floor of what the processor gives:
-there is no kernel of its own to gain from. Many rows are brought in the order of their widths, so
-the rows that use a neuron are the first ones, and all that is copied is rows.
+Made of products with slices of the weights, which for many rows are at the floor of what the
+processor gives: they are brought in the order of their widths, so the rows that use a neuron are
+the first ones, and all that is copied is rows. Few rows have a kernel, `prefix_row_ffn`, for some
+functions, without biases and without gradients; here is what runs for the others.
 """
 
 from collections.abc import Callable

@@ -45,17 +45,19 @@ template <>
 inline constexpr bool kScaled<Int8> = true;
 
 /// `Sink` takes what is computed: sink(row, first, count, sums) gets the sums of `count`
-/// neighbouring features of one row, the bias in them.
-template <class S, class E, class Sink>
+/// neighbouring features of one row, the bias in them. With `kEnds` row r of the input ends before
+/// column ends[r], and is 0 from there on: ends descend, with zeros for the rest of the last tile.
+/// Columns are read up to the next multiple of 8.
+template <class S, class E, class Sink, bool kEnds = false>
 class LinearFeatures {
  public:
-  LinearFeatures(const SkinnyLinearArgs& args, const float* input, int64_t width, Sink& sink)
+  LinearFeatures(const SkinnyLinearArgs& args, const float* input, int64_t width, Sink& sink,
+                 const int64_t* ends = nullptr)
       : args_(args),
         input_(input),
         width_(width),
+        ends_(ends),
         sink_(sink),
-        units_(args.in_features / kUnit),
-        tail_(static_cast<int>(args.in_features % kUnit)),
         units_of_group_(kScaled<E> ? __builtin_ctzll(args.group / kUnit) : 0) {}
 
   void run(int64_t begin, int64_t end) const {
@@ -107,16 +109,24 @@ class LinearFeatures {
 #pragma GCC unroll 32
     for (int j = 0; j < R * N; ++j) sum[j] = S::zero();
     const float* input = input_ + row * width_;
-    const int64_t ahead = kAheadUnits < units_ ? kAheadUnits : units_;
-    const int64_t turn = kFetch ? units_ - ahead : 0;
-    for (int64_t unit = 0; unit < turn; ++unit) {
-      add_products<R, kFetch, false>(f, f.row, ahead, input, unit, sum);
+    const int64_t columns = kEnds ? (ends_[row] + 7) / 8 * 8 : args_.in_features;
+    const int64_t units = columns / kUnit;
+    const int tail = static_cast<int>(columns % kUnit);
+    const int64_t ahead = kAheadUnits < units ? kAheadUnits : units;
+    const int64_t turn = kFetch ? units - ahead : 0;
+    int64_t unit = 0;
+    if constexpr (kEnds) {
+      const auto end = [&](int r) {
+        const int64_t own = (ends_[row + r] + kUnit - 1) / kUnit;
+        return own < units ? own : units;
+      };
+      if constexpr (R > 2) add_units<4, kFetch>(f, ahead, turn, input, end(3), unit, sum);
+      if constexpr (R > 2) add_units<3, kFetch>(f, ahead, turn, input, end(2), unit, sum);
+      if constexpr (R > 1) add_units<2, kFetch>(f, ahead, turn, input, end(1), unit, sum);
     }
-    for (int64_t unit = turn; unit < units_; ++unit) {
-      add_products<R, kFetch, false>(f, f.next, -turn, input, unit, sum);
-    }
+    add_units<kEnds ? 1 : R, kFetch>(f, ahead, turn, input, units, unit, sum);
     if constexpr (!kScaled<E>) {
-      if (tail_ != 0) add_products<R, kFetch, true>(f, f.next, -turn, input, units_, sum);
+      if (tail != 0) add_products<R, kFetch, true>(f, f.next, -turn, input, units, sum, tail);
     }
     float out[R * N];
 #pragma GCC unroll 8
@@ -133,16 +143,27 @@ class LinearFeatures {
     }
   }
 
+  // Adds units up to `end`; from unit `turn` on it fetches the weight rows that follow.
+  template <int R, bool kFetch>
+  ADAPTIVE_INLINE void add_units(const Features& f, int64_t ahead, int64_t turn, const float* input,
+                                 int64_t end, int64_t& unit, Vec* sum) const {
+    for (; unit < (turn < end ? turn : end); ++unit) {
+      add_products<R, kFetch, false>(f, f.row, ahead, input, unit, sum);
+    }
+    for (; unit < end; ++unit) add_products<R, kFetch, false>(f, f.next, -turn, input, unit, sum);
+  }
+
   // sum[r * N + n] += input row r * weight row n, over one unit of elements.
   template <int R, bool kFetch, bool kTail>
   ADAPTIVE_INLINE void add_products(const Features& f, const E* const* fetch, int64_t ahead,
-                                    const float* input, int64_t unit, Vec (&sum)[R * N]) const {
+                                    const float* input, int64_t unit, Vec* sum,
+                                    [[maybe_unused]] int tail = 0) const {
     Vec low[N], high[N];
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
       if constexpr (kFetch) prefetch<kUnit, 3>(fetch[n] + (unit + ahead) * kUnit);
       if constexpr (kTail) {
-        S::load_pair_tail(f.row[n] + unit * kUnit, tail_, low[n], high[n]);
+        S::load_pair_tail(f.row[n] + unit * kUnit, tail, low[n], high[n]);
       } else {
         S::load_pair(f.row[n] + unit * kUnit, low[n], high[n]);
       }
@@ -167,9 +188,8 @@ class LinearFeatures {
   const SkinnyLinearArgs& args_;
   const float* const input_;
   const int64_t width_;
+  const int64_t* const ends_;
   Sink& sink_;
-  const int64_t units_;
-  const int tail_;
   const int units_of_group_;  // as a power of two
 };
 

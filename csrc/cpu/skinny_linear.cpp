@@ -3,6 +3,7 @@
 #include "skinny_linear.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "cpu/level.h"
 #include "cpu/linear_input.h"
@@ -11,6 +12,7 @@
 namespace adaptive::cpu {
 namespace {
 
+constexpr int kMaxLinearRows = 16;
 constexpr int64_t kStep = 8;  // features: a thread's stretch starts at a multiple of it
 
 const LinearKernel& kernel_for(Level level) {
@@ -24,14 +26,23 @@ const LinearKernel& kernel_for(Level level) {
 
 }  // namespace
 
-LinearInput linear_input(const SkinnyLinearArgs& args, Level level) {
+LinearInput linear_input(const SkinnyLinearArgs& args, std::span<const int64_t> rows, Level level) {
   const LinearKernel& kernel = kernel_for(level);
   const int64_t width = round_up(args.in_features, kLinearWidth);
-  const int64_t rows = args.rows + (args.rows % kLinearRows == kLinearRows - 1);
-  LinearInput made{aligned_floats(rows * width), width};
+  const auto count = static_cast<int64_t>(rows.size());
+  LinearInput made{aligned_floats(linear_rows(count) * width), width};
   // A thread's share of this would cost less than the barrier behind it.
-  for (int64_t row = 0; row < rows; ++row) kernel.widen(args, row, made.floats.get() + row * width);
+  for (int64_t place = 0; place < linear_rows(count); ++place) {
+    const int64_t row = place < count ? rows[place] : args.rows;
+    kernel.widen(args, row, made.floats.get() + place * width);
+  }
   return made;
+}
+
+LinearInput linear_input(const SkinnyLinearArgs& args, Level level) {
+  int64_t rows[kMaxLinearRows];
+  std::iota(rows, rows + args.rows, 0);
+  return linear_input(args, {rows, static_cast<size_t>(args.rows)}, level);
 }
 
 int linear_threads(const SkinnyLinearArgs& args, int64_t pieces) {

@@ -75,16 +75,18 @@ void for_linear(const SkinnyLinearArgs& a, Run&& run) {
   }
 }
 
-/// multiply_feature for weights of the inputs' type.
-template <class T, int kRows>
-__device__ __forceinline__ void multiply_plain(const LinearProblem& p, int64_t feature, int lane,
-                                               float (&sum)[kRows]) {
-  using V = Vector<T>;
+/// Each lane's part of the sums of the rows with a weight row, of `width` columns; of those columns
+/// for which takes(row, column) is true, where it is asked for 16 bytes of weights at a time.
+/// `T`: of the inputs. `W`: of the weights, T or smaller.
+template <class T, class W, int kRows, class Takes>
+__device__ __forceinline__ void multiply_taken(const LinearProblem& p, int64_t feature, int lane,
+                                               int width, Takes&& takes, float (&sum)[kRows]) {
+  using V = Vector<W>;
+  using Inputs = Vector<T>;
   constexpr int kInFlight = kRows > 4 ? 1 : 2;  // weights; many rows need the registers
   const SkinnyLinearArgs& a = p.args;
-  const T* weight = static_cast<const T*>(a.weight) + feature * a.weight_stride;
+  const W* weight = static_cast<const W*>(a.weight) + feature * a.weight_stride;
   const T* input = static_cast<const T*>(a.input);
-  const int rows = static_cast<int>(a.rows), width = static_cast<int>(a.in_features);
 
 #pragma unroll
   for (int r = 0; r < kRows; ++r) sum[r] = 0.0f;
@@ -102,15 +104,27 @@ __device__ __forceinline__ void multiply_plain(const LinearProblem& p, int64_t f
       if (column >= width) continue;
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        if (r >= rows) continue;
-        const V inputs = load(input + r * a.input_stride + column, p.wide_input);
+        if (!takes(r, column)) continue;
 #pragma unroll
-        for (int e = 0; e < V::kElements; ++e) {
-          sum[r] += simt::to_float(inputs.x[e]) * simt::to_float(weights[i].x[e]);
+        for (int part = 0; part < V::kElements; part += Inputs::kElements) {
+          const Inputs inputs = load(input + r * a.input_stride + column + part, p.wide_input);
+#pragma unroll
+          for (int e = 0; e < Inputs::kElements; ++e) {
+            sum[r] += simt::to_float(inputs.x[e]) * simt::to_float(weights[i].x[part + e]);
+          }
         }
       }
     }
   }
+}
+
+/// multiply_feature for weights of the inputs' type.
+template <class T, int kRows>
+__device__ __forceinline__ void multiply_plain(const LinearProblem& p, int64_t feature, int lane,
+                                               float (&sum)[kRows]) {
+  const int rows = static_cast<int>(p.args.rows), width = static_cast<int>(p.args.in_features);
+  const auto takes = [rows](int row, int) { return row < rows; };
+  multiply_taken<T, T>(p, feature, lane, width, takes, sum);
 }
 
 /// sum[r] += input row r * the int8 weights of one load, which lie in one group.

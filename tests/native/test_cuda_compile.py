@@ -27,6 +27,7 @@ KERNELS = {
     "merge_tokens.cu": [*["match_sources"] * 3, "place_tokens", *["average"] * 3],
     "plan.cu": ["merge_rows"],
     "pool_blocks.cu": ["pool_rows"] * 3,
+    "prefix_row_ffn.cu": [*["activate_neurons"] * 9, *["project_rows"] * 9],
     "route_tokens.cu": ["route_rows"],
     "router_scores.cu": ["score_rows"] * 3,
     "score_tokens.cu": ["reduce_scores", *["attend_fma"] * 6],

@@ -1,0 +1,48 @@
+"""Gated FFNs of transformers of which few rows, each with a width of its own, run natively."""
+
+from typing import Any
+
+from torch import Tensor
+
+from adaptive.layers.hf_sparse_ffn import few_rows
+from adaptive.ops.prefix_row_ffn import NEURONS_STEP, prefix_row_ffn
+
+_MODULES = ("torch.nn.modules.activation", "transformers.activations")
+_ACTIVATIONS = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "ReLU": "relu",
+}
+"""By the name of the class in one of the modules: what the kernel calls the function."""
+
+
+def fast_prefix(ffn: Any, rows: Tensor, neurons: Tensor) -> Tensor | None:
+    """What `prefix_ffn` returns, sooner; None where the kernel may not answer.
+
+    Args:
+        ffn: A gated FFN of plain linear layers.
+        rows: What it reads, ``[rows, width]``.
+        neurons: How many each row uses, ``[rows]``, int64.
+    """
+    linears = ffn.gate_proj, ffn.up_proj, ffn.down_proj
+    activation = _native_name(ffn.act_fn)
+    if activation is None or any(linear.bias is not None for linear in linears):
+        return None
+    gate, up, down = (linear.weight for linear in linears)
+    if not few_rows(rows, gate, up, down) or len(up) % NEURONS_STEP:
+        return None
+    if any(tensor.stride(1) != 1 for tensor in (rows, gate, up, down)):
+        return None
+    return prefix_row_ffn(rows, neurons, gate, up, down, activation)
+
+
+def _native_name(act_fn: Any) -> str | None:
+    """What the kernel calls this function; None: it has none, or someone wrapped or watches it."""
+    kind = type(act_fn)
+    name = _ACTIVATIONS.get(kind.__name__) if kind.__module__ in _MODULES else None
+    if name is None or "forward" in act_fn.__dict__:
+        return None
+    watched = act_fn._forward_hooks or act_fn._forward_pre_hooks
+    return None if watched else name
