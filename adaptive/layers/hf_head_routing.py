@@ -81,7 +81,7 @@ class QueryForward(_Projection):
         linear: Any = self._linear()
         assert linear is not None  # it is what calls
         now = self.switch.head_pass
-        if not self.switch.on or x.numel() == 0 or now is None:
+        if not self.switch.on or now is None:
             return type(linear).forward(linear, x)  # type: ignore[no-any-return]
         now.chosen.pop(self.layer, None)
         if self.switch.in_graph or torch.compiler.is_compiling() or torch._C._is_tracing():
@@ -94,6 +94,8 @@ class QueryForward(_Projection):
                 "adaptive: HeadRouting reads parts of 'q_proj', which someone hooked since "
                 "patch(); unpatch() first"
             )
+        if x.numel() == 0:
+            return type(linear).forward(linear, x)  # type: ignore[no-any-return]
         rows = x.reshape(-1, x.shape[-1])
         choice = self._choose(x, rows)
         out: Tensor | None = None
@@ -134,7 +136,9 @@ class QueryForward(_Projection):
             places = (
                 torch.arange(len(rows), device=x.device) if real is None else real.nonzero()[:, 0]
             )
-            choice = choice._replace(audited=places[:: -(-many // AUDITED_ROWS)], full=[])
+            choice = choice._replace(
+                audited=places[:: -(-many // AUDITED_ROWS)].contiguous(), full=[]
+            )
         return choice
 
 
@@ -212,7 +216,7 @@ def problems(root: nn.Module, survey: Survey, policy: HeadRouting) -> list[str]:
         return ["HeadRouting does not fit: layers differ in their KV heads"]
     for site in routed:
         module: Any = root.get_submodule(site.name)
-        reason = _why_whole(module, site)
+        reason = why_whole(module, site)
         if reason is not None:
             return [f"HeadRouting does not fit: attention of layer {site.layer} {reason}"]
         width = module.q_proj.weight.shape[1]
@@ -224,7 +228,7 @@ def problems(root: nn.Module, survey: Survey, policy: HeadRouting) -> list[str]:
     return []
 
 
-def _why_whole(module: Any, site: Site) -> str | None:
+def why_whole(module: Any, site: Site) -> str | None:
     """Why attention cannot run some of its heads; None if it can."""
     inner = site.heads * site.head_dim
     shapes = {"q_proj": 0, "o_proj": 1}
