@@ -10,6 +10,7 @@ from models import greedy, make, token_ids
 
 import adaptive
 from adaptive import ExpertRouterWeights
+from adaptive.layers import hf_head_attention
 from adaptive.layers.hf_head_routing import OutputForward, QueryForward
 
 
@@ -28,7 +29,10 @@ CASES = [
 
 @torch.no_grad()
 @pytest.mark.parametrize(("case", "variant", "implementation"), CASES)
-def test_chosen_heads_equal_the_masked_dense_model_and_are_counted(case, variant, implementation):
+def test_chosen_heads_equal_the_masked_dense_model_and_are_counted(
+    case, variant, implementation, monkeypatch
+):
+    monkeypatch.setattr(hf_head_attention, "BLOCK", 16)
     model, ids = make(case, implementation=implementation, **FOUR), token_ids(tokens=40)
     stock, policy = model(ids).logits, VARIANTS[variant]
     reference = Masked(model, policy)
