@@ -10,7 +10,7 @@ from torch import nn
 from adaptive import _native
 from adaptive.adapters import EncoderFamily, family_for
 from adaptive.errors import PatchConflict, UnknownFamily, UnsupportedModel
-from adaptive.layers import hf_ffn_experts, hf_linear, hf_sparse_ffn, hf_width
+from adaptive.layers import hf_ffn_experts, hf_head_routing, hf_linear, hf_sparse_ffn, hf_width
 from adaptive.layers.fingerprint import fingerprint
 from adaptive.layers.state import RECORD, STATE, LayerState, PatchRecord
 from adaptive.layers.survey import Survey
@@ -110,7 +110,7 @@ def patch(model: nn.Module, *policies: Policy | Plan, exact_linear: bool = True)
             state = LayerState(record=record, site=site, row=plan.rows[site.layer])
             record.states.append(state)
             record.log.set(root, site.name, STATE, state)
-        _install(root, survey, record)
+        _install(root, survey, record, exact_linear)
         if exact_linear and _is_pretrained(root):
             hf_linear.install(root, record)
             hf_sparse_ffn.install(root, record)
@@ -272,14 +272,14 @@ def _with_rotations(root: nn.Module, survey: Survey, plan: Plan | None) -> tuple
     return replace(survey, extra=found), [words + problem] if problem else []
 
 
-def _install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
+def _install(root: nn.Module, survey: Survey, record: PatchRecord, native: bool) -> None:
     if _is_pretrained(root):
         from adaptive.layers import hf_encoder, hf_model
 
-        backend = hf_encoder if is_encoder(survey) else hf_model
-        backend.install(root, survey, record)
+        (hf_encoder if is_encoder(survey) else hf_model).install(root, survey, record)
         hf_width.install(root, survey, record)
         hf_ffn_experts.install(root, survey, record)
+        hf_head_routing.install(root, survey, record, native)
     else:
         from adaptive.layers import torch_attention
 

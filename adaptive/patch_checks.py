@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from adaptive.layers import hf_ffn_experts, hf_width
+from adaptive.layers import hf_ffn_experts, hf_head_routing, hf_width
 from adaptive.layers.changes import own_forward
 from adaptive.layers.head_copy import can_copy
 from adaptive.layers.state import ENCODER
@@ -15,6 +15,7 @@ from adaptive.policy import (
     EncoderExit,
     Exact,
     FeedForwardExperts,
+    HeadRouting,
     LocalAttention,
     MixtureOfDepths,
     Plan,
@@ -119,6 +120,8 @@ def _layer_problems(root: nn.Module, survey: Survey, policy: Policy) -> list[str
         return hf_width.problems(root, survey, policy)
     if isinstance(policy, FeedForwardExperts):
         return hf_ffn_experts.problems(root, survey, policy)
+    if isinstance(policy, HeadRouting):
+        return hf_head_routing.problems(root, survey, policy)
     if isinstance(policy, MixtureOfDepths):
         return _routing_problems(root, survey, policy)
     name = type(policy).__name__

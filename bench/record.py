@@ -15,6 +15,7 @@ ROW_FIELDS: dict[str, frozenset[str]] = {
     "token_widths": frozenset({"model", "tokens", "dtype", "threads", "variants"}),
     "ffn_experts": frozenset({"model", "tokens", "dtype", "threads", "variants"}),
     "ffn_experts_quality": frozenset({"what", "top_k", "share", "bits_per_byte", "more_bits"}),
+    "head_routing": frozenset({"model", "tokens", "past", "dtype", "threads", "variants"}),
     "sparse_ffn": frozenset({"model", "rows", "dtype", "threads", "active_share", "variants"}),
     "encoders": frozenset({"model", "layers", "tokens", "batch", "padded", "dtype", "threads"}),
     "encoder_exit": frozenset(
@@ -58,6 +59,7 @@ VARIANT_FIELDS: dict[str, frozenset[str]] = {
     "token_routing": frozenset({"us", "us_min", "clean", "dropped", "error", "speedup"}),
     "token_widths": frozenset({"us", "us_min", "clean", "dropped", "speedup", "share", "of_ideal"}),
     "ffn_experts": frozenset({"us", "us_min", "clean", "dropped", "error", "speedup", "of_ideal"}),
+    "head_routing": frozenset({"us", "us_min", "clean", "dropped", "error", "share", "of_ideal"}),
     "sparse_ffn": frozenset({"us", "us_min", "clean", "dropped", "error", "speedup"}),
     "local_gradient": frozenset({"us", "us_min", "clean", "dropped", "error", "ours_is_faster"}),
     "encoders": frozenset({"ms", "ms_min", "clean", "dropped", "error", "computed_share"}),

@@ -6,10 +6,8 @@ The masks are the stock masks of that kind, so a call that the native kernel doe
 stock function on the stock mask, bit for bit.
 """
 
-import sys
-from collections.abc import Callable
 from time import perf_counter
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +21,17 @@ from adaptive.layers.depth import KeysKept
 from adaptive.layers.head_split import HeadSplit
 from adaptive.layers.hf_cache import AdaptiveCacheLayer
 from adaptive.layers.hf_call import (
+    Attended,
     Call,
     attend_all,
     gathered,
     inputs_of,
     is_long,
     rows_of,
+    stock_function,
     why_stock,
 )
+from adaptive.layers.hf_head_attention import attend_chosen, chosen_heads
 from adaptive.layers.hf_mask import make_mask
 from adaptive.layers.hf_prefill import (
     attend_long,
@@ -51,8 +52,6 @@ ADAPTIVE = "adaptive"
 ADAPTIVE_EAGER = "adaptive_eager"
 NAMES = {"sdpa": ADAPTIVE, "eager": ADAPTIVE_EAGER}
 """The name that takes the place of each stock implementation."""
-
-Attended = tuple[Tensor, Tensor | None]
 
 
 def adaptive_attention(
@@ -135,23 +134,6 @@ def register() -> None:
             )
 
 
-def stock_function(module: nn.Module, implementation: str) -> Callable[..., Attended]:
-    """Return the attention function that an unpatched ``module`` would call.
-
-    Raises:
-        AdaptiveError: There is no eager function beside the module's class.
-    """
-    if implementation != "eager":
-        return cast("Callable[..., Attended]", ALL_ATTENTION_FUNCTIONS[implementation])
-    for kind in type(module).__mro__:
-        function = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
-        if function is not None:
-            return cast("Callable[..., Attended]", function)
-    raise AdaptiveError(
-        f"adaptive: {type(module).__name__} has no eager_attention_forward in its module"
-    )
-
-
 def _attend(call: Call) -> Attended:
     """Run the native kernel if it can take the call, the stock function otherwise; count which."""
     state: LayerState | None = call.module.__dict__.get(STATE)
@@ -175,6 +157,8 @@ def _attend(call: Call) -> Attended:
     if is_long(call):
         block_sparse.refuse_compiling(state, tokens)
     pattern = None if torch.compiler.is_compiling() else pattern_of(call, tokens)
+    if (choice := chosen_heads(state)) is not None:
+        return attend_chosen(call, state, choice, reduced)
     reason = _why_stock(call, state, pattern, reduced)
     _refuse_unreadable(state, reason, reduced, tokens)
     if reason is not None or state.how is not None:

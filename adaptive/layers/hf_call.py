@@ -1,10 +1,14 @@
 """One call of attention by a transformers model: what it holds, and whether the kernels take it."""
 
-from typing import Any, NamedTuple
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from adaptive.errors import AdaptiveError
 from adaptive.layers.hf_mask import LazyMask
 from adaptive.layers.sparse_attention import Inputs
 from adaptive.layers.state import LayerState
@@ -14,6 +18,9 @@ from adaptive.ops.decode_attention import DTYPES, MAX_QUERY_TOKENS, supports
 from adaptive.ops.tree_attention import tree_attention
 
 MASK_AXES = 4
+
+Attended = tuple[Tensor, Tensor | None]
+"""What an attention function returns: ``[batch, query_tokens, heads, head_dim]``, and weights."""
 
 # Arguments that change nothing here: the mask carries windows and positions already, and caches
 # are updated before attention is called. Any other that is set goes to the stock function.
@@ -47,6 +54,23 @@ class Call(NamedTuple):
     scaling: float | None
     dropout: float
     kwargs: dict[str, Any]
+
+
+def stock_function(module: nn.Module, implementation: str) -> Callable[..., Attended]:
+    """Return the attention function that an unpatched ``module`` would call.
+
+    Raises:
+        AdaptiveError: There is no eager function beside the module's class.
+    """
+    if implementation != "eager":
+        return cast("Callable[..., Attended]", ALL_ATTENTION_FUNCTIONS[implementation])
+    for kind in type(module).__mro__:
+        function = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return cast("Callable[..., Attended]", function)
+    raise AdaptiveError(
+        f"adaptive: {type(module).__name__} has no eager_attention_forward in its module"
+    )
 
 
 def inputs_of(call: Call, tokens: int) -> Inputs:

@@ -13,13 +13,13 @@ from adaptive.layers.expert_log import AUDITED_ROWS, ExpertLog
 from adaptive.layers.expert_weights import PROJECTIONS, Expert, ExpertWeights
 from adaptive.layers.hf_linear import SLOW_DTYPES, _can_run, fast_linear, is_plain, most_rows
 from adaptive.layers.hf_width import ffn_name, gated_ffn
+from adaptive.layers.linear_scores import linear_scores
 from adaptive.layers.state import PatchRecord
 from adaptive.layers.survey import Survey
 from adaptive.layers.switch import Switch
-from adaptive.layers.torch_guard import why_not_plain
 from adaptive.layers.widened_linear import MIN_ROWS
 from adaptive.layers.width_choice import WidthPass
-from adaptive.ops.skinny_linear import MAX_ROWS, skinny_linear, supports
+from adaptive.ops.skinny_linear import skinny_linear, supports
 from adaptive.policy.ffn_experts import FeedForwardExperts
 
 Groups = list[tuple[int, Tensor | None]]
@@ -164,16 +164,7 @@ def _scores(rows: Tensor, weight: Tensor, bias: Tensor, index: int) -> Tensor:
     Raises:
         ValueError: One is NaN; the layer is named.
     """
-    states = rows.detach().float()
-    native = states.is_cpu and supports(weight.shape[1], torch.float32)
-    if native and why_not_plain((states, weight)) is None:
-        # A product of all rows could round a row otherwise than one of it alone, and a near tie
-        # would be decided otherwise in decoding than in the prompt.
-        parts = [skinny_linear(part, weight) for part in states.split(MAX_ROWS)]
-        scores = torch.cat(parts) if len(parts) > 1 else parts[0]
-    else:
-        scores = F.linear(states, weight)
-    scores = scores + bias
+    scores = linear_scores(rows, weight, bias)
     if bool(scores.isnan().any()):
         raise ValueError(
             f"adaptive: FeedForwardExperts: scores of layer {index} must be numbers, got NaN"

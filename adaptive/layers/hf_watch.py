@@ -13,10 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from adaptive.layers.changes import ChangeLog
-from adaptive.layers.hf_attention import (
-    Attended,
-    stock_function,
-)
+from adaptive.layers.hf_call import Attended, stock_function
 from adaptive.layers.hf_config import ask_for
 from adaptive.layers.survey import Site, Survey
 

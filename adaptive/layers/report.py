@@ -15,6 +15,7 @@ from adaptive.layers.encoder_exit_log import EncoderExitLog
 from adaptive.layers.exit_log import ExitLog
 from adaptive.layers.expert_log import ExpertLog
 from adaptive.layers.expert_weights import held_log
+from adaptive.layers.head_log import HeadLog
 from adaptive.layers.refill_log import RefillLog
 from adaptive.layers.report_rows import PERCENTILES, groups, scores, skipped, skips
 from adaptive.layers.routing_log import RoutingLog
@@ -27,7 +28,7 @@ from adaptive.layers.width_log import WidthLog
 
 _ENCODER_LOGS = ("encoder_exit", "token_merging", "token_pruning")
 _FFN_LOGS = ("widths", "sparse_ffn", "experts")
-_LOGS = ("speculation", "exits", *_ENCODER_LOGS, "routing", *_FFN_LOGS, "refill")
+_LOGS = ("speculation", "exits", *_ENCODER_LOGS, "routing", *_FFN_LOGS, "heads", "refill")
 WIDTH = 100
 """Columns that the printed table fits in."""
 
@@ -100,6 +101,7 @@ class Report:
         token_pruning: The same of pruning.
         refill: How full batches of `generate_many` were; None without a call of it.
         experts: What the experts of FFNs did; None where no policy splits FFNs.
+        heads: How many heads tokens ran, and how far off; None where no policy routes heads.
     """
 
     model: str
@@ -122,6 +124,7 @@ class Report:
     token_pruning: TokenReductionLog | None = None
     refill: RefillLog | None = None
     experts: ExpertLog | None = None
+    heads: HeadLog | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
@@ -229,6 +232,7 @@ def report(model: str, record: PatchRecord, native_calls: dict[str, int]) -> Rep
         token_pruning=copy_of(record.token_reduction_log, "prune"),
         refill=copy.copy(record.switch.refill),
         experts=held_log(record.switch.experts, record.log),
+        heads=record.switch.heads and record.switch.heads.copy(),
     )
 
 

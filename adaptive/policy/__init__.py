@@ -10,6 +10,7 @@ from adaptive.policy.exact import Exact
 from adaptive.policy.expert_router import ExpertRouterWeights
 from adaptive.policy.ffn_experts import FeedForwardExperts
 from adaptive.policy.global_local import GlobalLocalAttention
+from adaptive.policy.head_routing import HeadRouting
 from adaptive.policy.local import LocalAttention
 from adaptive.policy.mixture_of_depths import MixtureOfDepths
 from adaptive.policy.plan import Plan
@@ -35,6 +36,7 @@ __all__ = [
     "ExpertRouterWeights",
     "FeedForwardExperts",
     "GlobalLocalAttention",
+    "HeadRouting",
     "LocalAttention",
     "MixtureOfDepths",
     "ModelShape",

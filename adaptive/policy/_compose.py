@@ -12,6 +12,8 @@ from adaptive.policy.plan import DENSE, LOCAL, PREFILL, SELECT, STOCK, WINDOW, W
 _WHY = {
     frozenset({"EarlyExit", "SelfSpeculative"}): "both decode by passes of their own",
     frozenset({"EarlyExit", "MixtureOfDepths"}): "both choose the layers that a token runs",
+    frozenset({"HeadRouting", "MixtureOfDepths"}): "both decide what of a layer a token runs",
+    frozenset({"HeadRouting", "SelfSpeculative"}): "attention sees drafts as trees, head by head",
     frozenset({"MixtureOfDepths", "SelfSpeculative"}): "both choose the layers that a token runs",
     frozenset({"MixtureOfDepths", "TokenRouting"}): "both decide what of an FFN runs",
     frozenset({"EncoderExit", "TokenMerging"}): "both decide what states a layer gets",
@@ -55,6 +57,11 @@ def begin(policy: Policy, table: Plan) -> Plan:
                     f"adaptive: {type(one).__name__} and {type(other).__name__} cannot be "
                     "combined: several tokens go through layers in one pass, and some are taken "
                     "back, while the other chooses or drops keys token by token"
+                )
+            if one.splits_heads and other.modes:
+                raise ValueError(
+                    f"adaptive: {type(one).__name__} and {type(other).__name__} cannot be "
+                    "combined: both decide what heads read"
                 )
             if one.routes and not set(other.modes) <= set(PREFILL):
                 raise ValueError(

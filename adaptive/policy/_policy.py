@@ -23,12 +23,14 @@ class Policy:
         modes: Modes of a plan in which it tells layers what to do; empty if they need no numbers.
         generates: Whether it answers `generate` by passes of its own.
         routes: Whether it runs layers for some of the tokens or sequences alone.
+        splits_heads: Whether it runs some heads of a layer and leaves out others.
     """
 
     exact: ClassVar[bool] = False
     modes: ClassVar[tuple[str, ...]] = ()
     generates: ClassVar[bool] = False
     routes: ClassVar[bool] = False
+    splits_heads: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

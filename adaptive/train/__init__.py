@@ -7,12 +7,14 @@ from adaptive.train.early_exit import early_exit
 from adaptive.train.encoder_gate import encoder_gate
 from adaptive.train.layer_similarity import layer_similarity, least_changing
 from adaptive.train.tune_experts import ExpertTuning, tune_experts
+from adaptive.train.tune_heads import HeadTuning, tune_heads
 from adaptive.train.tune_router import RouterTuning, tune_router
 from adaptive.train.tune_widths import tune_widths
 
 __all__ = [
     "EarlyExitTraining",
     "ExpertTuning",
+    "HeadTuning",
     "RouterTuning",
     "attention_rank",
     "curriculum_mask",
@@ -24,6 +26,7 @@ __all__ = [
     "least_changing",
     "lowest_rank",
     "tune_experts",
+    "tune_heads",
     "tune_router",
     "tune_widths",
 ]
