@@ -134,14 +134,19 @@ def register() -> None:
             )
 
 
-def _attend(call: Call) -> Attended:
-    """Run the native kernel if it can take the call, the stock function otherwise; count which."""
+def _state_of(call: Call) -> LayerState:
     state: LayerState | None = call.module.__dict__.get(STATE)
     if state is None:
         raise AdaptiveError(
             f"adaptive: {type(call.module).__name__} asks for {ADAPTIVE!r} attention, but its "
             "model is not patched; load it with attn_implementation='sdpa', then adaptive.patch it"
         )
+    return state
+
+
+def _attend(call: Call) -> Attended:
+    """Run the native kernel if it can take the call, the stock function otherwise; count which."""
+    state = _state_of(call)
     if (lengths := hf_static_attention.lengths_of(call)) is not None:
         return hf_static_attention.attend(call, state, lengths)
     if not state.record.enabled:
