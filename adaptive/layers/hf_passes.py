@@ -22,6 +22,8 @@ class Passes:
         slots: Slots of the cache in use by all layers.
         positions: Of each row's next token, ``[batch, 1]``.
         mask: Which slots hold tokens, ``[batch, slots or more]``; None: all do.
+        furthest: The last position of each row, ``[batch, 1]``: drafts that go beyond it are dropped
+            when they are checked, and must not look like a longer row before; None: none does.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Passes:
         self.mask = mask
         self.slots = int(cache.get_seq_length())
         self.positions = torch.zeros(0, 1)
+        self.furthest: Tensor | None = None
         self._states: list[Tensor] = []
         self._shallow = self.slots
         self._views: dict[tuple[int, int], Cache] = {}
@@ -231,7 +234,9 @@ class Passes:
     def _inputs(self, ids: Tensor, positions: Tensor, slots: int, cache: Cache) -> dict[str, Any]:
         given: dict[str, Any] = {
             "input_ids": ids,
-            "position_ids": positions,
+            "position_ids": positions
+            if self.furthest is None
+            else positions.minimum(self.furthest),
             "past_key_values": cache,
             "use_cache": True,
         }

@@ -1,5 +1,7 @@
 """Moves what a store of keys and values holds, where rows of a batch come and go."""
 
+from torch import Tensor
+
 from adaptive.layers.kv_store import KVStore
 
 
@@ -28,4 +30,24 @@ def shifted(store: KVStore, tokens: int) -> KVStore:
     ]
     for new, old in zip(moved.append(room[0], room[1]), (keys, values), strict=True):
         new.narrow(2, tokens, store.length).copy_(old)
+    return moved
+
+
+def packed(store: KVStore, index: Tensor) -> KVStore:
+    """A store with some tokens of each row, in storage of its own.
+
+    Args:
+        store: What is to be packed; nothing may be derived from it.
+        index: Which tokens, ``[rows, kept]``, int64; every row has as many.
+    """
+    assert not store.derived
+    keys, values = store.keys, store.values
+    assert keys is not None  # it holds tokens
+    assert values is not None
+    moved = KVStore(store.max_tokens)
+    index = index.to(keys.device)[:, None, :, None]
+    shapes = ((*keys.shape[:2], index.shape[2], states.shape[3]) for states in (keys, values))
+    moved.append(
+        *(s.gather(2, index.expand(to)) for s, to in zip((keys, values), shapes, strict=True))
+    )
     return moved
