@@ -193,6 +193,7 @@ class AdaptiveCacheLayer(CacheLayerMixin):
     def pack(self, index: Tensor) -> None:
         """Of each row keep the tokens at ``index``, ``[batch, kept]``."""
         assert isinstance(self.store, KVStore)  # as in `shift`
+        assert not self.is_sliding  # windows have rows go together, so that they have no gaps
         self.store = packed(self.store, index)
 
     def put(self, row: int, other: "AdaptiveCacheLayer", place: int) -> None:

@@ -22,8 +22,8 @@ class Passes:
         slots: Slots of the cache in use by all layers.
         positions: Of each row's next token, ``[batch, 1]``.
         mask: Which slots hold tokens, ``[batch, slots or more]``; None: all do.
-        furthest: The last position of each row, ``[batch, 1]``: drafts that go beyond it are dropped
-            when they are checked, and must not look like a longer row before; None: none does.
+        furthest: The last position of each row, ``[batch, 1]``: no draft beyond it is kept, and a
+            model may have no later ones; None: there are no such drafts.
     """
 
     def __init__(
@@ -232,11 +232,11 @@ class Passes:
         return logits
 
     def _inputs(self, ids: Tensor, positions: Tensor, slots: int, cache: Cache) -> dict[str, Any]:
+        if self.furthest is not None:
+            positions = positions.minimum(self.furthest)
         given: dict[str, Any] = {
             "input_ids": ids,
-            "position_ids": positions
-            if self.furthest is None
-            else positions.minimum(self.furthest),
+            "position_ids": positions,
             "past_key_values": cache,
             "use_cache": True,
         }
