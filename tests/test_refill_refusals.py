@@ -18,6 +18,7 @@ from adaptive.layers.hf_cache import AdaptiveCacheLayer
 PROMPTS = [torch.arange(2, 2 + n) for n in (9, 3, 14)]
 MODEL = model_of("llama")
 LEAVING = adaptive.EarlyExit(**SOME, rows="alone", audit=None)
+DRAFTING = adaptive.SelfSpeculative(exit_layer=2, draft=2)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,9 @@ class Interrupt(LogitsProcessor):
         return scores
 
 
-@pytest.mark.parametrize("policies", [(), (LEAVING,)], ids=["exact", "leaving"])
+@pytest.mark.parametrize(
+    "policies", [(), (LEAVING,), (DRAFTING,)], ids=["exact", "leaving", "drafting"]
+)
 @pytest.mark.parametrize("at", [0, 1, 6])
 def test_an_interrupt_leaves_nothing(policies, at, monkeypatch):
     caches, opened = [], hf_refill.Refill._put

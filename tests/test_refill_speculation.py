@@ -55,6 +55,8 @@ def same(made, wanted):
         ("gpt2", FORMS[2], 2),
         ("mistral_window", FORMS[0], 3),
         ("gemma3", {"exit_layer": 2}, 3),
+        ("mistral_window", FORMS[2], 3),
+        ("gemma3", FORMS[3], 2),
     ],
     ids=str,
 )

@@ -179,9 +179,6 @@ class SelfSpeculative(Policy):
         for chosen in self.given or ():
             if chosen and chosen[-1] >= layers:
                 raise refused(self, "skip", f"name layers below the model's {layers}", chosen[-1])
-        if self.tree and any(window is not None for window in table.shape.windows):
-            rule = "be False for a model with windows: those count slots, and branches share none"
-            raise refused(self, "tree", rule, self.tree)
         first = _first_of_each_kind(table)
         taken = sorted(first & set(self.given[0])) if self.given else []
         if taken:
