@@ -13,6 +13,7 @@ from transformers import StoppingCriteria
 
 import adaptive
 from adaptive.layers import hf_refill
+from adaptive.layers.hf_cache import AdaptiveCacheLayer
 
 LENGTHS = (3, 17, 1, 40, 8)
 NEW = (4, 12, 9, 1, 20)
@@ -132,6 +133,19 @@ def test_gaps_are_closed_when_they_are_many(least, monkeypatch):
     assert report.refill.shifts >= len(packed)
     for held, needed in slots:
         assert needed <= held < needed + least + held / 8
+
+
+def test_packing_keeps_the_tokens_of_each_row():
+    layer = AdaptiveCacheLayer()
+    keys, values = torch.randn(2, 3, 6, 4), torch.randn(2, 3, 6, 8)
+    index = torch.tensor([[0, 2, 5], [1, 3, 4]])
+    with torch.no_grad():
+        layer.update(keys, values)
+        layer.pack(index)
+    assert layer.get_seq_length() == 3
+    for row, places in enumerate(index):
+        assert torch.equal(layer.keys[row], keys[row][:, places])
+        assert torch.equal(layer.values[row], values[row][:, places])
 
 
 def test_rows_accept_different_numbers_of_drafts():

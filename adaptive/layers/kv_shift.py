@@ -1,5 +1,6 @@
 """Moves what a store of keys and values holds, where rows of a batch come and go."""
 
+import torch
 from torch import Tensor
 
 from adaptive.layers.kv_store import KVStore
@@ -19,16 +20,13 @@ def shifted(store: KVStore, tokens: int) -> KVStore:
     assert values is not None
     if not tokens:
         return store
-    moved = KVStore(store.max_tokens)
     if tokens < 0:
+        moved = KVStore(store.max_tokens)
         moved.append(keys[:, :, -tokens:], values[:, :, -tokens:])
         return moved
-    # One append of the final length, so that memory is allocated once.
-    room = [
-        states.new_zeros(1).expand(*states.shape[:2], tokens + store.length, states.shape[3])
-        for states in (keys, values)
-    ]
-    for new, old in zip(moved.append(room[0], room[1]), (keys, values), strict=True):
+    moved = _like(store, tokens + store.length)
+    for new, old in ((moved.keys, keys), (moved.values, values)):
+        assert new is not None  # there is room
         new.narrow(2, tokens, store.length).copy_(old)
     return moved
 
@@ -44,10 +42,23 @@ def packed(store: KVStore, index: Tensor) -> KVStore:
     keys, values = store.keys, store.values
     assert keys is not None  # it holds tokens
     assert values is not None
+    moved = _like(store, index.shape[1])
+    whole = index.to(keys.device)[:, None, :, None]
+    for new, old in ((moved.keys, keys), (moved.values, values)):
+        assert new is not None  # there is room
+        torch.gather(old, 2, whole.expand(new.shape), out=new)
+    return moved
+
+
+def _like(store: KVStore, tokens: int) -> KVStore:
+    """A store of zeros for the rows of another: one append, so that memory is allocated once."""
     moved = KVStore(store.max_tokens)
-    index = index.to(keys.device)[:, None, :, None]
-    shapes = ((*keys.shape[:2], index.shape[2], states.shape[3]) for states in (keys, values))
-    moved.append(
-        *(s.gather(2, index.expand(to)) for s, to in zip((keys, values), shapes, strict=True))
-    )
+    keys, values = store.keys, store.values
+    assert keys is not None  # it holds tokens
+    assert values is not None
+    room = [
+        states.new_zeros(1).expand(*states.shape[:2], tokens, states.shape[3])
+        for states in (keys, values)
+    ]
+    moved.append(room[0], room[1])
     return moved
