@@ -78,13 +78,13 @@ def check_sampling(policy, tokens):
     return logs[0]
 
 
-def check_drawn_pairs(generate, tokens):
+def check_drawn_pairs(generate, tokens, rows=2000):
     """Chi-square of the last two of ``tokens`` tokens over many rows of one prompt.
 
     Against the patched model without speculation. ``generate`` is called with the model, a prompt,
-    how often, and options.
+    ``rows``, and options.
     """
-    model, rows = drafting("llama", vocab_size=16), 2000
+    model = drafting("llama", vocab_size=16)
     prompt = torch.randint(3, 16, (1, 24), generator=torch.Generator().manual_seed(2))
     options = {
         "max_new_tokens": tokens,
