@@ -9,6 +9,7 @@ from torch import nn
 from adaptive.layers import hf_ffn_experts, hf_head_routing, hf_width
 from adaptive.layers.changes import own_forward
 from adaptive.layers.head_copy import can_copy
+from adaptive.layers.hf_windows import sees_chunks
 from adaptive.layers.state import ENCODER
 from adaptive.layers.survey import Survey
 from adaptive.policy import (
@@ -129,6 +130,8 @@ def _layer_problems(root: nn.Module, survey: Survey, policy: Policy) -> list[str
         return _encoder_problems(root, survey, name) or _reduction_problems(root, survey, policy)
     if isinstance(policy, EncoderExit):
         return _encoder_problems(root, survey, name) or _exit_problems(root, survey, policy)
+    if getattr(policy, "tree", False) and sees_chunks(getattr(root, "config", None)):
+        return [f"{name}.tree does not fit: branches have no places in chunks of the text"]
     return []
 
 

@@ -148,7 +148,8 @@ class Patched:
         """Generate from many prompts in one batch, whose finished rows make place for the next.
 
         Each prompt gets the tokens that ``model.generate`` makes of it alone, up to rounding; with
-        `EarlyExit` where rows leave alone. Drawn tokens come from the same distribution.
+        `EarlyExit` where rows leave alone, and with `SelfSpeculative`. Drawn tokens come from the
+        same distribution.
 
         Args:
             prompts: Token ids, ``[tokens]`` each, without padding, of any lengths.

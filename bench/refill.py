@@ -3,7 +3,8 @@
 Prompts with widely different numbers of new tokens, each known beforehand to none but the variant
 that says so. Tokens per second of all prompts together, reading them included, in rounds of all
 variants in turn. One thread is timed by the CPU time of the process, since transformers' continuous
-batching runs in a thread of its own. Every variant must make the same tokens.
+batching runs in a thread of its own. Every variant must make the same tokens, but for early exits,
+whose share of equal tokens is noted. Each variant with a policy begins with nothing learned.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 import adaptive
-from bench.early_exit_rows import shape
+from bench.early_exit_rows import LAB_EXITS, shape
 from bench.lab import data, tasks
 from bench.lab.evaluate import HERE, load
 from bench.record import Recorder
@@ -33,6 +34,16 @@ FIXED = {
     "stock_by_prompt": "batches of prompts of like length",
     "stock_by_output": "batches of like numbers of new tokens, which nobody knows beforehand",
 }
+POLICIES: dict[str, tuple[adaptive.Policy, ...]] = {
+    "generate_many": (),
+    "exit 3": (adaptive.SelfSpeculative(exit_layer=3),),
+    "exit 3, 4 drafts": (adaptive.SelfSpeculative(exit_layer=3, draft=4),),
+    "tree": (adaptive.SelfSpeculative(tree=True),),
+    "early exit": (
+        adaptive.EarlyExit(layers=LAB_EXITS, threshold=0.9, kv="copy", rows="alone", audit=None),
+    ),
+}
+"""Variants whose rows make place; all but the first are for models that were trained for exits."""
 
 
 class Limits(StoppingCriteria):
@@ -169,10 +180,11 @@ class Work:
 
 def compare(work: Work, options: argparse.Namespace, recorder: Recorder, name: str) -> None:
     """Time all variants in turn, and add a row."""
+    policies = list(POLICIES) if options.policies and name == "lab" else ["generate_many"]
     now = time.process_time if options.threads == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {}
     made: dict[str, Made] = {}
-    log: Any = None
+    reports: dict[str, Any] = {}
     variants: dict[str, Callable[[], Made]] = {
         variant: (lambda variant=variant: work.together(variant))  # type: ignore[misc]
         for variant in FIXED
@@ -184,17 +196,18 @@ def compare(work: Work, options: argparse.Namespace, recorder: Recorder, name: s
             start = now()
             made[variant] = run()
             seconds.setdefault(variant, []).append(now() - start)
-        with adaptive.patch(work.model) as patched:
-            for variant in ("exact", "generate_many"):
+        with adaptive.patch(work.model):
+            start = now()
+            made["exact"] = work.together("exact")
+            seconds.setdefault("exact", []).append(now() - start)
+        for variant in policies:
+            with adaptive.patch(work.model, *POLICIES[variant]) as patched:
                 start = now()
-                if variant == "exact":
-                    made[variant] = work.together(variant)
-                else:
-                    made[variant] = work.refilled(patched)
+                made[variant] = work.refilled(patched)
                 seconds.setdefault(variant, []).append(now() - start)
-            log = patched.report().refill
+                reports[variant] = patched.report()
         for variant, tokens in made.items():
-            if tokens != made["stock"]:
+            if tokens != made["stock"] and (variant not in reports or reports[variant].exact):
                 raise WrongResultError(f"bench: {variant} must make stock's tokens, round {turn}")
     rows = {}
     for variant, taken in seconds.items():
@@ -207,13 +220,27 @@ def compare(work: Work, options: argparse.Namespace, recorder: Recorder, name: s
         if variant in (*FIXED, "exact"):
             share, held = work.busy_share(variant), work.kv_bytes(variant)
             rows[variant] |= {"busy_share": share, "kv_bytes": held}
-    rows["generate_many"] |= {
+    for variant, report in reports.items():
+        pairs = zip(made[variant], made["stock"], strict=True)
+        same = sum(a == b for one, two in pairs for a, b in zip(one, two, strict=True))
+        rows[variant] |= {**told(report), "agreement": same / work.tokens}
+    lengths = {"prompts": len(work.prompts), "batch": work.batch, "new_tokens": work.tokens}
+    recorder.add({"model": name, "threads": options.threads, **lengths, "variants": rows})
+
+
+def told(report: Any) -> dict[str, Any]:
+    """What a report says of rows that make place, their drafts and exits."""
+    log, drafts, exits = report.refill, report.speculation, report.exits
+    found = {
         "busy_share": log.busy_share,
         "kv_bytes": log.held_bytes,
         "refills": log.refills,
+        "steps": log.steps,
     }
-    lengths = {"prompts": len(work.prompts), "batch": work.batch, "new_tokens": work.tokens}
-    recorder.add({"model": name, "threads": options.threads, **lengths, "variants": rows})
+    if drafts is not None:
+        for name in ("acceptance", "drafted", "plain_steps", "turned_off"):
+            found[name] = getattr(drafts, name)
+    return found if exits is None else {**found, "mean_depth": exits.mean_depth}
 
 
 def counts(options: argparse.Namespace) -> tuple[list[int], list[int]]:
@@ -239,6 +266,7 @@ def main() -> int:
     add("--layers", type=int, default=2, help="of the Llama 1B shape")
     add("--vocabulary", type=int, default=16384, help="of the Llama 1B shape")
     add("--continuous", action="store_true", help="transformers' generate_batch, too")
+    add("--policies", action="store_true", help="of the lab model: drafts and exits, too")
     add("--json", type=Path, help="result file")
     options = parser.parse_args()
     recorder = Recorder(

@@ -65,23 +65,41 @@ def speculated(model, inputs, tokens=TOKENS, *, policy, **options):
 
 
 def check_sampling(policy, tokens):
-    """Chi-square of the last two of ``tokens`` tokens over many rows of one prompt; the log."""
-    model, rows = drafting("llama", vocab_size=16), 2000
+    """`check_drawn_pairs` for ``generate`` of one batch; the log."""
+    logs = []
+
+    def generate(model, prompt, rows, **options):
+        with adaptive.patch(model, adaptive.SelfSpeculative(**policy)) as patched:
+            made = model.generate(prompt[None].repeat(rows, 1), **options)
+            logs.append(patched.report().speculation)
+        return made
+
+    check_drawn_pairs(generate, tokens)
+    return logs[0]
+
+
+def check_drawn_pairs(generate, tokens, rows=2000):
+    """Chi-square of the last two of ``tokens`` tokens over many rows of one prompt.
+
+    Against the patched model without speculation. ``generate`` is called with the model, a prompt,
+    ``rows``, and options.
+    """
+    model = drafting("llama", vocab_size=16)
     prompt = torch.randint(3, 16, (1, 24), generator=torch.Generator().manual_seed(2))
+    options = {
+        "max_new_tokens": tokens,
+        "do_sample": True,
+        "temperature": 3.0,
+        "top_k": 0,
+        "pad_token_id": PAD,
+        "eos_token_id": None,
+    }
+    torch.manual_seed(11)
+    with adaptive.patch(model):
+        plainly = model.generate(prompt.repeat(rows, 1), **options)
+    torch.manual_seed(11)
     counts = []
-    for chosen in ([], [adaptive.SelfSpeculative(**policy)]):
-        torch.manual_seed(11)
-        with adaptive.patch(model, *chosen) as patched:
-            made = model.generate(
-                prompt.repeat(rows, 1),
-                max_new_tokens=tokens,
-                do_sample=True,
-                temperature=3.0,
-                top_k=0,
-                pad_token_id=PAD,
-                eos_token_id=None,
-            )
-            log = patched.report().speculation
+    for made in (plainly, generate(model, prompt[0], rows, **options)):
         pairs = made[:, -2] * 16 + made[:, -1]
         counts.append(torch.bincount(pairs, minlength=256).double())
     ours, theirs = counts
@@ -90,4 +108,3 @@ def check_sampling(policy, tokens):
     degrees = int(often.sum()) - 1
     assert degrees > 20
     assert statistic < degrees + 4 * (2 * degrees) ** 0.5  # four standard deviations
-    return log

@@ -18,6 +18,7 @@ from adaptive.layers.hf_cache import AdaptiveCacheLayer
 PROMPTS = [torch.arange(2, 2 + n) for n in (9, 3, 14)]
 MODEL = model_of("llama")
 LEAVING = adaptive.EarlyExit(**SOME, rows="alone", audit=None)
+DRAFTING = adaptive.SelfSpeculative(exit_layer=2, draft=2)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,13 @@ LEAVING = adaptive.EarlyExit(**SOME, rows="alone", audit=None)
             r"prompts\[1\] must be token ids .* \[1, 3\]",
         ),
         ([torch.zeros(0, dtype=torch.long)], {}, ValueError, "at least one, got"),
+        (
+            [PROMPTS[0], [2, 128]],
+            {},
+            IndexError,
+            r"prompts\[1\] must hold token ids from 0 to 127, got 128",
+        ),
+        ([[2, -1]], {}, IndexError, r"prompts\[0\] must hold token ids from 0 to 127, got -1"),
         ([torch.ones(3)], {}, TypeError, r"prompts\[0\] must be int32 or int64, got torch.float32"),
         (PROMPTS, {"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         (PROMPTS, {"batch_size": 2.0}, TypeError, "batch_size must be an int, got float"),
@@ -55,7 +63,7 @@ def test_what_has_no_meaning_is_refused_before_anything_runs(prompts, options, e
 @pytest.mark.parametrize(
     "policy",
     [
-        adaptive.SelfSpeculative(exit_layer=2, draft=2),
+        adaptive.SelfSpeculative(skip="search"),
         adaptive.Quest(budget=128),
         adaptive.StreamingLLM(sinks=2, window=8),
         adaptive.MixtureOfDepths(layers=(1,), decide="sequence"),
@@ -122,7 +130,9 @@ class Interrupt(LogitsProcessor):
         return scores
 
 
-@pytest.mark.parametrize("policies", [(), (LEAVING,)], ids=["exact", "leaving"])
+@pytest.mark.parametrize(
+    "policies", [(), (LEAVING,), (DRAFTING,)], ids=["exact", "leaving", "drafting"]
+)
 @pytest.mark.parametrize("at", [0, 1, 6])
 def test_an_interrupt_leaves_nothing(policies, at, monkeypatch):
     caches, opened = [], hf_refill.Refill._put

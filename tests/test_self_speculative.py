@@ -27,10 +27,6 @@ def test_every_family_makes_the_same_tokens(case, policy):
     model = model_of(case)
     if "skip" in policy and len(set(_windows(case))) > 1:
         policy = {"skip": ((), (1, 3)), "draft": 4}
-    if "tree" in policy and any(getattr(model.config, f, None) for f in ("sliding_window",)):
-        with pytest.raises(ValueError, match=r"SelfSpeculative\.tree must be False"):
-            adaptive.patch(model, adaptive.SelfSpeculative(**policy))
-        return
     for inputs in (token_ids(batch=1), padded(batch=3)):
         made, log = speculated(model, inputs, policy=policy)
         assert torch.equal(made, plain(model, inputs))
@@ -67,7 +63,7 @@ def test_any_exit_length_and_batch_makes_the_same_tokens(exit_layer, draft, batc
 @given(
     batch=st.integers(1, 4),
     tokens=st.integers(1, 40),
-    case=st.sampled_from(["llama", "gpt2", "gpt_neox"]),
+    case=st.sampled_from(["llama", "gpt2", "gpt_neox", "mistral_window", "gemma2"]),
     repeats=st.booleans(),
 )
 def test_trees_make_the_same_tokens(batch, tokens, case, repeats):
@@ -119,6 +115,7 @@ def test_all_drafts_are_right_if_the_other_layers_do_nothing(case):
         *(("llama", policy) for policy in (*FORMS, SIBLINGS[1])),
         ("mistral_window", {"exit_layer": 2, "draft": 5}),
         ("mistral_window", {"skip": ((2,), (2, 3)), "draft": 5}),
+        *(("mistral_window", policy) for policy in (*SIBLINGS, {"tree": True})),
     ],
     ids=str,
 )
@@ -201,7 +198,7 @@ def test_sampling_follows_the_models_distribution(policy):
     draft=st.none() | st.integers(1, 15),
     batch=st.integers(1, 4),
     tokens=st.integers(1, 18),
-    case=st.sampled_from(["llama", "gpt2", "gpt_neox"]),
+    case=st.sampled_from(["llama", "gpt2", "gpt_neox", "mistral_window", "gemma3"]),
 )
 def test_drafts_with_siblings_make_the_same_tokens(drafts, draft, batch, tokens, case):
     inputs = padded(batch=batch)

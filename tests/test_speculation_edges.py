@@ -40,6 +40,7 @@ def test_an_interrupt_leaves_windows_that_are_trimmed():
     model = model_of("mistral_window")
     for chosen in (
         adaptive.SelfSpeculative(exit_layer=2, draft=3),
+        adaptive.SelfSpeculative(exit_layer=2, draft=3, tree=True),
         adaptive.EarlyExit(layers=(2,), threshold=0.5),
     ):
         for tokens in (21, 25):
@@ -47,7 +48,8 @@ def test_an_interrupt_leaves_windows_that_are_trimmed():
             options = {"past_key_values": cache, "stopping_criteria": [StopsAt(tokens)]}
             with adaptive.patch(model, chosen), pytest.raises(KeyboardInterrupt):
                 greedy(model, token_ids(1), **options)
-            assert not any(layer.record_past for layer in cache.layers)
+            assert not any(layer.record_past or layer.reach for layer in cache.layers)
+            assert {layer.get_seq_length() for layer in cache.layers} == {tokens - 1}
 
 
 @pytest.mark.parametrize("policy", FORMS, ids=str)

@@ -216,6 +216,8 @@ def test_chunks_of_llama4(side):
         model = llama4(10)
         inputs = padded(batch=3, tokens=PROMPT, side=side)
         real = inputs["attention_mask"].bool()
+        (problem,) = adaptive.check(model, adaptive.SelfSpeculative(tree=True)).problems
+        assert "tree does not fit: branches have no places in chunks" in problem
         stock = model(**inputs).logits
         tokens = greedy(model, inputs, 25)
         with adaptive.patch(model) as patched:

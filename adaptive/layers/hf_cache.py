@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from adaptive.layers.head_split import REDUCED, HeadSplit
-from adaptive.layers.kv_shift import shifted
+from adaptive.layers.kv_shift import packed, shifted
 from adaptive.layers.kv_store import KVStore
 
 _OP = "adaptive::kv_cache"
@@ -189,6 +189,12 @@ class AdaptiveCacheLayer(CacheLayerMixin):
         """Put so many empty tokens in front of all rows; drop the first ones if negative."""
         assert isinstance(self.store, KVStore)  # rows come and go with no policy that reduces
         self.store = shifted(self.store, tokens)
+
+    def pack(self, index: Tensor) -> None:
+        """Of each row keep the tokens at ``index``, ``[batch, kept]``."""
+        assert isinstance(self.store, KVStore)  # as in `shift`
+        assert not self.is_sliding  # windows have rows go together, so that they have no gaps
+        self.store = packed(self.store, index)
 
     def put(self, row: int, other: "AdaptiveCacheLayer", place: int) -> None:
         """Overwrite the last tokens of a row of the batch with those of row ``place`` of another.

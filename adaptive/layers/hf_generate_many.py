@@ -52,7 +52,7 @@ def generate_many(
     if torch.compiler.is_compiling():
         raise NotImplementedError(f"{_OP}: it cannot run under torch.compile")
     _check_model(model, record)
-    ids = _checked(prompts, batch_size, model.device)
+    ids = _checked(prompts, batch_size, model)
     new = _new_tokens(max_new_tokens, len(ids))
     _check_options(model, options)
     if not ids:
@@ -60,7 +60,7 @@ def generate_many(
     if record.switch.refill is None:
         record.switch.refill = RefillLog()
     requests = _requests(model, ids, new, options)
-    log, exits = record.switch.refill, record.exits
+    log, exits, speculation = record.switch.refill, record.exits, record.speculation
     found: list[Tensor | None] = [None] * len(ids)
 
     def ended(request: Request) -> None:
@@ -73,6 +73,8 @@ def generate_many(
         log.calls += 1
         if exits is not None:
             exits.begin_call(len(ids))
+        if speculation is not None:
+            speculation.calls += 1
         try:
             refill.run()
         finally:
@@ -119,8 +121,8 @@ def _check_model(model: Any, record: PatchRecord) -> None:
 
 def _why_not(policy: Policy) -> str | None:
     """Say why rows of a batch cannot change under a policy; None if they can."""
-    if isinstance(policy, SelfSpeculative):
-        return "rows that accept different numbers of drafts leave gaps in the cache"
+    if isinstance(policy, SelfSpeculative) and policy.searches:
+        return "candidates are scored on the latest tokens of rows that stay; give it found sets"
     if policy.routes:
         return "layers hold keys of some rows or tokens alone"
     if not set(policy.modes) <= set(PREFILL):
@@ -129,7 +131,7 @@ def _why_not(policy: Policy) -> str | None:
 
 
 def _checked(
-    prompts: Sequence[Tensor | Sequence[int]], batch_size: int, device: torch.device
+    prompts: Sequence[Tensor | Sequence[int]], batch_size: int, model: Any
 ) -> list[Tensor]:
     """The prompts as int64 tensors on the model's device."""
     if type(batch_size) is not int:
@@ -141,6 +143,8 @@ def _checked(
             f"{_OP}: prompts must be a list of token ids [tokens], got {type(prompts).__name__}"
         )
     found = []
+    # Of a module that is no Embedding, nothing is known: it says itself what it does not take.
+    vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None)
     for index, prompt in enumerate(prompts):
         ids = prompt if isinstance(prompt, Tensor) else torch.as_tensor(prompt)
         if ids.dim() != 1 or not len(ids):
@@ -150,7 +154,13 @@ def _checked(
             )
         if ids.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{_OP}: prompts[{index}] must be int32 or int64, got {ids.dtype}")
-        found.append(ids.to(device, torch.int64))
+        for token in (int(ids.min()), int(ids.max())):
+            if token < 0 or (vocabulary is not None and token >= vocabulary):
+                last = "on" if vocabulary is None else f"to {vocabulary - 1}"
+                raise IndexError(
+                    f"{_OP}: prompts[{index}] must hold token ids from 0 {last}, got {token}"
+                )
+        found.append(ids.to(model.device, torch.int64))
     return found
 
 

@@ -22,6 +22,8 @@ class Passes:
         slots: Slots of the cache in use by all layers.
         positions: Of each row's next token, ``[batch, 1]``.
         mask: Which slots hold tokens, ``[batch, slots or more]``; None: all do.
+        furthest: The last position of each row, ``[batch, 1]``: no draft beyond it is kept, and a
+            model may have no later ones; None: there are no such drafts.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Passes:
         self.mask = mask
         self.slots = int(cache.get_seq_length())
         self.positions = torch.zeros(0, 1)
+        self.furthest: Tensor | None = None
         self._states: list[Tensor] = []
         self._shallow = self.slots
         self._views: dict[tuple[int, int], Cache] = {}
@@ -229,6 +232,8 @@ class Passes:
         return logits
 
     def _inputs(self, ids: Tensor, positions: Tensor, slots: int, cache: Cache) -> dict[str, Any]:
+        if self.furthest is not None:
+            positions = positions.minimum(self.furthest)
         given: dict[str, Any] = {
             "input_ids": ids,
             "position_ids": positions,

@@ -8,6 +8,9 @@ read into a cache of its own, which short ones share; then its keys and values a
 last slots of the row that has become free. A prompt that is longer than the cache makes it grow at
 the front; slots in front that no row uses any more are given back. A mask says where each row
 begins, and positions count its own tokens. When no prompt waits, rows that end leave the batch.
+
+Rows that accept different numbers of drafts leave gaps behind the fewer ones, which the mask leaves
+out; when they are as many as slots that are given back in front, tokens are moved together.
 """
 
 import copy
@@ -15,26 +18,25 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import Cache
 
 from adaptive.errors import PatchConflict
 from adaptive.layers.depth import Depth
 from adaptive.layers.hf_cache import AdaptiveCacheLayer
-from adaptive.layers.hf_exit_passes import ExitPasses, StretchPasses
-from adaptive.layers.hf_exit_steps import AloneSteps, TogetherSteps
+from adaptive.layers.hf_exit_passes import StretchPasses
 from adaptive.layers.hf_passes import Passes
+from adaptive.layers.hf_refill_steps import Steps, passes_and_steps
 from adaptive.layers.hf_requests import NAME, Request, RequestRows
-from adaptive.layers.hf_row_passes import RowPasses
 from adaptive.layers.refill_log import RefillLog
 from adaptive.layers.state import RECORD, PatchRecord
 from adaptive.policy import EarlyExit
-from adaptive.policy.early_exit import ALONE
 
 UNUSED = 8
-"""Slots in front that no row uses are given back when they are one in so many, ..."""
+"""Slots more than the longest row has tokens are given back when they are one in so many, ..."""
 UNUSED_LEAST = 16
 """... and at least so many: each time, all others are copied."""
 
@@ -46,36 +48,6 @@ Ended = Callable[[Request], None]
 Waiting = tuple[Request, Cache]
 Ready = tuple[Request, Passes, int]
 """A prompt that was read, and the row of which cache it is in."""
-
-
-class Steps(Protocol):
-    """What makes a token per row."""
-
-    def step(self) -> None:
-        """Make it."""
-
-    def align(self) -> None:
-        """Let every layer hold every token."""
-
-
-class PlainSteps:
-    """Each a pass of the whole model."""
-
-    def __init__(self, passes: Passes, rows: RequestRows) -> None:
-        """Know the model's passes and the rows."""
-        self.passes = passes
-        self.rows = rows
-
-    def step(self) -> None:
-        """Make a token per row."""
-        passes, rows = self.passes, self.rows
-        logits = passes.plain(rows.last())
-        passes.slots += 1
-        passes.positions = passes.positions + 1
-        rows.keep(rows.choose(logits, []))
-
-    def align(self) -> None:
-        """Do nothing: all layers have run."""
 
 
 class Refill:
@@ -102,6 +74,7 @@ class Refill:
         self.rows: RequestRows
         self.passes: Passes
         self.steps: Steps
+        self.held: Tensor  # which slots hold tokens of each row, while rows come and go
         self.exits = record.exits
         self.exiting = next((p for p in record.policies if isinstance(p, EarlyExit)), None)
         self.exits_of: dict[int, dict[int, int]] = {}
@@ -121,15 +94,18 @@ class Refill:
                 for row in free:
                     self._end(self.rows.requests[row])
                 self.log.refills += self._fill(free)
+            elif self._wastes():
+                self.held = self.passes.held(0)
+                self._align()
 
     def _step(self) -> None:
         log, exits, rows = self.log, self.exits, self.rows
-        start = perf_counter()
+        start, before = perf_counter(), rows.kept
         self.steps.step()
         log.steps += 1
         log.rows += rows.batch
         log.places += self.batch
-        log.tokens += rows.batch
+        log.tokens += rows.kept - before
         if exits is not None:
             exits.steps += 1
             exits.seconds += perf_counter() - start
@@ -183,6 +159,11 @@ class Refill:
         self.log.tokens += kept
         if self.exits is not None:
             self.exits.tokens += kept
+        if self.record.speculation is not None:
+            self.record.speculation.tokens += kept
+        if self.record.successors is not None:
+            for each in requests:
+                self.record.successors.read(each.ids)
         for row, (request, alive) in enumerate(zip(requests, rows.alive.tolist(), strict=True)):
             if alive:
                 self.ready.append((request, passes, row))
@@ -211,23 +192,10 @@ class Refill:
             layer.batch_select_indices(torch.full((batch,), row, device=layer.device))
         self.rows = rows = RequestRows(request)
         rows.seat([request] * batch)
-        policy = self.exiting
-        if policy is None:
-            self.passes = self._passes(Passes, cache)
-            self.passes.finish(self.passes.slots)  # nothing will be taken back from windows
-            self.steps = PlainSteps(self.passes, rows)
-            return
-        log = self.exits
-        assert log is not None  # the policy has made it
-        alone = policy.rows == ALONE and batch > 1
-        kind = RowPasses if alone else ExitPasses
-        self.passes = passes = self._passes(kind, cache, policy.layers, log)
-        assert isinstance(read, StretchPasses)  # as `_read` makes it
-        passes.head = read.head
-        if passes.head is not None:
-            passes.head.summarises = rows.searches  # as in `ExitSteps.run`
-        steps = AloneSteps if alone else TogetherSteps
-        self.steps = steps(policy, self.record, passes, rows, log)
+        self.passes, self.steps = passes_and_steps(
+            lambda kind, *more: self._passes(kind, cache, *more), read, rows, self.record
+        )
+        self.passes.mask = self._places(request).long().repeat(batch, 1)
 
     def _fill(self, free: list[int]) -> int:
         """Give free rows to the next prompts, or up if there are none; return how many were filled.
@@ -236,6 +204,7 @@ class Refill:
             free: Numbers of the rows.
         """
         requests, filled = self.rows.requests, 0
+        self.held = self.passes.held(0)
         for row in free:
             ready = self._next()
             if ready is None:
@@ -246,7 +215,9 @@ class Refill:
         gone = set(free[filled:])
         if gone:
             requests = [each for row, each in enumerate(requests) if row not in gone]
-            kept = torch.tensor([row for row in range(self.rows.batch) if row not in gone])
+            left = [row for row in range(self.rows.batch) if row not in gone]
+            kept = torch.tensor(left, dtype=torch.long)
+            self.held = self.held[left]
             for layer in self._layers() if requests else ():
                 layer.batch_select_indices(kept.to(layer.device))
         self.rows.seat(requests)
@@ -258,6 +229,11 @@ class Refill:
         layers: Sequence[Any] = self.passes.cache.layers
         return layers
 
+    def _places(self, request: Request) -> Tensor:
+        """Which slots a prompt fills that comes to the batch, ``[slots]``: the last ones."""
+        slots = torch.arange(self.passes.slots, device=request.device)
+        return slots >= self.passes.slots - (len(request.ids) - 1)
+
     def _put(self, row: int, request: Request, read: Passes, place: int) -> None:
         """Copy what was read of a prompt, in row ``place`` of a cache, into a row of the batch."""
         self._shift(max(len(request.ids) - 1 - self.passes.slots, 0))
@@ -265,32 +241,46 @@ class Refill:
         self._note_held(sum(layer.held_bytes() for layer in fresh))
         for layer, one in zip(self._layers(), fresh, strict=True):
             layer.put(row, one, place)
+        self.held[row] = self._places(request)
 
     def _shift(self, slots: int) -> None:
         """Put so many slots in front of the cache; fewer if negative."""
         if slots:
             for layer in self._layers():
                 layer.shift(slots)
+            self.held = torch.nn.functional.pad(self.held, (slots, 0))
             self.passes.slots += slots
             self.log.shifts += 1
+
+    def _pack(self, slots: int) -> None:
+        """Move the tokens of each row together, so that the longest row fills so many slots."""
+        index = self.held.long().argsort(dim=1, stable=True)[:, -slots:]  # empty slots first
+        for layer in self._layers():
+            layer.pack(index)
+        self.held = self.held.gather(1, index)
+        self.passes.slots = slots
+        self.log.shifts += 1
+
+    def _wastes(self) -> bool:
+        """Whether so many slots more are in use than the longest row has tokens."""
+        slots = self.passes.slots
+        return slots - max(self.rows.held()) >= max(UNUSED_LEAST, slots // UNUSED)
 
     def _note_held(self, more: int = 0) -> None:
         held = more + sum(layer.held_bytes() for layer in self._layers())
         self.log.held_bytes = max(self.log.held_bytes, held)
 
     def _align(self) -> None:
-        """Give back slots that no row uses; say where each row begins and what comes next."""
+        """Give back slots that nobody needs; say which hold tokens, and what comes next."""
         self._note_held()
-        passes, held = self.passes, self.rows.held()
-        unused = passes.slots - max(held)
-        if unused >= max(UNUSED_LEAST, passes.slots // UNUSED):
-            self._shift(-unused)
-        lengths = torch.tensor(held, device=self.rows.requests[0].device)[:, None]
-        passes.positions = lengths
-        passes.mask = None
-        if min(held) < passes.slots:
-            slots = torch.arange(passes.slots, device=lengths.device)
-            passes.mask = (slots >= passes.slots - lengths).long()
+        passes, longest = self.passes, max(self.rows.held())
+        if self._wastes():
+            if self.held[:, : passes.slots - longest].any():
+                self._pack(longest)
+            else:
+                self._shift(longest - passes.slots)
+        passes.positions = self.held.sum(1, keepdim=True)
+        passes.mask = None if bool(self.held.all()) else self.held.long()
         passes.restart()
         if self.exits is not None:
             rows = [self.exits_of.setdefault(each.index, {}) for each in self.rows.requests]

@@ -101,7 +101,10 @@ class RequestRows(Rows):
 
     Attributes:
         requests: Of each row.
+        kept: Tokens that they got.
     """
+
+    refilled = True
 
     def __init__(self, first: Request) -> None:
         """Start with one row."""
@@ -110,6 +113,7 @@ class RequestRows(Rows):
         self._processors = first.processors
         names = {type(processor).__name__ for processor in first.processors}
         self._scores_alone = names <= SCORES_ALONE
+        self.kept = 0
         self.requests: list[Request] = []
         self.seat([first])
 
@@ -124,6 +128,11 @@ class RequestRows(Rows):
         """False: nothing sees the batch as one."""
         return False
 
+    @property
+    def device(self) -> torch.device:
+        """Where tokens are."""
+        return self.requests[0].device
+
     def held(self) -> list[int]:
         """Tokens of each row that layers have seen: all but the last."""
         return [len(request.ids) - 1 for request in self.requests]
@@ -136,10 +145,15 @@ class RequestRows(Rows):
         """The most tokens that a row may still get."""
         return max(request.room for request in self.requests)
 
+    def ends(self) -> Tensor:
+        """The last place that a token of each row may get, ``[batch, 1]``."""
+        places = [[len(request.ids) + request.room - 1] for request in self.requests]
+        return torch.tensor(places, device=self.device)
+
     def last(self) -> Tensor:
         """The last token of each row, ``[batch, 1]``."""
         tokens = [[request.ids[-1]] for request in self.requests]
-        return torch.tensor(tokens, device=self.requests[0].device)
+        return torch.tensor(tokens, device=self.device)
 
     def keep(self, chosen: list[list[int]]) -> int:
         """Append tokens to the rows, until each ends; return how many were kept."""
@@ -151,6 +165,7 @@ class RequestRows(Rows):
                 alive[row] = not request.add(token)
                 kept += 1
         self.alive = torch.tensor(alive)
+        self.kept += kept
         return kept
 
     def _scores(self, logits: Tensor, drafted: list[Tensor]) -> Tensor:

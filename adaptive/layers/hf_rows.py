@@ -1,6 +1,6 @@
 """The rows of one `generate` call: their tokens, how the next one is chosen, and when they end."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,10 +32,13 @@ class Rows:
     """Tokens of each row, which may have different lengths.
 
     Attributes:
+        refilled: Whether rows come and go, by who also closes gaps between tokens in the cache.
         prompt: ``[batch, tokens]``.
         batch: Rows.
         alive: Which rows are not finished, ``[batch]``, on the CPU.
     """
+
+    refilled: ClassVar[bool] = False
 
     def __init__(
         self, prompt: Tensor, processors: Any, criteria: Any, config: Any, streamer: Any
@@ -56,6 +59,11 @@ class Rows:
     def all_finished(self) -> bool:
         """Whether no row goes on."""
         return not bool(self.alive.any())
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens are."""
+        return self.prompt.device
 
     def alive_on(self, device: torch.device) -> Tensor:
         """`alive`, on another device."""

@@ -29,6 +29,8 @@ class AdaptiveSlidingLayer(AdaptiveCacheLayer):
             tokens although the window is full.
         margin: Tokens that `drop_last` leaves beyond those that the window needs, so that more can
             be removed later.
+        reach: Tokens before the window that `update` gives, too: for new ones that stand beside the
+            last tokens held instead of behind them. Those must be held.
     """
 
     is_sliding = True
@@ -39,13 +41,14 @@ class AdaptiveSlidingLayer(AdaptiveCacheLayer):
         self.cumulative_length = 0
         self.record_past = False
         self.margin = 0
+        self.reach = 0
         self._sliding_window_tensor = torch.tensor(sliding_window)  # for iteration over a cache
         super().__init__()
 
     @property
     def _past(self) -> int:
         """Tokens held that the next query may see."""
-        return min(self._held, self.sliding_window - 1)
+        return min(self._held, self.sliding_window - 1 + self.reach)
 
     @property
     def _held(self) -> int:
@@ -186,6 +189,11 @@ class AdaptiveSlidingLayer(AdaptiveCacheLayer):
         self.store.crop(self.store.length - tokens)
         self.cumulative_length -= tokens
         self._compact(min(self._past + self.margin, self._held))
+
+    def keep(self, index: Tensor, tokens: int) -> None:
+        """As `AdaptiveCacheLayer.keep`; the tokens left out were never seen."""
+        super().keep(index, tokens)
+        self.cumulative_length += index.shape[1] - tokens
 
     def shift(self, tokens: int) -> None:
         """As `AdaptiveCacheLayer.shift`, of tokens seen; held are those that the window needs."""

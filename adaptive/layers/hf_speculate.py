@@ -71,16 +71,22 @@ def speculate(  # noqa: PLR0913 - the signature that transformers calls
     passes = TreePasses(model, base, record.depth, cache, mask)
     rows = Rows(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
     as_dict = bool(generation_config.return_dict_in_generate)
-    steps: Steps
-    if policy.recycles:
-        steps = TreeSteps(passes, rows, record.successors, record.draft_sizes, record.speculation)
-    elif policy.searches:
-        steps = SearchSteps(policy, passes, rows, record, keeps_cache or as_dict)
-    else:
-        if policy.draft_head is not None and record.head_copy is None:
-            record.head_copy = HeadCopy()
-        form = SiblingSteps if policy.tree else DraftSteps
-        steps = form(policy, passes, rows, record, keeps_cache or as_dict)
+    steps = steps_of(policy, passes, rows, record, keeps_cache or as_dict)
     steps.run(generation_config.prefill_chunk_size)
     made: Any = rows.sequences()
     return GenerateDecoderOnlyOutput(sequences=made, past_key_values=cache) if as_dict else made
+
+
+def steps_of(
+    policy: SelfSpeculative, passes: TreePasses, rows: Rows, record: PatchRecord, keeps_cache: bool
+) -> Steps:
+    """The steps of a policy's form."""
+    if policy.recycles:
+        assert record.speculation is not None  # the policy has made it
+        return TreeSteps(passes, rows, record.successors, record.draft_sizes, record.speculation)
+    if policy.searches:
+        return SearchSteps(policy, passes, rows, record, keeps_cache)
+    if policy.draft_head is not None and record.head_copy is None:
+        record.head_copy = HeadCopy()
+    form = SiblingSteps if policy.tree else DraftSteps
+    return form(policy, passes, rows, record, keeps_cache)

@@ -1,5 +1,7 @@
 """The steps of self-speculative decoding: a plain one, or drafts and their check."""
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ class Steps:
         self.passes = passes
         self.rows = rows
         self.log = log
-        self.clock = clock_for(rows.prompt.device)
+        self.clock = clock_for(rows.device)
         self.together = False
 
     def run(self, chunk: int | None) -> None:
@@ -58,6 +60,9 @@ class Steps:
 
     def begin(self) -> None:
         """Look at what the cache turned out to be."""
+
+    def fit(self) -> None:
+        """Go by the number of rows that the batch has now."""
 
     def step(self) -> None:
         """Make at least one token per row."""
@@ -102,9 +107,11 @@ class DraftSteps(Steps):
         super().__init__(passes, rows, record.speculation)
         self.policy = policy
         self.keeps_cache = keeps_cache
-        new = self.new_length(policy)
-        self.length: DraftLength = record.draft_sizes.setdefault(rows.batch, new)
+        self.learned = record.draft_sizes
+        self.length: DraftLength = self.learned.setdefault(rows.batch, self.new_length(policy))
         self.length.begin()
+        self._sized = rows.batch
+        self._must = False
         skip = policy.given or ((), ())
         self.skips: Skips = (frozenset(skip[0]), frozenset(skip[1]))
         self.confidences: list[Tensor] = []
@@ -125,11 +132,22 @@ class DraftSteps(Steps):
         Rows that accept different numbers of drafts leave gaps in the cache, and every later pass
         has a mask for them. That pays for who asks for drafts, not for who leaves it to us; and
         windows count slots, so that there must be no gaps. Nor may a caller get a cache with gaps,
-        who does not know where they are.
+        who does not know where they are. Rows that come and go have a mask anyway, and their gaps
+        are closed.
         """
-        rows, policy = self.rows, self.policy
-        must = rows.even or self.passes.windowed or self.keeps_cache or policy.draft is None
-        self.together = rows.batch > 1 and must
+        rows, left = self.rows, self.policy.draft is None and not self.rows.refilled
+        self._must = rows.even or self.passes.windowed or self.keeps_cache or left
+        self.fit()
+
+    def fit(self) -> None:
+        """As `Steps.fit`; what is known of other numbers of rows is where a new one begins."""
+        rows = self.rows
+        if rows.batch != self._sized:
+            if rows.batch in self.learned:
+                self.learned[rows.batch].begin()
+            self.length = self.learned.setdefault(rows.batch, copy.deepcopy(self.length))
+            self._sized = rows.batch
+        self.together = rows.batch > 1 and self._must
         self.length.together = rows.batch if self.together else 1
 
     def step(self) -> None:

@@ -1,6 +1,7 @@
 """Passes over a tree of candidates: the whole model, or what of it drafts have not run yet."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,10 +9,20 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from adaptive.layers.hf_passes import Passes
+from adaptive.layers.hf_sliding import AdaptiveSlidingLayer
+from adaptive.layers.hf_windows import own_windows
+
+Masks = Tensor | dict[str, Tensor]
+"""What a model takes as ``attention_mask``: one for all layers, or one for each kind of them."""
 
 
 class TreePasses(Passes):
-    """Passes whose tokens branch: each sees the context and its own path, and no other branch."""
+    """Passes whose tokens branch: each sees the context and its own path, and no other branch.
+
+    In a layer with a window a node sees what is closer to it than that: a sibling of a draft has
+    the draft's position, whatever slot it lies in. Slots of the context stand for positions, which
+    they do where rows have no gaps.
+    """
 
     def tree(self, ids: Tensor, parents: Tensor, depths: Tensor, ancestors: Tensor) -> Tensor:
         """Run the whole model on a token per row and a tree of candidates after it.
@@ -29,7 +40,7 @@ class TreePasses(Passes):
             Logits, ``[batch, 1 + nodes, vocabulary]``.
         """
         self.crop(self.slots)
-        return self._check(ids, depths, self._mask(ancestors, parents), self.cache)
+        return self._check(ids, depths, self._masks(ancestors, depths, parents), self.cache)
 
     def branches(self, ids: Tensor, depths: Tensor, ancestors: Tensor, end: int) -> None:
         """Run the layers before ``end`` on the nodes that `shallow` has not run, and keep that.
@@ -42,8 +53,8 @@ class TreePasses(Passes):
         """
         ran = self._shallow - self.slots
         given = self._inputs(ids[:, ran:], self.positions + depths[:, ran:], 0, self.cache)
-        given["attention_mask"] = self._mask(ancestors[:, ran:])
-        with self.depth.run(0, end):
+        given["attention_mask"] = self._masks(ancestors[:, ran:], depths)
+        with self._looking_back(ran), self.depth.run(0, end):
             self.base(**given, return_dict=True)
         self._states.append(self.depth.take())
         self._shallow = self.slots + ids.shape[1]
@@ -63,7 +74,7 @@ class TreePasses(Passes):
         Returns:
             Logits, ``[batch, 1 + nodes, vocabulary]``.
         """
-        mask = self._mask(ancestors, parents)
+        mask = self._masks(ancestors, depths, parents)
         view = self._cache_from(begin, self.depth.layers)
         with self.depth.run(begin, self.depth.layers, torch.cat(self._states, 1)):
             return self._check(ids, depths, mask, view)
@@ -85,7 +96,7 @@ class TreePasses(Passes):
             self._keep(index.to(self.positions.device))
         self.accept(torch.tensor(kept, device=self.positions.device), most)
 
-    def _check(self, ids: Tensor, depths: Tensor, mask: Tensor, cache: Cache) -> Tensor:
+    def _check(self, ids: Tensor, depths: Tensor, mask: Masks, cache: Cache) -> Tensor:
         """Logits of every node."""
         given = self._inputs(ids, self.positions + depths, 0, cache)
         given["attention_mask"] = mask
@@ -93,28 +104,82 @@ class TreePasses(Passes):
         logits: Tensor = model(**given, logits_to_keep=ids.shape[1], return_dict=True).logits
         return logits
 
-    def _mask(self, seen: Tensor, parents: Tensor | None = None) -> Tensor:
-        """The mask of some nodes over the context and all nodes, ``[batch, 1, some, slots]``.
+    @contextmanager
+    def _looking_back(self, tokens: int) -> Iterator[None]:
+        """Have windows give so many further tokens inside the block: nodes do not follow them."""
+        windows = [layer for layer in self.cache.layers if isinstance(layer, AdaptiveSlidingLayer)]
+        for layer in windows:
+            layer.reach = tokens
+        try:
+            yield
+        finally:
+            for layer in windows:
+                layer.reach = 0
+
+    def _masks(self, seen: Tensor, depths: Tensor, parents: Tensor | None = None) -> Masks:
+        """The masks of some nodes, the last ones, over the context and all nodes.
 
         Args:
             seen: Which nodes each of them sees, ``[batch, some, nodes]``.
+            depths: Of all nodes, ``[batch, nodes]``.
             parents: Of all nodes, if the mask is of all: our attention reads those instead.
         """
-        batch, some, nodes = seen.shape
+        config: Any = self.base.config
+        windows = own_windows(config, self.depth.layers)
+        if set(windows) == {None}:
+            return self._mask(seen, parents)
+        kinds = getattr(config, "layer_types", None) or [""] * len(windows)
+        layers: Sequence[Any] = self.cache.layers
+        made: dict[str, Tensor] = {}
+        for kind, window, layer in zip(kinds, windows, layers, strict=False):
+            if kind in made:
+                continue
+            if window is None:
+                made[kind] = self._mask(seen, parents)
+            else:
+                mask = self._window(seen, depths, window)
+                slots = min(self.slots, window - 1) if layer.is_sliding else self.slots
+                made[kind] = self._as_asked(mask[..., self.slots - slots :].contiguous())
+        return made if len(made) > 1 else next(iter(made.values()))
+
+    def _window(self, seen: Tensor, depths: Tensor, window: int) -> Tensor:
+        """Which slots and nodes some nodes see that lie within a window, bool."""
+        places = torch.cat(
+            [
+                torch.arange(self.slots, device=depths.device).expand(len(depths), -1),
+                self.slots + depths,
+            ],
+            1,
+        )
+        own = places[:, -seen.shape[1] :, None]
+        return self._whole(seen) & (own - places[:, None] < window)[:, None]
+
+    def _whole(self, seen: Tensor) -> Tensor:
+        """Which slots and nodes some nodes see, ``[batch, 1, some, slots]``, bool."""
+        batch, some, _ = seen.shape
         if self.mask is None:
             context = seen.new_ones(1, 1, 1, 1).expand(batch, 1, some, self.slots)
         else:
             known = self.mask[:, None, None, : self.slots].bool()
             context = known.expand(batch, 1, some, self.slots)
-        mask = torch.cat([context, seen[:, None]], 3)
+        return torch.cat([context, seen[:, None]], 3)
+
+    def _as_asked(self, mask: Tensor) -> Tensor:
+        """The mask in the form that the model's attention takes."""
         implementation = getattr(self.model.config, "_attn_implementation", "")
-        if "eager" in str(implementation):
-            none = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-            mask = none.masked_fill_(~mask, torch.finfo(torch.float32).min)
+        if "eager" not in str(implementation):
+            return mask
+        none = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+        return none.masked_fill_(~mask, torch.finfo(torch.float32).min)
+
+    def _mask(self, seen: Tensor, parents: Tensor | None) -> Tensor:
+        """As `_masks`, of a layer without a window."""
+        mask = self._as_asked(self._whole(seen))
         if parents is None:
             return mask
         held = None
         if self.mask is not None:
+            nodes = seen.shape[2]
             self._extend_mask(self.slots + nodes)
             held = self.mask[:, : self.slots + nodes].bool()
         mask.adaptive_tree = (parents, held)  # type: ignore[attr-defined]

@@ -22,20 +22,32 @@ class TreeSteps(Steps):
         learned: dict[int, TreeSize],
         log: SpeculationLog,
     ) -> None:
-        """Learn the prompt's successors; know what earlier calls learned of sizes, by rows."""
+        """Know the table, and what earlier calls learned of sizes, by rows."""
         super().__init__(passes, rows, log)
         self.passes: TreePasses = passes
         self.table = table
-        self.together = rows.batch > 1  # as drafts whose number is left to us: no gaps
-        new = TreeSize(most=MAX_DRAFT)
-        if self.together:
-            new.trials = 2  # a tree for each of many rows costs too much to try for long
-        self.size = learned.setdefault(rows.batch, new)
+        self.learned = learned
+        self.fit()
         self.size.begin()
-        held = [None] * rows.batch if passes.mask is None else passes.mask.tolist()
-        for ids, mask in zip(rows.prompt.tolist(), held, strict=True):
-            seen = ids if mask is None else [t for t, on in zip(ids, mask, strict=True) if on]
-            table.read(seen)
+
+    def run(self, chunk: int | None) -> None:
+        """As `Steps.run`; learns the prompt's successors."""
+        mask, prompt = self.passes.mask, self.rows.prompt.tolist()
+        held = [None] * self.rows.batch if mask is None else mask.tolist()
+        for ids, row in zip(prompt, held, strict=True):
+            seen = ids if row is None else [t for t, on in zip(ids, row, strict=True) if on]
+            self.table.read(seen)
+        super().run(chunk)
+
+    def fit(self) -> None:
+        """As `Steps.fit`."""
+        batch = self.rows.batch
+        # Gaps cost a mask where there is none; windows count slots, so that there must be none.
+        self.together = batch > 1 and (self.passes.windowed or not self.rows.refilled)
+        new = TreeSize(most=MAX_DRAFT)
+        if batch > 1:
+            new.trials = 2  # a tree for each of many rows costs too much to try for long
+        self.size = self.learned.setdefault(batch, new)
 
     def turned_off(self) -> int:
         """How often trees were given up, in all calls."""

@@ -3,6 +3,14 @@
 from typing import Any
 
 
+def sees_chunks(config: Any) -> bool:
+    """Whether some layers see chunks of the text, which do not move along with a token."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return getattr(config, "attention_chunk_size", None) is not None
+    return "chunked_attention" in kinds
+
+
 def own_windows(config: Any, layers: int) -> tuple[int | None, ...]:
     """Return the tokens that each layer sees, by a sliding window or chunks; None: all.
 

@@ -1,5 +1,8 @@
 """Moves what a store of keys and values holds, where rows of a batch come and go."""
 
+import torch
+from torch import Tensor
+
 from adaptive.layers.kv_store import KVStore
 
 
@@ -17,15 +20,45 @@ def shifted(store: KVStore, tokens: int) -> KVStore:
     assert values is not None
     if not tokens:
         return store
-    moved = KVStore(store.max_tokens)
     if tokens < 0:
+        moved = KVStore(store.max_tokens)
         moved.append(keys[:, :, -tokens:], values[:, :, -tokens:])
         return moved
-    # One append of the final length, so that memory is allocated once.
+    moved = _like(store, tokens + store.length)
+    for new, old in ((moved.keys, keys), (moved.values, values)):
+        assert new is not None  # there is room
+        new.narrow(2, tokens, store.length).copy_(old)
+    return moved
+
+
+def packed(store: KVStore, index: Tensor) -> KVStore:
+    """A store with some tokens of each row, in storage of its own.
+
+    Args:
+        store: What is to be packed; nothing may be derived from it.
+        index: Which tokens, ``[rows, kept]``, int64; every row has as many.
+    """
+    assert not store.derived
+    keys, values = store.keys, store.values
+    assert keys is not None  # it holds tokens
+    assert values is not None
+    moved = _like(store, index.shape[1])
+    whole = index.to(keys.device)[:, None, :, None]
+    for new, old in ((moved.keys, keys), (moved.values, values)):
+        assert new is not None  # there is room
+        torch.gather(old, 2, whole.expand(new.shape), out=new)
+    return moved
+
+
+def _like(store: KVStore, tokens: int) -> KVStore:
+    """A store of zeros for the rows of another: one append, so that memory is allocated once."""
+    moved = KVStore(store.max_tokens)
+    keys, values = store.keys, store.values
+    assert keys is not None  # it holds tokens
+    assert values is not None
     room = [
-        states.new_zeros(1).expand(*states.shape[:2], tokens + store.length, states.shape[3])
+        states.new_zeros(1).expand(*states.shape[:2], tokens, states.shape[3])
         for states in (keys, values)
     ]
-    for new, old in zip(moved.append(room[0], room[1]), (keys, values), strict=True):
-        new.narrow(2, tokens, store.length).copy_(old)
+    moved.append(room[0], room[1])
     return moved

@@ -18,10 +18,11 @@ class RefillLog:
         refills: Prompts that took the place of a finished row.
         prompt_tokens: Tokens of prompts.
         tokens: Tokens made.
-        steps: Passes that made a token for each row in the batch.
-        rows: Rows in those passes, all of them unfinished.
+        steps: Steps that made a token for each row in the batch, with self-speculation some.
+        rows: Rows in those steps, all of them unfinished.
         places: Rows that there would be had each batch stayed full.
-        shifts: Times that the cache was moved, for longer prompts or to give memory back.
+        shifts: Times that the cache was moved, for longer prompts, to close gaps between tokens
+            or to give memory back.
         held_bytes: Most bytes of keys and values held at a time, with those of a prompt just read.
     """
 
@@ -38,12 +39,12 @@ class RefillLog:
 
     @property
     def mean_rows(self) -> float | None:
-        """Unfinished rows in a pass, on average; None without one."""
+        """Unfinished rows in a step, on average; None without one."""
         return self.rows / self.steps if self.steps else None
 
     @property
     def busy_share(self) -> float | None:
-        """Share of the places of the batch that an unfinished row took; None without a pass."""
+        """Share of the places of the batch that an unfinished row took; None without a step."""
         return self.rows / self.places if self.places else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -57,7 +58,7 @@ class RefillLog:
         )
         if self.steps:
             line += (
-                f"; {self.mean_rows:.1f} rows in {self.steps} passes, "
+                f"; {self.mean_rows:.1f} rows in {self.steps} steps, "
                 f"{self.busy_share:.0%} of the places busy; cache at most "
                 f"{in_bytes(self.held_bytes)}"
             )

@@ -200,9 +200,6 @@ class SelfSpeculative(Policy):
             if chosen and chosen[-1] >= layers:
                 raise refused(self, "skip", f"name layers below the model's {layers}", chosen[-1])
         windowed = any(window is not None for window in table.shape.windows)
-        if self.tree and windowed:
-            rule = "be False for a model with windows: those count slots, and branches share none"
-            raise refused(self, "tree", rule, self.tree)
         if self.static and windowed:
             rule = "be False for a model with windows: a static cache holds every token"
             raise refused(self, "static", rule, self.static)

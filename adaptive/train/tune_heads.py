@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from adaptive.adapters import Family
 from adaptive.errors import UnsupportedModel
-from adaptive.layers import hf_model
 from adaptive.layers.hf_head_routing import why_whole
 from adaptive.layers.survey import Site
 from adaptive.policy import ExpertRouterWeights, HeadRouting
@@ -173,6 +172,8 @@ def _sites(
     root: nn.Module, family: Family, layers: Sequence[int] | None, total: int, top_k: int
 ) -> list[Site]:
     """The attention modules of the layers to be routed."""
+    from adaptive.layers import hf_model
+
     wanted = tuple(range(total)) if layers is None else tuple(layers)
     HeadRouting(heads=tuple((layer, 0) for layer in wanted))  # checks the layers
     if wanted[-1] >= total:

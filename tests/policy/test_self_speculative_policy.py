@@ -97,14 +97,11 @@ def test_what_the_model_has_not_is_named(fields, words):
         Plan.make(shape(), [SelfSpeculative(**fields)])
 
 
-def test_windows_keep_a_layer_of_each_kind_and_have_no_trees():
+def test_windows_keep_a_layer_of_each_kind():
     windowed = shape(windows=(None, 8, None, 8, None, 8))
     with pytest.raises(ValueError, match="first with each window"):
         Plan.make(windowed, [SelfSpeculative(skip=((1,), ()))])
     Plan.make(windowed, [SelfSpeculative(skip=((2, 3), ()))])
-    for drafts in ({}, {"exit_layer": 2}, {"skip": ((2,), ())}):
-        with pytest.raises(ValueError, match="tree must be False for a model with windows"):
-            Plan.make(windowed, [SelfSpeculative(tree=True, **drafts)])
 
 
 @pytest.mark.parametrize(
