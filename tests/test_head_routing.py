@@ -175,12 +175,34 @@ def test_generation_copies_pickles_and_other_policies():
             assert torch.equal(greedy(twin, ids), wanted)
             adaptive.patched(twin).unpatch()
             assert routed_projections(twin) == []
-    never = adaptive.EarlyExit(layers=(1,), threshold=2.0)
-    ffn = adaptive.FeedForwardExperts(experts=6, top_k=6)
-    for other in (never, ffn, adaptive.Exact()):
+    others = (
+        adaptive.EarlyExit(layers=(1,), threshold=0.0),
+        adaptive.TokenRouting(widths=0.5),
+        adaptive.FeedForwardExperts(experts=6, top_k=2, split="cut"),
+        adaptive.Exact(),
+    )
+    reference = Masked(model, ours).model
+    for other in others:
+        with adaptive.patch(reference, other):
+            wanted = greedy(reference, ids)
         for policies in ((ours, other), (other, ours)):
             with adaptive.patch(model, *policies):
                 assert torch.equal(greedy(model, ids), wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["two", "fixed"])
+def test_beams_and_many_prompts(variant):
+    model, ids = make("llama", **FOUR), token_ids(tokens=12)
+    reference = Masked(model, VARIANTS[variant]).model
+    fields = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    prompts = [ids[0, :5], ids[1], ids[0, :9]]
+    with adaptive.patch(model, VARIANTS[variant]) as patched:
+        beams = model.generate(ids, num_beams=3, **fields)
+        assert torch.equal(beams, reference.generate(ids, num_beams=3, **fields))
+        found = patched.generate_many(prompts, batch_size=2, max_new_tokens=5)
+    for prompt, made in zip(prompts, found, strict=True):
+        assert torch.equal(made, reference.generate(prompt[None], **fields)[0])
 
 
 @torch.no_grad()
