@@ -9,10 +9,10 @@ share of the dense ones, and the softmax mass that they had. About twenty minute
 
 import argparse
 import copy
+import importlib
 import math
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -226,23 +226,24 @@ def print_rows(console: Console, rows: Sequence[dict[str, Any]]) -> None:
         console.print("  ".join(shown), highlight=False, soft_wrap=True)
 
 
-def main() -> int:
-    """Measure, print, write."""
-    options = arguments().parse_args()
+def measure(
+    kind: str,
+    options: argparse.Namespace,
+    run: Callable[[argparse.Namespace, Recorder, Console], None],
+    print_rows: Callable[[Console, Sequence[dict[str, Any]]], None],
+) -> None:
+    """Measure, print, write, and draw by ``bench.<kind>_chart``."""
     settings = {k: v for k, v in vars(options).items() if k not in ("json", "chart")}
-    recorder = Recorder("quality", options.json, settings)
+    recorder = Recorder(kind, options.json, settings)
     began = time.monotonic()
     with torch.inference_mode():
         run(options, recorder, Console())
     print_rows(Console(), recorder.document["rows"])
     recorder.document["seconds"] = round(time.monotonic() - began)
     recorder.save()
-    if options.chart:
-        from bench.quality_chart import draw
-
-        draw(recorder.document, options.chart)
-    return 0
+    if options.chart:  # matplotlib is needed for no number
+        importlib.import_module(f"bench.{kind}_chart").draw(recorder.document, options.chart)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    measure("quality", arguments().parse_args(), run, print_rows)

@@ -11,7 +11,6 @@ hour on two slow cores.
 import argparse
 import copy
 import math
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from transformers import DynamicCache
 import adaptive
 from bench.lab import data, tasks
 from bench.lab.evaluate import HERE, load
-from bench.quality import DENSE, Item, decode, items
+from bench.quality import DENSE, Item, decode, items, measure
 from bench.record import Recorder
 
 POLICIES: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -192,23 +191,5 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> int:
-    """Measure, print, write."""
-    options = arguments().parse_args()
-    settings = {k: v for k, v in vars(options).items() if k not in ("json", "chart")}
-    recorder = Recorder("quality_prefill", options.json, settings)
-    began = time.monotonic()
-    with torch.inference_mode():
-        run(options, recorder, Console())
-    print_rows(Console(), recorder.document["rows"])
-    recorder.document["seconds"] = round(time.monotonic() - began)
-    recorder.save()
-    if options.chart:
-        from bench.quality_prefill_chart import draw
-
-        draw(recorder.document, options.chart)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    measure("quality_prefill", arguments().parse_args(), run, print_rows)

@@ -9,8 +9,8 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-from bench.chart import FAINT, INK
-from bench.token_merging_chart import IDEAL, MERGED
+from bench.chart import INK
+from bench.token_merging_chart import MERGED, draw_images, finish
 
 PRUNED = "#047857"
 STYLES = {
@@ -27,16 +27,7 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     """Write the chart of a ``bench.token_pruning`` document to ``path``."""
     images, texts = document["rows"], document["quality"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), dpi=160)
-    shares = [100 * row["kept_share"] for row in images]
-    left.plot(shares, [1e3 / row["ideal_ms"] for row in images], "--", color=IDEAL, label="ideal")
-    made = [row["images_per_s"] for row in images]
-    left.plot(shares, made, "o-", color=PRUNED, label="pruned")
-    for row, share, speed in zip(images, shares, made, strict=True):
-        label = f"keep={row['setting']:g}" if row["setting"] < 1 else "stock"
-        left.annotate(label, (share, speed), (0, -14), textcoords="offset points", fontsize=8)
-    left.set_ylabel("images a second", color=INK)
-    left.set_ylim(0, 1.2 * max(made))
-    left.set_title(images[0]["model"], color=INK, fontsize=10)
+    draw_images(left, images, "pruned", PRUNED, "keep={:g}")
     for method, (color, style) in STYLES.items():
         rows = [row for row in texts if row["method"] in ("exact", method)]
         values = [row["cosine_mean"] for row in rows]
@@ -44,13 +35,4 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
         right.plot(shares, values, style, color=color, label=method, markersize=4)
     right.set_ylabel("mean cosine with the full embedding", color=INK)
     right.set_title(texts[0]["model"], color=INK, fontsize=10)
-    for axes in (left, right):
-        axes.set_xlabel("tokens of all layers, %", color=INK)
-        axes.legend(frameon=False, fontsize=8)
-        axes.grid(color=FAINT)
-        axes.invert_xaxis()
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    finish(figure, path)

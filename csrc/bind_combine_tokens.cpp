@@ -16,20 +16,12 @@ int64_t combine_tokens(const TensorView& out, const TensorView& workspace, const
                        const TensorView& weights) {
   const Check check("combine_tokens");
   CombineTokensArgs args{};
-  args.dtype = check_hidden(check, hidden);
-  args.list = check_positions(check, tokens, hidden);
-  args.list_stride = tokens.stride(0);
-  args.batch = hidden.size(0);
-  args.tokens = hidden.size(1);
-  args.width = hidden.size(2);
-  args.chosen = tokens.size(1);
+  set_listed(check, args, hidden, tokens);
   check_rows(check, update, "update", args.dtype, {args.batch, args.chosen, args.width}, hidden);
   check_rows(check, out, "out", args.dtype, {args.batch, args.tokens, args.width}, hidden);
-  args.hidden = hidden.data<void>();
   args.update = update.data<void>();
   args.out = out.data<void>();
   for (int axis = 0; axis < 2; ++axis) {
-    args.hidden_stride[axis] = hidden.stride(axis);
     args.update_stride[axis] = update.stride(axis);
     args.out_stride[axis] = out.stride(axis);
     if (args.in_place() && out.stride(axis) != hidden.stride(axis) && out.size(axis) > 1) {

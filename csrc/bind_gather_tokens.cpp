@@ -15,15 +15,7 @@ int64_t gather_tokens(const TensorView& out, const TensorView& workspace, const 
                       const TensorView& tokens) {
   const Check check("gather_tokens");
   GatherTokensArgs args{};
-  args.dtype = check_hidden(check, hidden);
-  args.list = check_positions(check, tokens, hidden);
-  args.list_stride = tokens.stride(0);
-  args.batch = hidden.size(0);
-  args.tokens = hidden.size(1);
-  args.width = hidden.size(2);
-  args.chosen = tokens.size(1);
-  args.hidden = hidden.data<void>();
-  for (int axis = 0; axis < 2; ++axis) args.hidden_stride[axis] = hidden.stride(axis);
+  set_listed(check, args, hidden, tokens);
   check_rows(check, out, "out", args.dtype, {args.batch, args.chosen, args.width}, hidden);
   check.contiguous(out, "out");
   args.out = out.data<void>();

@@ -53,4 +53,19 @@ inline const int32_t* check_positions(const Check& check, const TensorView& toke
   return list;
 }
 
+/// Checks hidden states and the list of some of their tokens, and puts both into the op's Args.
+template <class Args>
+void set_listed(const Check& check, Args& args, const TensorView& hidden,
+                const TensorView& tokens) {
+  args.dtype = check_hidden(check, hidden);
+  args.list = check_positions(check, tokens, hidden);
+  args.list_stride = tokens.stride(0);
+  args.batch = hidden.size(0);
+  args.tokens = hidden.size(1);
+  args.width = hidden.size(2);
+  args.chosen = tokens.size(1);
+  args.hidden = hidden.data<void>();
+  for (int axis = 0; axis < 2; ++axis) args.hidden_stride[axis] = hidden.stride(axis);
+}
+
 }  // namespace adaptive

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fed_models import fed, given
 from models import greedy, make, padded, token_ids
 from transformers import StaticCache
 
@@ -48,30 +49,6 @@ class Dense:
             hook.remove()
 
 
-def given(kind, tokens=PROMPT):
-    inputs = padded(batch=3, tokens=tokens) if kind == "padded" else {}
-    ids = inputs.get("input_ids", token_ids(tokens=tokens))
-    mask = inputs.get("attention_mask", torch.ones_like(ids))
-    return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
-
-
-def fed(model, ids, mask, places, cuts, **more):
-    """Logits of all tokens, fed in pieces, and the cache."""
-    cache, found, at = None, [], 0
-    for count in cuts:
-        out = model(
-            ids[:, at : at + count],
-            attention_mask=mask[:, : at + count],
-            position_ids=places[:, at : at + count],
-            past_key_values=cache,
-            use_cache=True,
-            **more,
-        )
-        cache, at = out.past_key_values, at + count
-        found.append(out.logits)
-    return torch.cat(found, 1), cache
-
-
 def close(ours, stock):
     torch.testing.assert_close(ours, stock, rtol=1e-4, atol=2e-5)
 
@@ -82,7 +59,7 @@ def close(ours, stock):
 @torch.no_grad()
 def test_every_way_of_feeding_is_the_dense_mask(implementation, kind, window, sinks):
     stock, model = make("llama"), make("llama", implementation=implementation)
-    ids, mask, places = given(kind)
+    ids, mask, places = given(kind, PROMPT)
     real = mask.bool()
     with Dense(stock, [seen(real, window, sinks)] * 2):
         wanted, _ = fed(stock, ids, mask, places, (PROMPT,))
@@ -99,7 +76,7 @@ def test_every_way_of_feeding_is_the_dense_mask(implementation, kind, window, si
 @torch.no_grad()
 def test_some_heads_of_some_layers(kind):
     stock, model = make("llama"), make("llama")
-    ids, mask, places = given(kind)
+    ids, mask, places = given(kind, PROMPT)
     real = mask.bool()
     with Dense(stock, [seen(real, 9, 2, heads=(1,)), seen(real, 9, 2, heads=())]):
         wanted, _ = fed(stock, ids, mask, places, (PROMPT,))
@@ -185,10 +162,52 @@ def test_beside_other_policies():
     assert last.paths == {"local": 6}
 
 
+FFNS = {
+    "widths": (
+        adaptive.TokenRouting(widths=0.5, audit_every=None),
+        adaptive.TokenRouting(widths=1.0),
+    ),
+    "experts": (
+        adaptive.FeedForwardExperts(experts=6, top_k=2, audit_every=None),
+        adaptive.FeedForwardExperts(experts=6, top_k=6, split="cut"),
+    ),
+}
+"""Policies of FFNs that leave out much of them, and nothing."""
+
+
+@pytest.mark.parametrize("kind", FFNS)
+def test_all_layers_beside_ffns_in_part(kind):
+    part, whole = FFNS[kind]
+    model, ids = make("llama"), token_ids(tokens=40)
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def tokens(*policies):
+        with adaptive.patch(model, *policies):
+            return greedy(model, ids, 8)
+
+    stock = greedy(model, ids, 8)
+    wide, near = (adaptive.LocalAttention(window=w, sinks=2) for w in (64, 6))
+    named = adaptive.LocalAttention(window=6, sinks=2, layers=(0, 1))
+    results = {
+        "part": ([part], [(part, wide), (wide, part)]),
+        "near": ([near], [(whole, near), (near, whole)]),
+        "both": ([part, named], [(part, near), (near, part)]),
+    }
+    found = [stock]
+    for alone, pairs in results.values():
+        found.append(tokens(*alone))
+        for pair in pairs:
+            assert torch.equal(tokens(*pair), found[-1])
+            assert all("forward" not in vars(module) for module in model.modules())
+    assert len({tuple(each.flatten().tolist()) for each in found}) == len(found)
+    assert torch.equal(greedy(model, ids, 8), stock)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
+
+
 @torch.no_grad()
 def test_a_rollback_is_exact_or_refused():
     model = make("llama")
-    ids, mask, places = given("plain")
+    ids, mask, places = given("plain", PROMPT)
     with adaptive.patch(model, adaptive.LocalAttention(window=16, sinks=2)):
         wanted, _ = fed(model, ids, mask, places, (PROMPT,))
         _, cache = fed(model, ids[:, :130], mask, places, (129, 1))

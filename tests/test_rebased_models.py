@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from fed_models import fed, given
 from models import CONFIGS, greedy, make, padded, token_ids
 from rebased_reference import Reference, powers
 
@@ -45,29 +46,6 @@ def rebased(window=8, sinks=3, **fields):
     return adaptive.LocalAttention(window=window, sinks=sinks, positions="rebased", **fields)
 
 
-def given(kind, tokens=PROMPT):
-    inputs = padded(batch=3, tokens=tokens) if kind == "padded" else {}
-    ids = inputs.get("input_ids", token_ids(tokens=tokens))
-    mask = inputs.get("attention_mask", torch.ones_like(ids))
-    return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
-
-
-def fed(model, ids, mask, places, cuts):
-    """Logits of all tokens, fed in pieces, and the cache."""
-    cache, found, at = None, [], 0
-    for count in cuts:
-        out = model(
-            ids[:, at : at + count],
-            attention_mask=mask[:, : at + count],
-            position_ids=places[:, at : at + count],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        cache, at = out.past_key_values, at + count
-        found.append(out.logits)
-    return torch.cat(found, 1), cache
-
-
 def close(ours, wanted):
     torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=5e-5)
 
@@ -95,7 +73,7 @@ def test_every_family_is_the_plain_rule(case, kind):
 @pytest.mark.parametrize(("window", "sinks"), [(1, 1), (8, 1), (8, 3), (20, 20), (70, 4)])
 @torch.no_grad()
 def test_every_way_of_feeding(kind, window, sinks):
-    ids, mask, places = given(kind)
+    ids, mask, places = given(kind, PROMPT)
     real = mask.bool()
     wanted = Reference("llama", TWO).logits(ids, real, window, sinks)
     model = make("llama")
@@ -109,7 +87,7 @@ def test_every_way_of_feeding(kind, window, sinks):
 @pytest.mark.parametrize("kind", ["plain", "padded"])
 @torch.no_grad()
 def test_some_heads_of_some_layers(kind):
-    ids, mask, places = given(kind)
+    ids, mask, places = given(kind, PROMPT)
     real, heads = mask.bool(), ((0, 1),)
     wanted = Reference("llama", TWO).logits(ids, real, 9, 2, heads)
     model = make("llama")
@@ -193,7 +171,7 @@ def test_layers_without_positions_have_nothing_to_turn():
 @torch.no_grad()
 def test_copies_beams_and_rollbacks():
     model = make("llama")
-    ids, mask, places = given("plain")
+    ids, mask, places = given("plain", PROMPT)
     with adaptive.patch(model, rebased(16, 2)):
         wanted, _ = fed(model, ids, mask, places, (PROMPT,))
         close(fed(copy.deepcopy(model), ids, mask, places, (PROMPT,))[0], wanted)
@@ -221,7 +199,7 @@ def test_a_cache_that_others_filled_is_read_by_the_same_rule_and_keeps_everythin
 
 @torch.no_grad()
 def test_sixteen_bits_are_as_close_as_the_original():
-    ids, mask, places = given("plain")
+    ids, mask, places = given("plain", PROMPT)
     exact = Reference("llama", TWO).logits(ids, mask.bool(), 8, 3)
     errors = []
     model = make("llama", dtype=torch.bfloat16)

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from adaptive.layers.encoder_exit_log import EncoderExitLog
 from adaptive.layers.hf_encoder_exit import EncoderExits, EncoderLayerForward
 from adaptive.layers.state import PatchRecord
 from adaptive.layers.survey import Survey
-from adaptive.policy import EncoderExit
+from adaptive.layers.token_reduction_log import TokenReductionLog
+from adaptive.policy import EncoderExit, Policy, TokenMerging, TokenPruning
 
-_PER_TOKEN = 2
+PER_TOKEN = 2
+"""Axes of a mask that says of each token whether it is padding."""
 
 
 def check_fit(root: nn.Module, survey: Survey, policy: EncoderExit) -> None:
@@ -39,9 +42,18 @@ def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
     exits = EncoderExits(policy, len(survey.layers), record.switch)
     record.encoder_exits = exits
     record.encoder_exit_log = EncoderExitLog(layers=exits.layers)
+    set_forwards(root, survey, record, lambda layer, at: EncoderLayerForward(layer, at, exits))
+
+
+def set_forwards(
+    root: nn.Module,
+    survey: Survey,
+    record: PatchRecord,
+    make: Callable[[nn.Module, int], Callable[..., Any]],
+) -> None:
+    """Give each layer the forward that ``make`` makes of it and its number, undoably."""
     for index, name in enumerate(survey.layers):
-        forward = EncoderLayerForward(root.get_submodule(name), index, exits)
-        record.log.set(root, name, "forward", forward)
+        record.log.set(root, name, "forward", make(root.get_submodule(name), index))
 
 
 def begin(
@@ -65,17 +77,12 @@ def begin(
             "adaptive: EncoderExit is for inference: call model.eval(), or unpatch() it to train"
         )
     if record.want_weights:
-        raise NotImplementedError(
-            "adaptive: output_attentions is not supported with EncoderExit: sequences that left "
-            "have no attention weights"
-        )
+        why = "sequences that left have no attention weights"
+        raise unsupported("output_attentions", exits.policy, why)
     mask = argument(base, "attention_mask", args, kwargs)
     reads = exits.policy.layer is None or exits.policy.audit_every is not None
-    if reads and isinstance(mask, Tensor) and mask.dim() != _PER_TOKEN:
-        raise ValueError(
-            "adaptive: attention_mask must be [batch, tokens] with EncoderExit, to tell padding "
-            f"from tokens, got {list(mask.shape)}"
-        )
+    if reads and isinstance(mask, Tensor) and mask.dim() != PER_TOKEN:
+        raise not_per_token(mask, exits.policy)
     exits.begin(mask if isinstance(mask, Tensor) else None)
 
 
@@ -92,12 +99,33 @@ def end(
     log = record.encoder_exit_log
     if exits is None or log is None or not exits.active:
         return
-    mask, every = exits.mask, exits.policy.audit_every
+    mask = exits.mask
     log.count(exits.end(), seconds)
-    if every is None or (log.calls - 1) % every:
-        return
-    full = functools.partial(base.forward, *args, **kwargs)
-    log.audit(output[0], full, mask, exits.policy.pool, record.timed)
+    if due(log, exits.policy):
+        full = functools.partial(base.forward, *args, **kwargs)
+        log.audit(output[0], full, mask, exits.policy.pool, record.timed)
+
+
+def due(
+    log: EncoderExitLog | TokenReductionLog, policy: EncoderExit | TokenMerging | TokenPruning
+) -> bool:
+    """Whether the pass that was just counted is one to audit."""
+    return policy.audit_every is not None and (log.calls - 1) % policy.audit_every == 0
+
+
+def unsupported(name: str, policy: Policy, why: str) -> NotImplementedError:
+    """The error of a pass that asks for what the policy cannot give."""
+    kind = type(policy).__name__
+    return NotImplementedError(f"adaptive: {name} is not supported with {kind}: {why}")
+
+
+def not_per_token(mask: object, policy: Policy) -> ValueError:
+    """The error of a mask that does not tell which tokens are padding."""
+    got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    return ValueError(
+        f"adaptive: attention_mask must be [batch, tokens] with {type(policy).__name__}, to tell "
+        f"padding from tokens, got {got}"
+    )
 
 
 def argument(base: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

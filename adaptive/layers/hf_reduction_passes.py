@@ -6,16 +6,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptive.layers.hf_encoder_passes import argument
+from adaptive.layers.hf_encoder_passes import (
+    PER_TOKEN,
+    argument,
+    due,
+    not_per_token,
+    set_forwards,
+    unsupported,
+)
 from adaptive.layers.hf_token_merging import TokenMerges
 from adaptive.layers.hf_token_pruning import TokenPrunes
 from adaptive.layers.hf_token_reduction import ReducingLayerForward, TokenReduction
 from adaptive.layers.state import PatchRecord
 from adaptive.layers.survey import Survey
 from adaptive.layers.token_reduction_log import TokenReductionLog
-from adaptive.policy import TokenMerging, TokenPruning
+from adaptive.policy import Policy, TokenMerging, TokenPruning
 
-_PER_TOKEN = 2
 _FEATURES = 8
 
 
@@ -53,9 +59,7 @@ def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
         reduction = TokenPrunes(policy, *rest)
     record.token_reduction = reduction
     record.token_reduction_log = TokenReductionLog(verb=reduction.verb)
-    for index, name in enumerate(survey.layers):
-        forward = ReducingLayerForward(root.get_submodule(name), index, reduction)
-        record.log.set(root, name, "forward", forward)
+    set_forwards(root, survey, record, lambda layer, at: ReducingLayerForward(layer, at, reduction))
 
 
 def begin(
@@ -75,25 +79,21 @@ def begin(
     if record.in_graph:
         reduction.in_graph = True
         return
-    policy, did = type(reduction.policy).__name__, f"{reduction.verb}d"
+    policy = reduction.policy
     wanted = argument(base, "output_hidden_states", args, kwargs)
     config: Any = base.config
     states = config.output_hidden_states if wanted is None else wanted
     for name, asked in (("attentions", record.want_weights), ("hidden_states", states)):
         if asked:
-            raise NotImplementedError(
-                f"adaptive: output_{name} is not supported with {policy}: tokens that were "
-                f"{did} have none of their own"
-            )
+            why = f"tokens that were {reduction.verb}d have none of their own"
+            raise unsupported(f"output_{name}", policy, why)
     if argument(base, "head_mask", args, kwargs) is not None:
-        raise NotImplementedError(
-            f"adaptive: head_mask is not supported with {policy}: {reduction.mask_gone}"
-        )
+        raise unsupported("head_mask", policy, reduction.mask_gone)
     again = base.training and torch.is_grad_enabled()
     if again and any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
-        raise NotImplementedError(
-            f"adaptive: gradient checkpointing is not supported with {policy}: layers would run "
-            "again and not know what tokens they ran on; call gradient_checkpointing_disable()"
+        why = "layers would run again and not know what tokens they ran on; call "
+        raise unsupported(
+            "gradient checkpointing", policy, why + "gradient_checkpointing_disable()"
         )
     reduction.begin(_lengths(argument(base, "attention_mask", args, kwargs), policy))
 
@@ -115,15 +115,14 @@ def end(
     if not tokens:
         return
     log.count(tokens, seconds, reduce_seconds)
-    every = reduction.policy.audit_every
-    if every is None or (log.calls - 1) % every or base.training:  # dropout would differ
+    if not due(log, reduction.policy) or base.training:  # dropout would differ
         return
     full = functools.partial(base.forward, *args, **kwargs)
     mask = argument(base, "attention_mask", args, kwargs)
     log.audit(output[0], full, mask, reduction.policy.pool, record.timed)
 
 
-def _lengths(mask: Any, policy: str) -> Tensor | None:
+def _lengths(mask: Any, policy: Policy) -> Tensor | None:
     """How many tokens of each row are real, ``[batch]``, int32; None: all.
 
     Raises:
@@ -131,12 +130,8 @@ def _lengths(mask: Any, policy: str) -> Tensor | None:
     """
     if mask is None:
         return None
-    if not isinstance(mask, Tensor) or mask.dim() != _PER_TOKEN:
-        got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(
-            f"adaptive: attention_mask must be [batch, tokens] with {policy}, to tell padding "
-            f"from tokens, got {got}"
-        )
+    if not isinstance(mask, Tensor) or mask.dim() != PER_TOKEN:
+        raise not_per_token(mask, policy)
     real = mask != 0
     lengths = real.sum(1, dtype=torch.int32)
     if bool(real.all()):
@@ -144,7 +139,7 @@ def _lengths(mask: Any, policy: str) -> Tensor | None:
     if not bool((real[:, :-1] >= real[:, 1:]).all()):
         raise ValueError(
             "adaptive: attention_mask must have all padding behind the tokens of its row with "
-            f"{policy} (padding_side='right'), got padding before or between them"
+            f"{type(policy).__name__} (padding_side='right'), got padding before or between them"
         )
     return lengths
 

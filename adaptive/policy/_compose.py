@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from adaptive.policy._fields import refused
 from adaptive.policy._policy import Policy
 from adaptive.policy.exact import Exact
 from adaptive.policy.plan import DENSE, LOCAL, PREFILL, SELECT, STOCK, WINDOW, WINDOWED, Plan
@@ -75,6 +76,17 @@ def begin(policy: Policy, table: Plan) -> Plan:
         for layer, row in enumerate(table.rows)
     ]
     return replace(table, rows=tuple(rows))
+
+
+def check_named(policy: Policy, table: Plan) -> None:
+    """Raise if a policy would take all layers that an earlier one decides about.
+
+    Those that read nothing of the cache differently, and those for prompts, leave them to it.
+    """
+    others = [p for p in table.policies if p.modes and not p.prefill_layers(table)]
+    if others:
+        rule = f"name the layers that {type(others[0]).__name__} shall leave to it"
+        raise refused(policy, "layers", rule, None)
 
 
 def refuse_correction(first: Policy, second: Policy) -> None:

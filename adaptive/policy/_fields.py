@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from adaptive.policy._policy import Policy
@@ -17,6 +18,24 @@ Heads = tuple[tuple[int, int], ...]
 def refused(policy: Policy, name: str, rule: str, value: object) -> ValueError:
     """Return the error for the field ``name`` of ``policy``, to be raised by the caller."""
     return ValueError(f"adaptive: {type(policy).__name__}.{name} must {rule}, got {value!r}")
+
+
+def known_fields(kind: type[Any], values: Any) -> dict[str, Any]:
+    """Return ``values`` if they are a dict that names the fields of the dataclass ``kind``.
+
+    Raises:
+        TypeError: They are no dict.
+        ValueError: A field is missing or unknown.
+    """
+    if not isinstance(values, dict):
+        found = type(values).__name__
+        raise TypeError(f"adaptive: {kind.__name__} must be an object, got {found}")
+    known = {f.name for f in fields(kind)}
+    wrong = sorted(known ^ values.keys())
+    if wrong:
+        rule = "a field" if wrong[0] in known else "no field"
+        raise ValueError(f"adaptive: {kind.__name__} must have {rule} {wrong[0]!r}")
+    return values
 
 
 def check_count(policy: Policy, name: str, least: int, optional: bool = False) -> None:

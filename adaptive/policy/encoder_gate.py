@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from adaptive.policy._fields import known_fields
 
 POOLS = ("mean", "first")
 """What stands for a sequence: the mean of its tokens, or the first of them."""
@@ -105,14 +107,7 @@ class EncoderGate:
             TypeError: ``values`` is not a dict.
             ValueError: A field is missing, unknown or wrong; named in the message.
         """
-        if not isinstance(values, dict):
-            raise TypeError(f"adaptive: EncoderGate must be an object, got {type(values).__name__}")
-        known = {f.name for f in fields(EncoderGate)}
-        wrong = sorted(known ^ values.keys())
-        if wrong:
-            rule = "a field" if wrong[0] in known else "no field"
-            raise ValueError(f"adaptive: EncoderGate must have {rule} {wrong[0]!r}")
-        return EncoderGate(**values)
+        return EncoderGate(**known_fields(EncoderGate, values))
 
     def save(self, path: str | Path) -> None:
         """Write the gate as JSON."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptive.policy._fields import known_fields
 from adaptive.policy._plan_file import short
 
 
@@ -148,15 +149,7 @@ class ExpertRouterWeights:
             TypeError: ``values`` is not a dict.
             ValueError: A field is missing, unknown or wrong; named in the message.
         """
-        if not isinstance(values, dict):
-            kind = type(values).__name__
-            raise TypeError(f"adaptive: ExpertRouterWeights must be an object, got {kind}")
-        known = {f.name for f in fields(ExpertRouterWeights)}
-        wrong = sorted(known ^ values.keys())
-        if wrong:
-            rule = "a field" if wrong[0] in known else "no field"
-            raise ValueError(f"adaptive: ExpertRouterWeights must have {rule} {wrong[0]!r}")
-        return ExpertRouterWeights(**values)
+        return ExpertRouterWeights(**known_fields(ExpertRouterWeights, values))
 
 
 def _numbers(name: str, values: Any, rank: int) -> Tensor:

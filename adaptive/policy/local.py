@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adaptive.policy._compose import begin, free_layers, why_fixed
+from adaptive.policy._compose import begin, check_named, free_layers, why_fixed
 from adaptive.policy._fields import (
     Heads,
     check_count,
@@ -81,10 +81,8 @@ class LocalAttention(Policy):
         table = begin(self, table)
         check_layers_exist(self, "layers", self.layers or (), len(table.rows))
         check_heads_exist(self, "heads", self.heads or (), table.shape.kv_heads)
-        others = [p for p in table.policies if not p.exact and not p.prefill_layers(table)]
-        if self.layers is None and self.heads is None and others:
-            rule = f"name the layers that {type(others[0]).__name__} shall leave to it"
-            raise refused(self, "layers", rule, None)
+        if self.layers is None and self.heads is None:
+            check_named(self, table)
         field = "layers" if self.heads is None else "heads"
         chosen, before = self._chosen(table), table
         for layer in chosen:

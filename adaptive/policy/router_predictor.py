@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from adaptive.policy._fields import known_fields
 from adaptive.policy._plan_file import short
 
 PARTS = ("inner.weight", "inner.bias", "outer.weight", "outer.bias")
@@ -109,15 +110,7 @@ class RouterPredictor:
             TypeError: ``values`` is not a dict.
             ValueError: A field is missing, unknown or wrong; named in the message.
         """
-        if not isinstance(values, dict):
-            kind = type(values).__name__
-            raise TypeError(f"adaptive: RouterPredictor must be an object, got {kind}")
-        known = {f.name for f in fields(RouterPredictor)}
-        wrong = sorted(known ^ values.keys())
-        if wrong:
-            rule = "a field" if wrong[0] in known else "no field"
-            raise ValueError(f"adaptive: RouterPredictor must have {rule} {wrong[0]!r}")
-        return RouterPredictor(**values)
+        return RouterPredictor(**known_fields(RouterPredictor, values))
 
 
 def predict(states: Tensor, weights: list[Tensor]) -> Tensor:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptive.policy._plan_file import short
+from adaptive.policy._fields import known_fields
+from adaptive.policy._router_files import key, read, write
 from adaptive.policy.router_predictor import PARTS, RouterPredictor, float_row, refused_row
 
-FORMAT = 1
-MAX_FILE_BYTES = 1 << 30
-_META = "adaptive_router"
+_HEAD = "adaptive_router"
 _PAIR = 2
 """Rows of a router that was trained with a softmax over skipping and running."""
 
@@ -146,16 +144,9 @@ class RouterWeights:
             TypeError: ``values`` is not a dict.
             ValueError: A field is missing, unknown or wrong; named in the message.
         """
-        if not isinstance(values, dict):
-            kind = type(values).__name__
-            raise TypeError(f"adaptive: RouterWeights must be an object, got {kind}")
-        values = {"predictor": None, **values}
-        known = {f.name for f in fields(RouterWeights)}
-        wrong = sorted(known ^ values.keys())
-        if wrong:
-            rule = "a field" if wrong[0] in known else "no field"
-            raise ValueError(f"adaptive: RouterWeights must have {rule} {wrong[0]!r}")
-        return RouterWeights(**values)
+        if isinstance(values, dict):  # files from before there were predictors name none
+            values = {"predictor": None, **values}
+        return RouterWeights(**known_fields(RouterWeights, values))
 
     def save(self, path: str | Path) -> None:
         """Write safetensors, ``layers.<number>.router.weight`` and ``.bias``, and what they are.
@@ -165,16 +156,16 @@ class RouterWeights:
         Raises:
             ImportError: The package safetensors is missing.
         """
-        tensors = {_key(i): self.of(i, torch.device("cpu"))[0][None].clone() for i in self.layers}
+        tensors = {key(i): self.of(i, torch.device("cpu"))[0][None].clone() for i in self.layers}
         for layer, bias in zip(self.layers, self.bias or (), strict=False):
-            tensors[_key(layer, "bias")] = torch.tensor([bias])
-        meta = {"format": FORMAT, "layers": self.layers, "bias": self.bias is not None}
+            tensors[key(layer, "bias")] = torch.tensor([bias])
+        has = {"bias": self.bias is not None}
         if self.predictor is not None:
-            meta["predictor"] = True
+            has["predictor"] = True
             for at, layer in enumerate(self.layers):
                 named = self.predictor.tensors(at)
-                tensors |= {_key(layer, f"predictor.{name}"): t for name, t in named.items()}
-        _safetensors().save_file(tensors, Path(path), metadata={_META: json.dumps(meta)})
+                tensors |= {key(layer, f"predictor.{name}"): t for name, t in named.items()}
+        write(path, _HEAD, tensors, self.layers, **has)
 
     @staticmethod
     def load(path: str | Path) -> RouterWeights:
@@ -185,57 +176,23 @@ class RouterWeights:
             ImportError: The package safetensors is missing.
             ValueError: It holds no routers, or lacks that of a layer, or has one too many; named.
         """
-        path = Path(path)
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ValueError(f"adaptive: {path} must be at most {MAX_FILE_BYTES} bytes")
-        _safetensors()
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                meta = json.loads((file.metadata() or {}).get(_META, "{}"))
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return _read(meta, tensors)
-        except (SafetensorError, ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"adaptive: {path} holds no routers: {error}") from error
+        return read(path, _HEAD, "routers", _parts, _read)
 
 
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            "adaptive: files of routers need the package safetensors: pip install safetensors"
-        ) from error
-    return safetensors.torch
+def _parts(meta: Mapping[str, Any]) -> list[str]:
+    predictor = [f"predictor.{name}" for name in PARTS] if meta.get("predictor") else []
+    return ["weight", *(["bias"] if meta.get("bias") else []), *predictor]
 
 
-def _key(layer: int, part: str = "weight") -> str:
-    return f"layers.{layer}.router.{part}"
-
-
-def _read(meta: Any, tensors: dict[str, Tensor]) -> RouterWeights:
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise ValueError(f"{_META}.format must be {FORMAT}")
-    layers, biased = meta.get("layers"), bool(meta.get("bias"))
-    if not isinstance(layers, list) or not all(type(i) is int for i in layers):
-        raise ValueError(f"{_META}.layers must be a list of whole numbers, got {short(layers)}")
-    parts = ["weight", *(["bias"] if biased else [])]
-    if meta.get("predictor"):
-        parts += [f"predictor.{name}" for name in PARTS]
-    wanted = {_key(layer, part) for layer in layers for part in parts}
-    for key in sorted(wanted - tensors.keys()):
-        raise ValueError(f"it must have {key!r}")
-    for key in sorted(tensors.keys() - wanted):
-        raise ValueError(f"it must not have {key!r}")
-    found = RouterWeights.from_tensors({layer: tensors[_key(layer)] for layer in layers})
+def _read(meta: Mapping[str, Any], layers: list[int], tensors: dict[str, Tensor]) -> RouterWeights:
+    found = RouterWeights.from_tensors({layer: tensors[key(layer)] for layer in layers})
     bias = None
-    if biased:
-        bias = tuple(float(tensors[_key(layer, "bias")].reshape(())) for layer in found.layers)
+    if meta.get("bias"):
+        bias = tuple(float(tensors[key(layer, "bias")].reshape(())) for layer in found.layers)
     predictor = None
     if meta.get("predictor"):
         predictor = RouterPredictor.from_tensors(
-            [{name: tensors[_key(i, f"predictor.{name}")] for name in PARTS} for i in found.layers]
+            [{name: tensors[key(i, f"predictor.{name}")] for name in PARTS} for i in found.layers]
         )
     return replace(found, bias=bias, predictor=predictor)
 

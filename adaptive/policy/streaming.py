@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from adaptive.policy._compose import begin, free_layers, why_fixed
+from adaptive.policy._compose import begin, check_named, free_layers, why_fixed
 from adaptive.policy._fields import check_count, check_layers_exist, refused, set_layers
 from adaptive.policy._policy import Policy
 from adaptive.policy.plan import LOCAL, SELECT, WINDOW, Plan
@@ -50,10 +50,8 @@ class StreamingLLM(Policy):
         """
         table = begin(self, table)
         check_layers_exist(self, "layers", self.layers or (), len(table.rows))
-        others = [p for p in table.policies if not p.exact and not p.prefill_layers(table)]
-        if self.layers is None and others:
-            rule = f"name the layers that {type(others[0]).__name__} shall leave to it"
-            raise refused(self, "layers", rule, None)
+        if self.layers is None:
+            check_named(self, table)
         for layer in self.layers or ():
             why = why_fixed(table, layer)
             if SELECT in table.rows[layer]:

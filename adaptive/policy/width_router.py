@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adaptive.policy._plan_file import short
-from adaptive.policy.router_weights import FORMAT, MAX_FILE_BYTES, _key, _numbers, _safetensors
+from adaptive.policy._fields import known_fields
+from adaptive.policy._router_files import key, read, write
+from adaptive.policy.router_predictor import float_row, refused_row
 
-_META = "adaptive_width_router"
+_HEAD = "adaptive_width_router"
 _LEAST = 2
 """Choices that there are to choose from."""
 
@@ -148,15 +148,7 @@ class WidthRouter:
             TypeError: ``values`` is not a dict.
             ValueError: A field is missing, unknown or wrong; named in the message.
         """
-        if not isinstance(values, dict):
-            kind = type(values).__name__
-            raise TypeError(f"adaptive: WidthRouter must be an object, got {kind}")
-        known = {f.name for f in fields(WidthRouter)}
-        wrong = sorted(known ^ values.keys())
-        if wrong:
-            rule = "a field" if wrong[0] in known else "no field"
-            raise ValueError(f"adaptive: WidthRouter must have {rule} {wrong[0]!r}")
-        return WidthRouter(**values)
+        return WidthRouter(**known_fields(WidthRouter, values))
 
     def save(self, path: str | Path) -> None:
         """Write safetensors, named as those of `RouterWeights.save`, with a row for each choice.
@@ -164,11 +156,10 @@ class WidthRouter:
         Raises:
             ImportError: The package safetensors is missing.
         """
-        tensors = {_key(i): self._tensors[0][at].clone() for at, i in enumerate(self.layers)}
+        tensors = {key(i): self._tensors[0][at].clone() for at, i in enumerate(self.layers)}
         for layer, own in zip(self.layers, self.bias or (), strict=False):
-            tensors[_key(layer, "bias")] = torch.tensor(own)
-        meta = {"format": FORMAT, "layers": self.layers, "bias": self.bias is not None}
-        _safetensors().save_file(tensors, Path(path), metadata={_META: json.dumps(meta)})
+            tensors[key(layer, "bias")] = torch.tensor(own)
+        write(path, _HEAD, tensors, self.layers, bias=self.bias is not None)
 
     @staticmethod
     def load(path: str | Path) -> WidthRouter:
@@ -179,35 +170,16 @@ class WidthRouter:
             ImportError: The package safetensors is missing.
             ValueError: It holds no such routers, or lacks that of a layer, or has one too many.
         """
-        path = Path(path)
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ValueError(f"adaptive: {path} must be at most {MAX_FILE_BYTES} bytes")
-        _safetensors()
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                meta = json.loads((file.metadata() or {}).get(_META, "{}"))
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return _read(meta, tensors)
-        except (SafetensorError, ValueError, TypeError, RecursionError) as error:
-            raise ValueError(f"adaptive: {path} holds no routers of widths: {error}") from error
+        return read(path, _HEAD, "routers of widths", _parts, _read)
 
 
-def _read(meta: Any, tensors: dict[str, Tensor]) -> WidthRouter:
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise ValueError(f"{_META}.format must be {FORMAT}")
-    layers, biased = meta.get("layers"), bool(meta.get("bias"))
-    if not isinstance(layers, list) or not all(type(i) is int for i in layers):
-        raise ValueError(f"{_META}.layers must be a list of whole numbers, got {short(layers)}")
-    parts = ("weight", "bias") if biased else ("weight",)
-    wanted = {_key(layer, part) for layer in layers for part in parts}
-    for key in sorted(wanted - tensors.keys()):
-        raise ValueError(f"it must have {key!r}")
-    for key in sorted(tensors.keys() - wanted):
-        raise ValueError(f"it must not have {key!r}")
-    biases = {layer: tensors[_key(layer, "bias")] for layer in layers} if biased else None
-    return WidthRouter.from_tensors({layer: tensors[_key(layer)] for layer in layers}, biases)
+def _parts(meta: Mapping[str, Any]) -> list[str]:
+    return ["weight", "bias"] if meta.get("bias") else ["weight"]
+
+
+def _read(meta: Mapping[str, Any], layers: list[int], tensors: dict[str, Tensor]) -> WidthRouter:
+    named = ({layer: tensors[key(layer, part)] for layer in layers} for part in _parts(meta))
+    return WidthRouter.from_tensors(*named)
 
 
 def _listed(name: str, layer: int, tensor: object, axes: int) -> Any:
@@ -223,12 +195,8 @@ def _listed(name: str, layer: int, tensor: object, axes: int) -> Any:
 
 
 def _checked(name: str, values: Any) -> tuple[float, ...]:
-    """The numbers, rounded to float32; errors name this class."""
-    try:
-        return _numbers(name, values)
-    except ValueError as error:
-        raise ValueError(str(error).replace("RouterWeights", "WidthRouter")) from None
+    return float_row("WidthRouter", name, values)
 
 
 def _refused(name: str, rule: str, value: object) -> ValueError:
-    return ValueError(f"adaptive: WidthRouter.{name} must {rule}, got {short(repr(value))}")
+    return refused_row("WidthRouter", name, rule, value)

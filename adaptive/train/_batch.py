@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,26 @@ def read_batch(given: Tensor | Mapping[str, Any], device: torch.device) -> Batch
     if not len(places):
         raise ValueError("adaptive: labels must leave a token to be learned, got none")
     return Batch(inputs=fields, places=places, targets=labels.flatten()[places + 1].long())
+
+
+def read_batches(
+    batches: Iterable[Tensor | Mapping[str, Any]], steps: int, device: torch.device
+) -> Iterator[Batch]:
+    """Yield ``steps`` batches, read when they are asked for."""
+    if isinstance(batches, Tensor | Mapping) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"adaptive: batches must be an iterable of batches, got {type(batches).__name__}"
+        )
+    given = iter(batches)
+    for step in range(steps):
+        try:
+            batch = next(given)
+        except StopIteration:
+            raise ValueError(
+                f"adaptive: batches must hold as many as steps={steps}, got {step}: each was "
+                "trained on, and no more"
+            ) from None
+        yield read_batch(batch, device)
 
 
 def _check(name: str, value: object, ids: object) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive.layers.balanced_clusters import balanced_clusters
-from adaptive.layers.changes import ChangeLog
+from adaptive.train._learning import still
 
 
 @dataclass(kw_only=True)
@@ -91,20 +91,9 @@ def learning(
     factor: float,
 ) -> Iterator[None]:
     """Hold the FFNs called ``names`` so that their routers learn, and the weights do not."""
-    log = ChangeLog()
-    wanted = [(p, p.requires_grad) for p in root.parameters()]
-    training = {module: module.training for module in root.modules()}
-    try:
-        root.eval()
-        for parameter, _ in wanted:
-            parameter.requires_grad_(False)
-        for layer, name in names.items():
-            forward = LearningForward(root.get_submodule(name), routers[layer], top_k, factor)
-            log.set(root, name, "forward", forward)
+    forwards = {
+        name: LearningForward(root.get_submodule(name), routers[layer], top_k, factor)
+        for layer, name in names.items()
+    }
+    with still(root, forwards):
         yield
-    finally:
-        log.undo(root)
-        for parameter, needs in wanted:
-            parameter.requires_grad_(needs)
-        for module, mode in training.items():
-            module.training = mode

@@ -16,11 +16,12 @@ from torch.nn import functional
 
 from adaptive.adapters import Family
 from adaptive.errors import UnsupportedModel
-from adaptive.layers.changes import ChangeLog, own_forward
+from adaptive.layers.changes import own_forward
 from adaptive.layers.pooling import pool_weights, pooled
 from adaptive.layers.routed_tokens import best_tokens
 from adaptive.policy.mixture_of_depths import THRESHOLD
 from adaptive.policy.router_predictor import predict
+from adaptive.train._learning import still
 
 
 @dataclass
@@ -142,28 +143,14 @@ def modules_of(
 
 @contextmanager
 def gated(root: nn.Module, family: Family, gates: Gates) -> Iterator[None]:
-    """Let the routers of ``gates`` decide inside the block; afterwards the model is as before.
-
-    No parameter of the model gets a gradient, and nothing of it drops out.
-    """
+    """Let the routers of ``gates`` decide inside the block; the model stands `still`."""
     names, norms = modules_of(root, family, gates.unit)
-    modes = {module: module.training for module in root.modules()}
-    wanted = [parameter for parameter in root.parameters() if parameter.requires_grad]
-    log = ChangeLog()
-    root.eval()
-    try:
-        for parameter in wanted:
-            parameter.requires_grad_(False)
-        for index in gates.layers:
-            module = root.get_submodule(names[index])
-            log.set(root, names[index], "forward", GateForward(module, index, norms[index], gates))
+    forwards = {
+        names[index]: GateForward(root.get_submodule(names[index]), index, norms[index], gates)
+        for index in gates.layers
+    }
+    with still(root, forwards):
         yield
-    finally:
-        log.undo(root)
-        for parameter in wanted:
-            parameter.requires_grad_(True)
-        for module, training in modes.items():
-            module.training = training
 
 
 def new_predictor(

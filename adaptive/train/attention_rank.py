@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaptive.train._batch import read_batches
 from adaptive.train._checks import causal_lm
-from adaptive.train.early_exit import _read
 from adaptive.train.layer_similarity import least_changing
 
 
@@ -49,7 +49,7 @@ def attention_rank(
     device = next(root.parameters()).device
     shares: list[list[Tensor]] = [[] for _ in range(layers)]
     with _eager(root), torch.no_grad():
-        for batch in _read(given, len(given), device):
+        for batch in read_batches(given, len(given), device):
             out: Any = root(**batch.inputs, use_cache=False, output_attentions=True)
             mask = batch.inputs.get("attention_mask")
             for layer, maps in enumerate(out.attentions):

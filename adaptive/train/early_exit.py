@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive.progress import ProgressBar
-from adaptive.train._batch import Batch, read_batch
+from adaptive.train._batch import read_batch, read_batches
 from adaptive.train._checks import causal_lm, check_finite, check_settings
 from adaptive.train._exits import held
 from adaptive.train._result import EarlyExitTraining
@@ -102,7 +102,7 @@ def early_exit(  # noqa: PLR0913 (a training has many settings; all but two have
         optimizer = torch.optim.AdamW(trained, lr=settings["learning_rate"])  # type: ignore[arg-type]
 
     device = root.get_input_embeddings().weight.device  # type: ignore[operator]
-    found = _read(batches, steps, device)
+    found = read_batches(batches, steps, device)
     first = next(found)
     measured = first if held_out is None else read_batch(held_out, device)
     losses: list[float] = []
@@ -144,26 +144,6 @@ def early_exit(  # noqa: PLR0913 (a training has many settings; all but two have
         exit_losses_after=tuple(after),
         settings=settings,
     )
-
-
-def _read(
-    batches: Iterable[Tensor | Mapping[str, Any]], steps: int, device: torch.device
-) -> Iterator[Batch]:
-    """Yield ``steps`` batches, read when they are asked for."""
-    if isinstance(batches, Tensor | Mapping) or not isinstance(batches, Iterable):
-        raise TypeError(
-            f"adaptive: batches must be an iterable of batches, got {type(batches).__name__}"
-        )
-    given = iter(batches)
-    for step in range(steps):
-        try:
-            batch = next(given)
-        except StopIteration:
-            raise ValueError(
-                f"adaptive: batches must hold as many as steps={steps}, got {step}: each was "
-                "trained on, and no more"
-            ) from None
-        yield read_batch(batch, device)
 
 
 def _draw(chances: Sequence[float], rows: int) -> list[Tensor | None]:

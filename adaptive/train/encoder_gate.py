@@ -11,12 +11,12 @@ from torch.nn import functional
 
 from adaptive.adapters import EncoderFamily, family_for
 from adaptive.errors import PatchConflict, UnsupportedModel
-from adaptive.layers.changes import ChangeLog
 from adaptive.layers.depth import Depth, LayerForward
 from adaptive.layers.pooling import pool_weights, pooled
 from adaptive.layers.state import RECORD
 from adaptive.policy import EncoderGate
 from adaptive.policy.encoder_gate import POOLS
+from adaptive.train._learning import still
 
 DECAY = 1e-3
 """Weight of the squared weights in the loss: few sequences must not be learned by heart."""
@@ -64,22 +64,14 @@ def encoder_gate(
         raise ValueError(f"adaptive: tolerance must be above 0 and below 2, got {tolerance}")
     if pool not in POOLS:
         raise ValueError(f"adaptive: pool must be one of {', '.join(POOLS)}, got {pool!r}")
-    modes = {module: module.training for module in model.modules()}
-    seen = []
     first = model.get_submodule(names[0])
-    model.eval()
-    log = ChangeLog()
-    try:
-        part = Depth(layers=len(names), end=len(names))
-        for index, name in enumerate(names):
-            log.set(model, name, "forward", LayerForward(model.get_submodule(name), index, part))
-        with torch.no_grad():
-            for batch in batches:
-                seen.append(_examine(base, first, part, batch, depths, pool))
-    finally:
-        log.undo(model)
-        for module, training in modes.items():
-            module.training = training
+    part = Depth(layers=len(names), end=len(names))
+    forwards = {
+        name: LayerForward(model.get_submodule(name), index, part)
+        for index, name in enumerate(names)
+    }
+    with still(model, forwards), torch.no_grad():
+        seen = [_examine(base, first, part, batch, depths, pool) for batch in batches]
     if not seen:
         raise ValueError("adaptive: batches must hold a batch, got none")
     features = torch.cat([features for features, _ in seen])

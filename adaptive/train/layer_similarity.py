@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from adaptive.policy.mixture_of_depths import UNITS
+from adaptive.train._batch import read_batches
 from adaptive.train._checks import causal_lm
 from adaptive.train._routers import Gates, gated
-from adaptive.train.early_exit import _read
 
 
 def layer_similarity(
@@ -45,7 +45,7 @@ def layer_similarity(
     device = next(root.parameters()).device
     gates = Gates(tuple(range(total)), unit, "token", torch.zeros(total, 1), similarity={})
     with gated(root, family, gates), torch.no_grad():
-        for batch in _read(given, len(given), device):
+        for batch in read_batches(given, len(given), device):
             gates.mask = batch.inputs.get("attention_mask")
             root(**batch.inputs, use_cache=False)
     assert gates.similarity is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from time import perf_counter
@@ -10,17 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from adaptive.adapters import Family
 from adaptive.errors import UnsupportedModel
 from adaptive.layers.hf_width import is_gated
 from adaptive.policy import ExpertRouterWeights, FeedForwardExperts
 from adaptive.progress import ProgressBar
+from adaptive.train._batch import read_batches
 from adaptive.train._checks import causal_lm
 from adaptive.train._experts import LearningRouter, learning
+from adaptive.train._learning import check_last, check_rate, check_steps, descend, next_token_loss
 from adaptive.train._routers import step_of
-from adaptive.train.early_exit import _read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +105,8 @@ def tune_experts(  # noqa: PLR0913
         scaled=scaled,
         layers=None if layers is None else tuple(layers),
     )
-    if type(steps) is not int or steps < 1:
-        raise ValueError(f"adaptive: steps must be a whole number from 1 on, got {steps!r}")
+    check_steps(steps)
+    check_rate(learning_rate)
     root, family, total = causal_lm(model, 0.0)
     names = _ffns(root, family, plain, total)
     routers = {
@@ -116,8 +115,6 @@ def tune_experts(  # noqa: PLR0913
     }
     width = next(iter(routers.values())).weight.shape[1]
     rate = step_of(width) if learning_rate is None else learning_rate
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
-        raise ValueError(f"adaptive: learning_rate must be positive, or None, got {rate!r}")
     parameters = [p for router in routers.values() for p in (router.weight, router.bias)]
     optimizer = torch.optim.Adam(parameters, lr=rate)
     factor = experts / top_k if scaled else 1.0
@@ -125,16 +122,9 @@ def tune_experts(  # noqa: PLR0913
     began = perf_counter()
     bar = ProgressBar("tuning experts", steps, progress)
     with learning(root, names, routers, top_k, factor), bar, torch.enable_grad():
-        for step, batch in enumerate(_read(batches, steps, parameters[0].device)):
-            logits = root(**batch.inputs, use_cache=False).logits.flatten(0, 1)[batch.places]
-            loss = functional.cross_entropy(logits.float(), batch.targets)
-            if not math.isfinite(float(loss.detach())):
-                raise FloatingPointError(
-                    f"adaptive: the loss must be finite, got {float(loss)} at step {step}"
-                )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+        for step, batch in enumerate(read_batches(batches, steps, parameters[0].device)):
+            loss = next_token_loss(root, batch)
+            descend(optimizer, loss, step)
             losses.append(float(loss.detach()))
             bar.step(f"loss {losses[-1]:.3f}")
     return ExpertTuning(
@@ -169,10 +159,7 @@ def _ffns(
 ) -> dict[int, str]:
     """Names of the FFNs to split, by layer."""
     layers = tuple(range(total)) if policy.layers is None else policy.layers
-    if layers[-1] >= total:
-        raise ValueError(
-            f"adaptive: layers must be below the model's {total} layers, got {layers[-1]}"
-        )
+    check_last(layers[-1], total)
     starts = {layer: family.layer_names(root)[layer] + "." for layer in layers}
     found = {}
     for layer, start in starts.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from time import perf_counter
@@ -18,10 +17,18 @@ from adaptive.policy._fields import is_share
 from adaptive.policy.mixture_of_depths import DECODES, UNITS, always_run
 from adaptive.policy.router_predictor import PARTS, RouterPredictor
 from adaptive.progress import ProgressBar
-from adaptive.train._batch import Batch
+from adaptive.train._batch import Batch, read_batches
 from adaptive.train._checks import causal_lm
+from adaptive.train._learning import (
+    check_last,
+    check_number,
+    check_rate,
+    check_steps,
+    check_strength,
+    descend,
+    next_token_loss,
+)
 from adaptive.train._routers import Gates, gated, modules_of, new_predictor, step_of
-from adaptive.train.early_exit import _read
 
 PREDICTOR_RATE = 1e-2
 """Adam's learning rate of the predictors: a loss of their own, whatever the model's width."""
@@ -130,7 +137,13 @@ def tune_router(  # noqa: PLR0913
         ValueError: A setting is out of range, a batch does not fit, or there are too few.
         FloatingPointError: A loss is not finite.
     """
-    _check(steps, unit, decide, target, strength, learning_rate)
+    check_steps(steps)
+    for name, choice, known in (("unit", unit, UNITS), ("decide", decide, tuple(DECODES))):
+        if choice not in known:
+            raise ValueError(f"adaptive: {name} must be one of {', '.join(known)}, got {choice!r}")
+    check_number("target", target, lambda x: 0 <= x < 1, "be in [0, 1)")
+    check_strength(strength)
+    check_rate(learning_rate)
     _check_capacity(capacity, decide, predictor_width)
     root, family, total = causal_lm(model, 0.0)
     names, _ = modules_of(root, family, unit)
@@ -153,17 +166,11 @@ def tune_router(  # noqa: PLR0913
     began = perf_counter()
     bar = ProgressBar("tuning routers", steps, progress)
     with gated(root, family, gates), bar, torch.enable_grad():
-        for step, batch in enumerate(_read(batches, steps, device)):
+        for step, batch in enumerate(read_batches(batches, steps, device)):
             loss, share = _losses(root, gates, batch)
             over = functional.relu(share - target) if capacity is None else 0.0
             value = loss + strength * over + sum(guess for guess, _ in gates.guesses)
-            if not math.isfinite(float(value.detach())):
-                raise FloatingPointError(
-                    f"adaptive: the loss must be finite, got {float(value)} at step {step}"
-                )
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
+            descend(optimizer, value, step)
             losses.append(float(loss.detach()))
             shares.append(float(share.detach()))
             if gates.guesses:
@@ -211,10 +218,7 @@ def _chosen(layers: Sequence[int] | None, total: int, first: set[int]) -> tuple[
     whole = all(type(layer) is int for layer in chosen)
     if not chosen or not whole or list(chosen) != sorted(set(chosen)) or chosen[0] < 0:
         raise ValueError(f"adaptive: layers must be ascending numbers from 0 on, got {layers!r}")
-    if chosen[-1] >= total:
-        raise ValueError(
-            f"adaptive: layers must be below the model's {total} layers, got {chosen[-1]}"
-        )
+    check_last(chosen[-1], total)
     for layer in chosen:
         if layer in first:
             raise ValueError(
@@ -229,8 +233,7 @@ def _losses(root: nn.Module, gates: Gates, batch: Batch) -> tuple[Tensor, Tensor
     gates.shares.clear()
     gates.guesses.clear()
     gates.mask = batch.inputs.get("attention_mask")
-    logits = root(**batch.inputs, use_cache=False).logits.flatten(0, 1)[batch.places]
-    loss = functional.cross_entropy(logits.float(), batch.targets)
+    loss = next_token_loss(root, batch)
     return loss, torch.stack(gates.shares).mean()
 
 
@@ -243,22 +246,3 @@ def _check_capacity(capacity: object, decide: str, hidden: object) -> None:
         raise ValueError(
             f"adaptive: predictor_width must be a whole number from 1 on, got {hidden!r}"
         )
-
-
-def _check(
-    steps: object, unit: str, decide: str, target: float, strength: float, rate: float | None
-) -> None:
-    if type(steps) is not int or steps < 1:
-        raise ValueError(f"adaptive: steps must be a whole number from 1 on, got {steps!r}")
-    for name, value, known in (("unit", unit, UNITS), ("decide", decide, tuple(DECODES))):
-        if value not in known:
-            raise ValueError(f"adaptive: {name} must be one of {', '.join(known)}, got {value!r}")
-    numbers: tuple[tuple[str, object, float, str], ...] = (
-        ("target", target, 1.0, "be in [0, 1)"),
-        ("strength", strength, math.inf, "be 0 or more"),
-        ("learning_rate", 0.0 if rate is None else rate or -1.0, math.inf, "be positive, or None"),
-    )
-    for name, number, below, rule in numbers:
-        known_number = isinstance(number, int | float) and not isinstance(number, bool)
-        if not known_number or not 0 <= number < below:  # type: ignore[operator]
-            raise ValueError(f"adaptive: {name} must {rule}, got {number!r}")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -15,15 +13,23 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adaptive.errors import UnsupportedModel
-from adaptive.layers.changes import ChangeLog
 from adaptive.layers.hf_width import is_gated
 from adaptive.policy import TokenRouting, WidthRouter
 from adaptive.policy.token_routing import neurons_of
 from adaptive.progress import ProgressBar
-from adaptive.train._batch import Batch
+from adaptive.train._batch import Batch, read_batches
 from adaptive.train._checks import causal_lm
+from adaptive.train._learning import (
+    check_last,
+    check_number,
+    check_rate,
+    check_steps,
+    check_strength,
+    descend,
+    next_token_loss,
+    still,
+)
 from adaptive.train._routers import step_of
-from adaptive.train.early_exit import _read
 from adaptive.train.tune_router import RouterTuning
 
 
@@ -124,16 +130,16 @@ def tune_widths(  # noqa: PLR0913
         ValueError: A setting is out of range, a batch does not fit, or there are too few.
         FloatingPointError: A loss is not finite.
     """
-    _check(steps, target, strength, learning_rate)
+    check_steps(steps)
+    check_number("target", target, lambda x: 0 <= x <= 1, "be in [0, 1]")
+    check_strength(strength)
+    check_rate(learning_rate)
     root, family, total = causal_lm(model, 0.0)
     chosen = tuple(range(total)) if layers is None else tuple(layers)
     width: int = root.config.hidden_size  # type: ignore[union-attr, assignment]
     start = WidthRouter.random(chosen, width, choices=max(len(widths), 2), seed=seed)
     untrained = TokenRouting(widths=tuple(widths), layers=chosen, router=start)  # checks them
-    if chosen[-1] >= total:
-        raise ValueError(
-            f"adaptive: layers must be below the model's {total} layers, got {chosen[-1]}"
-        )
+    check_last(chosen[-1], total)
     names = family.mlp_names(root)
     ffns = {i: root.get_submodule(names[i]) for i in chosen if i < len(names)}
     wrong = next((i for i in chosen if not is_gated(ffns.get(i))), None)
@@ -153,17 +159,12 @@ def tune_widths(  # noqa: PLR0913
     losses, shares = [], []
     began = perf_counter()
     bar = ProgressBar("tuning widths", steps, progress)
-    with _masked(root, {i: names[i] for i in chosen}, choices), bar, torch.enable_grad():
-        for step, batch in enumerate(_read(batches, steps, device)):
+    forwards = {names[i]: _MaskedForward(ffns[i], i, choices) for i in chosen}
+    with still(root, forwards), bar, torch.enable_grad():
+        for step, batch in enumerate(read_batches(batches, steps, device)):
             loss, share = _losses(root, choices, batch)
             value = loss + strength * (share - target).square()
-            if not math.isfinite(float(value.detach())):
-                raise FloatingPointError(
-                    f"adaptive: the loss must be finite, got {float(value)} at step {step}"
-                )
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
+            descend(optimizer, value, step)
             losses.append(float(loss.detach()))
             shares.append(float(share.detach()))
             bar.step(f"loss {losses[-1]:.3f}, {shares[-1]:.0%} in use")
@@ -187,42 +188,5 @@ def _losses(root: nn.Module, choices: _Choices, batch: Batch) -> tuple[Tensor, T
     """Cross entropy of one batch, and the share of the neurons in use."""
     choices.shares.clear()
     choices.mask = batch.inputs.get("attention_mask")
-    logits = root(**batch.inputs, use_cache=False).logits.flatten(0, 1)[batch.places]
-    loss = functional.cross_entropy(logits.float(), batch.targets)
+    loss = next_token_loss(root, batch)
     return loss, torch.stack(choices.shares).mean()
-
-
-@contextmanager
-def _masked(root: nn.Module, names: Mapping[int, str], choices: _Choices) -> Iterator[None]:
-    """Let the routers decide inside the block; afterwards the model is as before."""
-    modes = {module: module.training for module in root.modules()}
-    wanted = [parameter for parameter in root.parameters() if parameter.requires_grad]
-    log = ChangeLog()
-    root.eval()
-    try:
-        for parameter in wanted:
-            parameter.requires_grad_(False)
-        for layer, name in names.items():
-            forward = _MaskedForward(root.get_submodule(name), layer, choices)
-            log.set(root, name, "forward", forward)
-        yield
-    finally:
-        log.undo(root)
-        for parameter in wanted:
-            parameter.requires_grad_(True)
-        for module, training in modes.items():
-            module.training = training
-
-
-def _check(steps: object, target: object, strength: object, rate: float | None) -> None:
-    if type(steps) is not int or steps < 1:
-        raise ValueError(f"adaptive: steps must be a whole number from 1 on, got {steps!r}")
-    numbers: tuple[tuple[str, Any, float, str], ...] = (
-        ("target", target, 1.0, "be in [0, 1]"),
-        ("strength", strength, math.inf, "be 0 or more"),
-        ("learning_rate", 0.0 if rate is None else rate or -1.0, math.inf, "be positive, or None"),
-    )
-    for name, number, most, rule in numbers:
-        known = isinstance(number, int | float) and not isinstance(number, bool)
-        if not known or not 0 <= number <= most or number == math.inf:
-            raise ValueError(f"adaptive: {name} must {rule}, got {number!r}")

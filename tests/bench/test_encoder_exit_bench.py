@@ -1,15 +1,17 @@
 """The benchmark of early exits of an encoder: rows are whole, tables and pictures can be made."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from small_encoders import markers, needs_text_encoders, texts
 
-from bench import encoder_exit, record, table
+from bench import encoder_exit, minilm, record, table
 
 ROOT = Path(__file__).parents[2]
-MARKERS = "<!-- table:begin encoder_exit -->\n<!-- table:end encoder_exit -->"
+MARKERS = markers("encoder_exit")
 
 
 class Words:
@@ -33,24 +35,17 @@ class Words:
         )
 
 
-@pytest.mark.skipif(
-    int(transformers.__version__.split(".")[0]) < 5, reason="needs text encoders of 5"
-)
+@needs_text_encoders
 def test_rows_tables_and_pictures(tmp_path, monkeypatch):
-    config = transformers.BertConfig(
-        vocab_size=64,
-        hidden_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=64,
-    )
-    model = transformers.BertModel(config)
+    model, path, picture = texts(num_hidden_layers=3), tmp_path / "result.json", tmp_path / "a.png"
     monkeypatch.setattr(transformers.AutoModel, "from_pretrained", lambda _: model)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda _: Words())
     monkeypatch.setattr(encoder_exit, "SENTENCES", 32)
     monkeypatch.setattr(encoder_exit, "LEARNED", 32)
-    path = tmp_path / "result.json"
-    encoder_exit.measure(tmp_path, record.Recorder("encoder_exit", path, {}), 1, 0.5)
+    threads = str(torch.get_num_threads())
+    call = ["bench.encoder_exit", "--minilm", str(tmp_path), "--json", str(path), "--budget", "0.5"]
+    monkeypatch.setattr(sys, "argv", [*call, "--picture", str(picture), "--threads", threads])
+    minilm.run("encoder_exit", encoder_exit.__doc__, encoder_exit.measure)
     found = record.load(path)
     fixed = [row for row in found["rows"] if row["rule"] == "fixed"]
     assert [row["mean_depth"] for row in fixed] == [1, 2]
@@ -59,10 +54,7 @@ def test_rows_tables_and_pictures(tmp_path, monkeypatch):
     assert exact["cosine_min"] > 0.999
     assert exact["time_saved"] == 0.0
     assert "| `layer=1` | 1.00 | 66.7% |" in table.update(MARKERS, [found])
-    from bench.encoder_exit_chart import draw
-
-    draw(found, tmp_path / "chart.png")
-    assert (tmp_path / "chart.png").stat().st_size > 10_000
+    assert picture.stat().st_size > 10_000
 
 
 def test_the_time_saved_is_the_share_of_layers_skipped():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import prefill, quality_prefill, record
+from bench import prefill, quality, quality_prefill, record
 from bench.table_prefill import prefill_table, quality_prefill_table
 from bench.timing import WrongResultError
 
@@ -54,15 +54,18 @@ def test_a_wrong_choice_of_keys_is_not_timed(recorder, monkeypatch):
         prefill.run(argparse.Namespace(**TIME), recorder("prefill"), Console(quiet=True))
 
 
-def test_quality_is_measured_and_tabulated(recorder, monkeypatch, tmp_path):
+def test_quality_is_measured_and_tabulated(monkeypatch, tmp_path, capsys):
     pytest.importorskip("transformers")
     monkeypatch.setattr(
         quality_prefill, "POLICIES", (("selected", {"mass": 0.5}), ("a_shape", {"budget": 0.2}))
     )
-    made = recorder("quality_prefill")
-    options = argparse.Namespace(context=512, passkey=1, text=1, threads=1)
-    quality_prefill.run(options, made, Console(quiet=True))
-    document = record.load(made.path)
+    sizes = {"context": 512, "passkey": 1, "text": 1, "threads": 1}
+    files = {"json": tmp_path / "made.json", "chart": tmp_path / "made.png"}
+    options = argparse.Namespace(**sizes, **files)
+    quality.measure("quality_prefill", options, quality_prefill.run, quality_prefill.print_rows)
+    assert "same token" in capsys.readouterr().out
+    document = record.load(files["json"])
+    assert document["settings"] == sizes
     dense, selected, window = document["rows"]
     assert dense["policy"] == "dense"
     assert dense["scores_share"] == 1.0
@@ -74,7 +77,4 @@ def test_quality_is_measured_and_tabulated(recorder, monkeypatch, tmp_path):
         assert row["tasks"]["text"]["tokens"] == 511
         assert row["tasks"]["passkey"]["answers"] == 1
     assert "selected, mass 0.5" in quality_prefill_table(document)
-    from bench.quality_prefill_chart import draw
-
-    draw(document, tmp_path / "made.png")
-    assert (tmp_path / "made.png").stat().st_size > 10_000
+    assert files["chart"].stat().st_size > 10_000

@@ -2,41 +2,22 @@
 
 from pathlib import Path
 
-import pytest
-import torch
-import transformers
+from small_encoders import images, markers, needs_text_encoders, sentences, texts
 
 from bench import record, table, token_merging
 from bench.token_merging_chart import draw
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("token_merging", "token_merging_quality")
-MARKERS = "\n".join(f"<!-- table:begin {n} -->\n<!-- table:end {n} -->" for n in NAMES)
-SMALL = {
-    "hidden_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-}
+MARKERS = markers("token_merging", "token_merging_quality")
 
 
-def sentences(*_):
-    rng = torch.Generator().manual_seed(0)
-    mask = (torch.arange(20) < torch.tensor([[20], [13], [9]])).long()
-    return [{"input_ids": torch.randint(1, 64, (3, 20), generator=rng), "attention_mask": mask}]
-
-
-@pytest.mark.skipif(
-    int(transformers.__version__.split(".")[0]) < 5, reason="needs text encoders of 5"
-)
+@needs_text_encoders
 def test_rows_tables_and_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(token_merging, "batches", sentences)
     path = tmp_path / "result.json"
     recorder = record.Recorder("token_merging", path, {})
-    image = token_merging.vit(**SMALL, image_size=32, patch_size=4)
-    token_merging.measure_images(recorder, 1, 0.1, image)
-    text = transformers.BertModel(transformers.BertConfig(vocab_size=64, **SMALL)).eval()
-    token_merging.measure_texts(recorder, 1, 0.1, text, None)
+    token_merging.measure_images(recorder, 1, 0.1, images())
+    token_merging.measure_texts(recorder, 1, 0.1, texts(), None)
     token_merging.measure_bias(recorder, 1, 0.1)
     found = record.load(path)
     assert [row["tokens_last"] for row in found["rows"]] == [65, 53, 41, 26]

@@ -2,41 +2,22 @@
 
 from pathlib import Path
 
-import pytest
-import torch
-import transformers
+from small_encoders import images, markers, needs_text_encoders, sentences, texts
 
 from bench import record, table, token_pruning
-from bench.token_merging import vit
 from bench.token_pruning_chart import draw
 
 RESULT = Path(__file__).parents[2] / "bench/results/2026-11-21-cascadelake-token-pruning.json"
-NAMES = ("token_pruning", "token_pruning_quality")
-MARKERS = "\n".join(f"<!-- table:begin {n} -->\n<!-- table:end {n} -->" for n in NAMES)
-SMALL = {
-    "hidden_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-}
+MARKERS = markers("token_pruning", "token_pruning_quality")
 
 
-def sentences(*_):
-    rng = torch.Generator().manual_seed(0)
-    mask = (torch.arange(20) < torch.tensor([[20], [13], [9]])).long()
-    return [{"input_ids": torch.randint(1, 64, (3, 20), generator=rng), "attention_mask": mask}]
-
-
-@pytest.mark.skipif(
-    int(transformers.__version__.split(".")[0]) < 5, reason="needs text encoders of 5"
-)
+@needs_text_encoders
 def test_rows_tables_and_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(token_pruning, "batches", sentences)
     path = tmp_path / "result.json"
     recorder = record.Recorder("token_pruning", path, {})
-    token_pruning.measure_images(recorder, 1, 0.1, vit(**SMALL, image_size=32, patch_size=4))
-    text = transformers.BertModel(transformers.BertConfig(vocab_size=64, **SMALL)).eval()
-    token_pruning.measure_texts(recorder, 1, 0.1, text, None)
+    token_pruning.measure_images(recorder, 1, 0.1, images())
+    token_pruning.measure_texts(recorder, 1, 0.1, texts(), None)
     found = record.load(path)
     assert [row["tokens_last"] for row in found["rows"]] == [65, 56, 35, 19]
     assert found["quality"][0]["cosine_min"] > 0.9999

@@ -2,28 +2,11 @@
 // through ctypes.
 
 #include <cstdint>
-#include <cstdio>
-#include <stdexcept>
 
+#include "guarded.h"
 #include "local_attention.h"
 #include "pool_blocks.h"
 #include "simt/simt.h"
-
-namespace {
-
-/// Returns 0, or 1 and the message of the exception.
-template <class Call>
-int guarded(char* error, const Call& call) {
-  try {
-    call();
-    return 0;
-  } catch (const std::exception& e) {
-    std::snprintf(error, 1000, "%s", e.what());
-    return 1;
-  }
-}
-
-}  // namespace
 
 extern "C" {
 

@@ -1,9 +1,8 @@
 // The CUDA entry points of merge_tokens, compiled for the CPU and callable through ctypes.
 
 #include <cstdint>
-#include <cstdio>
-#include <stdexcept>
 
+#include "guarded.h"
 #include "merge_tokens.h"
 #include "simt/simt.h"
 
@@ -17,15 +16,8 @@ int64_t workspace_bytes(const adaptive::MergeTokensArgs* args) {
 
 void set_seed(unsigned seed) { simt::host::seed() = seed; }
 
-/// Returns 0, or 1 and the message of the exception.
 int merge_tokens(const adaptive::MergeTokensArgs* args, char* error) {
-  try {
-    adaptive::cuda::merge_tokens(*args, nullptr);
-    return 0;
-  } catch (const std::exception& e) {
-    std::snprintf(error, 1000, "%s", e.what());
-    return 1;
-  }
+  return guarded(error, [&] { adaptive::cuda::merge_tokens(*args, nullptr); });
 }
 
 }  // extern "C"

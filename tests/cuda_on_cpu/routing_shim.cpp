@@ -1,30 +1,13 @@
 // The CUDA entry points of the ops that route tokens, compiled for the CPU and callable by ctypes.
 
 #include <cstdint>
-#include <cstdio>
-#include <stdexcept>
 
 #include "combine_tokens.h"
 #include "gather_tokens.h"
+#include "guarded.h"
 #include "route_tokens.h"
 #include "router_scores.h"
 #include "simt/simt.h"
-
-namespace {
-
-/// Returns 0, or 1 and the message of the exception.
-template <class Run>
-int guarded(char* error, const Run& run) {
-  try {
-    run();
-    return 0;
-  } catch (const std::exception& e) {
-    std::snprintf(error, 1000, "%s", e.what());
-    return 1;
-  }
-}
-
-}  // namespace
 
 extern "C" {
 

@@ -3,11 +3,11 @@
 import ctypes
 
 import torch
+from guarded import Guarded, call, prepare
 from simulated import DTYPES, ROOT, pointer
 
 NAMES = ("combine_tokens", "gather_tokens", "route_tokens", "router_scores")
 SHIM = ROOT / "tests/cuda_on_cpu/routing_shim.cpp"
-GUARD = 128  # elements around each output; a whole number of vectors
 
 
 def sources(changed=None, mutant=None):
@@ -49,38 +49,16 @@ ScoreArgs = struct(
 ARGS = dict(zip(NAMES, (CombineArgs, GatherArgs, RouteArgs, ScoreArgs), strict=True))
 
 
-class Guarded:
-    """Memory for an output, full of `value`, with more of it around."""
-
-    def __init__(self, shape, dtype, value):
-        count = torch.Size(shape).numel()
-        self.all = torch.full((count + 2 * GUARD,), value, dtype=dtype)
-        self.before = self.all.clone()
-        self.inside = self.all[GUARD : GUARD + count].view(shape)
-
-    def check(self):
-        for around in (slice(None, GUARD), slice(len(self.all) - GUARD, None)):
-            same = torch.equal(self.all[around], self.before[around])
-            assert same or self.all[around].isnan().all()
-
-
 class Routing:
     """The four ops as CUDA would run them, with the arguments that the ops have."""
 
     def __init__(self, library):
         self.library = library
         for name, args in ARGS.items():
-            size = getattr(library, f"{name}_args_bytes")
-            size.restype = ctypes.c_int64
-            assert size() == ctypes.sizeof(args)
-        library.set_seed(0)
+            prepare(library, f"{name}_args_bytes", args)
 
     def _run(self, name, args, *outputs):
-        message = ctypes.create_string_buffer(1000)
-        if getattr(self.library, name)(ctypes.byref(args), message):
-            raise RuntimeError(message.value.decode())
-        for output in outputs:
-            output.check()
+        call(self.library, name, args, *outputs)
 
     def route_tokens(self, scores, threshold=None, capacity=None, valid=None):
         batch, tokens = scores.shape

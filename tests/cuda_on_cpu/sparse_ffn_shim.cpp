@@ -1,9 +1,8 @@
 // The CUDA entry points of sparse_row_ffn, compiled for the CPU and callable through ctypes.
 
 #include <cstdint>
-#include <cstdio>
-#include <stdexcept>
 
+#include "guarded.h"
 #include "simt/simt.h"
 #include "sparse_row_ffn.h"
 
@@ -17,16 +16,9 @@ int64_t sparse_workspace_bytes(const adaptive::SparseRowFfnArgs* args) {
   return adaptive::cuda::sparse_row_ffn_workspace_bytes(*args);
 }
 
-/// Returns 0, or 1 and the message of the exception.
 int sparse_ffn(const adaptive::SparseRowFfnArgs* args, void* workspace, int64_t bytes,
                char* error) {
-  try {
-    adaptive::cuda::sparse_row_ffn(*args, workspace, bytes, nullptr);
-    return 0;
-  } catch (const std::exception& e) {
-    std::snprintf(error, 1000, "%s", e.what());
-    return 1;
-  }
+  return guarded(error, [&] { adaptive::cuda::sparse_row_ffn(*args, workspace, bytes, nullptr); });
 }
 
 }  // extern "C"

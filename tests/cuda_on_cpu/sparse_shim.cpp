@@ -1,39 +1,12 @@
 // The CUDA entry points of the ops of sparse selection, callable through ctypes.
 
 #include <cstdint>
-#include <cstdio>
-#include <stdexcept>
 
 #include "gather_attention.h"
+#include "guarded.h"
 #include "score_tokens.h"
 #include "select_tokens.h"
 #include "sum_tokens.h"
-
-namespace {
-
-/// Returns 0, or 1 and the message of the exception.
-template <class Call>
-int guarded(char* error, const Call& call) {
-  try {
-    call();
-    return 0;
-  } catch (const std::exception& e) {
-    std::snprintf(error, 1000, "%s", e.what());
-    return 1;
-  }
-}
-
-/// 0 where the sizes are refused: the op then says why.
-template <class Call>
-int64_t bytes_or_0(const Call& call) {
-  try {
-    return call();
-  } catch (const std::invalid_argument&) {
-    return 0;
-  }
-}
-
-}  // namespace
 
 extern "C" {
 

@@ -4,13 +4,13 @@ import ctypes
 
 import pytest
 import torch
+from guarded import Guarded, call, prepare
 from simulated import ROOT, planted, pointer
 
 from adaptive.ops import verify_draft
 
 SOURCE = "cuda/verify_draft.cu"
 OTHERS = [ROOT / "csrc/cuda/verify_samples.cu", ROOT / "tests/cuda_on_cpu/verify_shim.cpp"]
-GUARD = 64  # elements around each output that a wrong kernel may write and a right one must not
 UNWRITTEN = 7777777
 
 
@@ -30,27 +30,18 @@ class Draft:
 
     def __init__(self, library: ctypes.CDLL):
         self.library = library
-        library.draft_args_bytes.restype = ctypes.c_int64
-        assert library.draft_args_bytes() == ctypes.sizeof(DraftArgs)
-        library.set_seed(0)
+        prepare(library, "draft_args_bytes", DraftArgs)
 
     def __call__(self, drafted, choices, parents=None, lengths=None):
         batch, nodes = drafted.shape
         shapes = [(batch,), (batch, nodes + 1), (batch, nodes + 1)]
-        around = [
-            torch.full((torch.Size(shape).numel() + 2 * GUARD,), UNWRITTEN) for shape in shapes
-        ]
-        made = [t[GUARD:-GUARD].view(s) for t, s in zip(around, shapes, strict=True)]
+        outputs = [Guarded(shape, torch.int64, UNWRITTEN) for shape in shapes]
+        made = [output.inside for output in outputs]
         args = DraftArgs(
             *map(pointer, (drafted, choices, parents, lengths, *made)),
             batch, nodes, drafted.stride(0), choices.stride(0),
         )  # fmt: skip
-        message = ctypes.create_string_buffer(1000)
-        if self.library.verify_draft(ctypes.byref(args), message):
-            raise RuntimeError(message.value.decode())
-        for t in around:
-            assert (t[:GUARD] == UNWRITTEN).all()
-            assert (t[-GUARD:] == UNWRITTEN).all()
+        call(self.library, "verify_draft", args, *outputs)
         return made
 
 

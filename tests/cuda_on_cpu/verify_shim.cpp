@@ -1,28 +1,11 @@
 // The CUDA entry points of ops on drafted tokens, compiled for the CPU and callable by ctypes.
 
 #include <cstdint>
-#include <cstdio>
-#include <stdexcept>
 
+#include "guarded.h"
 #include "simt/simt.h"
 #include "verify_draft.h"
 #include "verify_samples.h"
-
-namespace {
-
-/// Returns 0, or 1 and the message of the exception.
-template <class Run>
-int guarded(char* error, const Run& run) {
-  try {
-    run();
-    return 0;
-  } catch (const std::exception& e) {
-    std::snprintf(error, 1000, "%s", e.what());
-    return 1;
-  }
-}
-
-}  // namespace
 
 extern "C" {
 

@@ -2,10 +2,12 @@
 
 import math
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adaptive.layers import routed_tokens
 from adaptive.layers.routed_tokens import combine_tokens, gather_tokens
 from adaptive.ops import route_tokens
 
@@ -69,6 +71,39 @@ def test_combining_what_was_gathered_is_the_masked_sum():
     assert torch.allclose(ours, wanted)
     plain = combine_tokens(hidden.clone(), some, tokens)
     assert torch.equal(plain, torch.where(chosen[..., None], 2 * hidden, hidden))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("turned", [False, True])
+def test_with_gradients_or_without_it_is_the_same(dtype, turned):
+    """The kernels take plain states of the dtypes they know; PyTorch's operators take the rest."""
+    rng = torch.Generator().manual_seed(2)
+    hidden, made = torch.randn(3, 6, 8, generator=rng), torch.randn(3, 4, 8, generator=rng)
+    hidden, made = hidden.to(dtype), made.to(dtype)
+    if turned:  # features that are no neighbours
+        hidden = hidden.transpose(1, 2).contiguous().transpose(1, 2)
+    tokens = torch.tensor([[0, 2, 5, -1], [1, -1, -1, -1], [3, 4, 5, 0]])
+    weights = torch.rand(3, 4, generator=rng)
+    assert routed_tokens._native(hidden) == (dtype != torch.float64 and not turned)
+    learns = made.clone().requires_grad_()
+    assert not routed_tokens._native(hidden, learns)
+    for factors in (None, weights):
+        plain = combine_tokens(hidden.clone(), made, tokens, factors)
+        with_gradient = combine_tokens(hidden.clone(), learns, tokens, factors)
+        assert with_gradient.requires_grad
+        wanted = hidden.double()
+        for row, listed in enumerate(tokens.tolist()):
+            for at, place in enumerate(listed):
+                if place >= 0:
+                    factor = 1.0 if factors is None else weights[row, at].double()
+                    wanted[row, place] += factor * made[row, at].double()
+        rough = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float64: 1e-12}[dtype]
+        for ours in (plain, with_gradient):
+            torch.testing.assert_close(ours.double(), wanted, rtol=rough, atol=rough)
+    alone = gather_tokens(hidden, tokens)
+    assert torch.equal(alone, gather_tokens(hidden.clone().requires_grad_(), tokens))
+    assert torch.equal(alone[2], hidden[2, [3, 4, 5, 0]])
+    assert not alone[1, 1:].any()
 
 
 def test_gradients_of_combining_are_those_of_the_masked_sum():

@@ -1,14 +1,6 @@
 """What the tests of the ops that route tokens share."""
 
-import pytest
 import torch
-
-from adaptive import _native
-
-LEVELS = ("baseline", "avx2", "avx512")
-AVAILABLE = LEVELS[: LEVELS.index(_native.best_cpu_level()) + 1]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def normal(*shape, dtype=torch.float32, seed=0):

@@ -7,13 +7,11 @@ import sys
 import pytest
 import torch
 from decode_cases import BF16, EDGES, F16, assert_accurate
+from levels import AVAILABLE, LEVELS
 
 import adaptive
 from adaptive import _native
 from adaptive.ops import decode_attention
-
-LEVELS = ("baseline", "avx2", "avx512")
-AVAILABLE = LEVELS[: LEVELS.index(_native.best_cpu_level()) + 1]
 
 pytestmark = pytest.mark.usefixtures("_restored")
 

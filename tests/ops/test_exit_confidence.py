@@ -8,24 +8,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from levels import DTYPES, every_dtype, far_apart
 
-import adaptive
-from adaptive import _native
 from adaptive.ops import exit_confidence, skinny_linear
 
-LEVELS = ("baseline", "avx2", "avx512")
-AVAILABLE = LEVELS[: LEVELS.index(_native.best_cpu_level()) + 1]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SLICE = 128  # of the vocabulary, on the CPU
-
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-@pytest.fixture(params=AVAILABLE)
-def level(request):
-    adaptive.set_cpu_level(request.param)
-    yield request.param
-    adaptive.set_cpu_level(None)
 
 
 def draw(rows, width, vocab, dtype, *, bias=True, scale=1.0, softcap=0.0, seed=0):
@@ -183,11 +170,7 @@ def test_strides_are_followed_and_nothing_between_rows_is_read(dtype, level):
     hidden, weight, bias, *_ = draw(5, 104, 199, dtype)
     expected = exit_confidence(hidden, weight, bias)
 
-    def spread(tensor, pitch):
-        wide = torch.full((len(tensor), pitch), torch.nan, dtype=dtype)
-        return wide[:, 3 : 3 + tensor.shape[1]].copy_(tensor)
-
-    made = exit_confidence(spread(hidden, 131), spread(weight, 113), bias)
+    made = exit_confidence(far_apart(hidden, 131), far_apart(weight, 113), bias)
     assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
 
 

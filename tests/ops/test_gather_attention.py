@@ -10,12 +10,8 @@ from decode_cases import BF16, EDGES, F16, MASKS, Case
 from hypothesis import given
 from hypothesis import strategies as st
 
-import adaptive
-from adaptive import _native
 from adaptive.ops import decode_attention, gather_attention
 
-LEVELS = ("baseline", "avx2", "avx512")
-AVAILABLE = LEVELS[: LEVELS.index(_native.best_cpu_level()) + 1]
 NAN = math.nan
 
 cases = st.builds(
@@ -40,13 +36,6 @@ page_sizes = st.sampled_from([1, 2, 8, 16, 64])
 def _no_grad():
     with torch.no_grad():
         yield
-
-
-@pytest.fixture(params=AVAILABLE)
-def level(request):
-    adaptive.set_cpu_level(request.param)
-    yield request.param
-    adaptive.set_cpu_level(None)
 
 
 def assert_same(left, right):

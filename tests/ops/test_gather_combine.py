@@ -5,18 +5,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from routing_cases import AVAILABLE, DTYPES, every_dtype, listed, normal, spread
+from levels import DTYPES, every_dtype
+from routing_cases import listed, normal, spread
 from torch.autograd import gradcheck
 
-import adaptive
 from adaptive.ops import combine_tokens, gather_tokens, route_tokens
-
-
-@pytest.fixture(params=AVAILABLE)
-def level(request):
-    adaptive.set_cpu_level(request.param)
-    yield request.param
-    adaptive.set_cpu_level(None)
 
 
 @st.composite

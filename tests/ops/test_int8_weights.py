@@ -5,26 +5,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from levels import DTYPES, every_dtype, of_each_number_of_threads
 
-import adaptive
-from adaptive import _native
 from adaptive.ops import exit_confidence, quantize_weight, skinny_linear
 from adaptive.ops.quantize_weight import dequantize_weight
 
-LEVELS = ("baseline", "avx2", "avx512")
-AVAILABLE = LEVELS[: LEVELS.index(_native.best_cpu_level()) + 1]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GROUPS = (32, 64, 128)
 
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_group = pytest.mark.parametrize("group", GROUPS)
-
-
-@pytest.fixture(params=AVAILABLE)
-def level(request):
-    adaptive.set_cpu_level(request.param)
-    yield request.param
-    adaptive.set_cpu_level(None)
 
 
 def draw(rows, in_features, out_features, dtype, group, bias=True, seed=0):
@@ -136,12 +124,7 @@ def test_a_row_does_not_depend_on_the_others(rows, groups, group, out_features, 
 @every_dtype
 def test_the_number_of_threads_changes_no_bit(dtype):
     arguments = draw(3, 1024, 2501, dtype, 64)
-    before = torch.get_num_threads()
-    made = []
-    for threads in (1, 2, 3, 5):
-        torch.set_num_threads(threads)
-        made.append(skinny_linear(*arguments))
-    torch.set_num_threads(before)
+    made = of_each_number_of_threads(lambda: skinny_linear(*arguments))
     assert all(torch.equal(made[0], other) for other in made[1:])
 
 

@@ -4,21 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from window_cases import DTYPES, attend, blank_unseen, close, qkv
+from levels import DTYPES
+from window_cases import attend, blank_unseen, close, qkv
 
-import adaptive
-from adaptive import _native
 from adaptive.ops import local_attention
-
-LEVELS = ("baseline", "avx2", "avx512")
-AVAILABLE = LEVELS[: LEVELS.index(_native.best_cpu_level()) + 1]
-
-
-@pytest.fixture(params=AVAILABLE)
-def level(request):
-    adaptive.set_cpu_level(request.param)
-    yield request.param
-    adaptive.set_cpu_level(None)
 
 
 def oracle(batch, query_tokens, tokens, windows, sinks, cuts, causal):

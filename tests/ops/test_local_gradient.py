@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from levels import DTYPES
 from torch.autograd import Function, gradcheck
-from window_cases import DTYPES, attend, qkv
+from window_cases import attend, qkv
 
 from adaptive.ops import _local_gradient, block_sparse_attention, local_attention
 from adaptive.ops.local_attention import reference_mask

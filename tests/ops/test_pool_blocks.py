@@ -4,14 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from levels import DTYPES
 
-import adaptive
-from adaptive import _native
 from adaptive.ops import pool_blocks
 
-LEVELS = ("baseline", "avx2", "avx512")
-AVAILABLE = LEVELS[: LEVELS.index(_native.best_cpu_level()) + 1]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 I32 = torch.int32
 
 
@@ -19,13 +15,6 @@ I32 = torch.int32
 def _no_grad():
     with torch.no_grad():
         yield
-
-
-@pytest.fixture(params=AVAILABLE)
-def level(request):
-    adaptive.set_cpu_level(request.param)
-    yield request.param
-    adaptive.set_cpu_level(None)
 
 
 def source(shape, dtype=torch.float32, seed=0):

@@ -4,20 +4,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from routing_cases import AVAILABLE, DTYPES, every_dtype, normal, spread
+from levels import DTYPES, every_dtype
+from routing_cases import normal, spread
 from torch.autograd import Function, gradcheck
 
-import adaptive
 from adaptive.ops import _router_gradient, router_scores
 
 FUNCTIONS = ("sigmoid", "softmax", "identity")
-
-
-@pytest.fixture(params=AVAILABLE)
-def level(request):
-    adaptive.set_cpu_level(request.param)
-    yield request.param
-    adaptive.set_cpu_level(None)
 
 
 def exact(hidden, weight, norm_weight=None, eps=1e-6, function="sigmoid"):

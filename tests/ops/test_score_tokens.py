@@ -8,12 +8,8 @@ from decode_cases import BF16, EDGES, F16, MASKS, Case, seen_keys
 from hypothesis import given
 from hypothesis import strategies as st
 
-import adaptive
-from adaptive import _native
 from adaptive.ops import decode_attention, score_tokens, scored_attention
 
-LEVELS = ("baseline", "avx2", "avx512")
-AVAILABLE = LEVELS[: LEVELS.index(_native.best_cpu_level()) + 1]
 NAN = math.nan
 
 cases = st.builds(
@@ -38,13 +34,6 @@ reductions = st.sampled_from(["sum", "max", "logit"])
 def _no_grad():
     with torch.no_grad():
         yield
-
-
-@pytest.fixture(params=AVAILABLE)
-def level(request):
-    adaptive.set_cpu_level(request.param)
-    yield request.param
-    adaptive.set_cpu_level(None)
 
 
 def keys_only(arguments):

@@ -6,14 +6,12 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from levels import AVAILABLE
 from select_cases import chosen
 
 import adaptive
-from adaptive import _native
 from adaptive.ops import select_tokens
 
-LEVELS = ("baseline", "avx2", "avx512")
-AVAILABLE = LEVELS[: LEVELS.index(_native.best_cpu_level()) + 1]
 KINDS = ("normal", "exp", "ties", "equal", "rising", "falling", "tiny", "huge", "periodic")
 
 every_level = pytest.mark.parametrize("level", AVAILABLE)

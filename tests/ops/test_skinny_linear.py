@@ -6,24 +6,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from levels import DTYPES, every_dtype, far_apart, of_each_number_of_threads
 
-import adaptive
-from adaptive import _native
 from adaptive.ops import skinny_linear
 from adaptive.ops.skinny_linear import supports
-
-LEVELS = ("baseline", "avx2", "avx512")
-AVAILABLE = LEVELS[: LEVELS.index(_native.best_cpu_level()) + 1]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-@pytest.fixture(params=AVAILABLE)
-def level(request):
-    adaptive.set_cpu_level(request.param)
-    yield request.param
-    adaptive.set_cpu_level(None)
 
 
 def draw(rows, in_features, out_features, dtype, bias=True, seed=0):
@@ -75,12 +61,7 @@ def test_a_row_does_not_depend_on_the_others(rows, steps, out_features, dtype, s
 @every_dtype
 def test_the_number_of_threads_changes_no_bit(dtype):
     arguments = draw(3, 1032, 1501, dtype)
-    before = torch.get_num_threads()
-    made = []
-    for threads in (1, 2, 3, 5):
-        torch.set_num_threads(threads)
-        made.append(skinny_linear(*arguments))
-    torch.set_num_threads(before)
+    made = of_each_number_of_threads(lambda: skinny_linear(*arguments))
     assert all(torch.equal(made[0], other) for other in made[1:])
 
 
@@ -89,11 +70,7 @@ def test_strides_are_followed_and_nothing_between_rows_is_read(dtype, level):
     x, weight, bias = draw(5, 104, 19, dtype)
     expected = skinny_linear(x, weight, bias)
 
-    def spread(tensor, pitch):
-        wide = torch.full((len(tensor), pitch), torch.nan, dtype=dtype)
-        return wide[:, 3 : 3 + tensor.shape[1]].copy_(tensor)
-
-    assert torch.equal(skinny_linear(spread(x, 131), spread(weight, 113), bias), expected)
+    assert torch.equal(skinny_linear(far_apart(x, 131), far_apart(weight, 113), bias), expected)
     same = skinny_linear(x[:1].expand(4, -1), weight, bias)
     assert torch.equal(same, expected[:1].expand(4, -1))
 

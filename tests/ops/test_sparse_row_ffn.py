@@ -5,23 +5,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from levels import DTYPES, every_dtype, far_apart, of_each_number_of_threads
 
-import adaptive
-from adaptive import _native
 from adaptive.ops import sparse_row_ffn
-
-LEVELS = ("baseline", "avx2", "avx512")
-AVAILABLE = LEVELS[: LEVELS.index(_native.best_cpu_level()) + 1]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-@pytest.fixture(params=AVAILABLE)
-def level(request):
-    adaptive.set_cpu_level(request.param)
-    yield request.param
-    adaptive.set_cpu_level(None)
 
 
 def draw(rows, neurons, in_features, out_features, active, dtype, seed=0):
@@ -80,12 +66,7 @@ def test_a_row_does_not_depend_on_the_others(rows, neurons, active, dtype, seed)
 @every_dtype
 def test_the_number_of_threads_changes_no_bit(dtype):
     arguments = draw(2, 9000, 512, 512, 0.2, dtype)
-    before = torch.get_num_threads()
-    made = []
-    for threads in (1, 2, 3, 5):
-        torch.set_num_threads(threads)
-        made.append(sparse_row_ffn(*arguments))
-    torch.set_num_threads(before)
+    made = of_each_number_of_threads(lambda: sparse_row_ffn(*arguments))
     assert all(torch.equal(made[0], other) for other in made[1:])
 
 
@@ -98,11 +79,7 @@ def test_strides_are_followed_and_idle_neurons_are_not_read(dtype, level):
     up[idle], down[idle] = torch.nan, torch.nan
     activations[activations == 0] = -0.0  # which is zero, too
 
-    def spread(tensor, pitch):
-        wide = torch.full((len(tensor), pitch), torch.nan, dtype=dtype)
-        return wide[:, 3 : 3 + tensor.shape[1]].copy_(tensor)
-
-    apart = spread(activations, 707), spread(x, 131), spread(up, 113), spread(down, 79)
+    apart = far_apart(activations, 707), far_apart(x, 131), far_apart(up, 113), far_apart(down, 79)
     assert torch.equal(sparse_row_ffn(*apart), expected)
 
 

@@ -5,21 +5,9 @@ import torch
 from choices import chosen_keys, everything, lists
 from hypothesis import given
 from hypothesis import strategies as st
+from levels import DTYPES
 
-import adaptive
-from adaptive import _native
 from adaptive.ops import sum_tokens
-
-LEVELS = ("baseline", "avx2", "avx512")
-AVAILABLE = LEVELS[: LEVELS.index(_native.best_cpu_level()) + 1]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(params=AVAILABLE)
-def level(request):
-    adaptive.set_cpu_level(request.param)
-    yield request.param
-    adaptive.set_cpu_level(None)
 
 
 def source(shape, dtype, seed=0):

@@ -2,8 +2,6 @@
 
 import torch
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def qkv(
     tokens, query_tokens=None, *, batch=2, heads=4, kv_heads=2, head_dim=32, dtype=None, seed=0

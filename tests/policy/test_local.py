@@ -8,11 +8,13 @@ from test_compose import razor, shape, tidal
 from adaptive.policy import (
     BlockSparsePrefill,
     Exact,
+    FeedForwardExperts,
     LocalAttention,
     Plan,
     Policy,
     Quest,
     StreamingLLM,
+    TokenRouting,
 )
 
 
@@ -36,6 +38,10 @@ MAPS = {
     "beside quest": ([Quest(), local(heads=((3, 0),))], "## ## pp lp pp pp"),
     "beside razor": ([local(layers=(5,)), razor()], "## ## #z z# ## ll"),
     "beside streaming": ([StreamingLLM(layers=(4,)), local(layers=(5,))], "## ## ## ## ww ll"),
+    "behind widths": ([TokenRouting(widths=0.5), local()], "ll ll ll ll ll ll"),
+    "behind experts": ([FeedForwardExperts(), local()], "ll ll ll ll ll ll"),
+    "before experts": ([local(), FeedForwardExperts()], "ll ll ll ll ll ll"),
+    "behind streaming": ([FeedForwardExperts(), StreamingLLM(layers=(1,))], "## ww ## ## ## ##"),
     "beside stock": ([Exact(stock_layers=(0,)), local()], ".. ll ll ll ll ll"),
 }
 
@@ -92,6 +98,10 @@ CLASHES = [
     ([local(heads=((1, 2),))], r"heads must be of the 2 KV heads of layer 1, got \(1, 2\)"),
     ([local(), local()], "a second LocalAttention cannot be combined"),
     ([tidal(), local()], "layers must name the layers that TidalDecode shall leave to it"),
+    (
+        [FeedForwardExperts(), tidal(), local()],
+        "layers must name the layers that TidalDecode shall leave to it",
+    ),
     ([tidal(), local(layers=(2,))], "leave out a layer: it selects keys for later layers, got 2"),
     ([razor(), local(layers=(3,))], "leave out a layer: some of its heads keep another window"),
     ([local(layers=(2,)), tidal()], "leave out a layer: LocalAttention drops its keys, got 2"),
