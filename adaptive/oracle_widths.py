@@ -194,8 +194,7 @@ def _sizes(root: nn.Module) -> dict[int, int]:
     for module in root.modules():
         forward: Any = module.__dict__.get("forward")
         if isinstance(forward, PrefixForward):
-            up: Any = module.get_submodule("up_proj")
-            found[forward.layer] = int(up.weight.shape[0])
+            found[forward.layer] = forward.ffn.neurons
     return found
 
 

@@ -118,7 +118,7 @@ def test_bad_settings_are_refused(name):
 
 
 def test_models_that_do_not_fit_are_refused():
-    with pytest.raises(adaptive.UnsupportedModel, match="layer 0 has no gated FFN"):
+    with pytest.raises(adaptive.UnsupportedModel, match="layer 0 has no FFN of plain"):
         tune_widths(make("phi3"), batches(3), **FIELDS)
     model = make("llama")
     with adaptive.patch(model), pytest.raises(adaptive.PatchConflict):
