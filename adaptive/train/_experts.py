@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from adaptive.layers.balanced_clusters import balanced_clusters
 from adaptive.layers.changes import ChangeLog
+from adaptive.layers.evaluating import evaluating
 from adaptive.layers.feed_forward import FeedForward
 
 
@@ -90,18 +91,15 @@ def learning(
     """Hold ``ffns``, each with its name, so that their routers learn, and the weights do not."""
     log = ChangeLog()
     wanted = [(p, p.requires_grad) for p in root.parameters()]
-    training = {module: module.training for module in root.modules()}
-    try:
-        root.eval()
-        for parameter, _ in wanted:
-            parameter.requires_grad_(False)
-        for layer, (name, ffn) in ffns.items():
-            forward = LearningForward(ffn, routers[layer], top_k, factor)
-            log.set(root, name, "forward", forward)
-        yield
-    finally:
-        log.undo(root)
-        for parameter, needs in wanted:
-            parameter.requires_grad_(needs)
-        for module, mode in training.items():
-            module.training = mode
+    with evaluating(root):
+        try:
+            for parameter, _ in wanted:
+                parameter.requires_grad_(False)
+            for layer, (name, ffn) in ffns.items():
+                forward = LearningForward(ffn, routers[layer], top_k, factor)
+                log.set(root, name, "forward", forward)
+            yield
+        finally:
+            log.undo(root)
+            for parameter, needs in wanted:
+                parameter.requires_grad_(needs)

@@ -17,6 +17,7 @@ from torch.nn import functional
 from adaptive.adapters import Family
 from adaptive.errors import UnsupportedModel
 from adaptive.layers.changes import ChangeLog, own_forward
+from adaptive.layers.evaluating import evaluating
 from adaptive.layers.pooling import pool_weights, pooled
 from adaptive.layers.routed_tokens import best_tokens
 from adaptive.policy.mixture_of_depths import THRESHOLD
@@ -147,23 +148,20 @@ def gated(root: nn.Module, family: Family, gates: Gates) -> Iterator[None]:
     No parameter of the model gets a gradient, and nothing of it drops out.
     """
     names, norms = modules_of(root, family, gates.unit)
-    modes = {module: module.training for module in root.modules()}
     wanted = [parameter for parameter in root.parameters() if parameter.requires_grad]
     log = ChangeLog()
-    root.eval()
-    try:
-        for parameter in wanted:
-            parameter.requires_grad_(False)
-        for index in gates.layers:
-            module = root.get_submodule(names[index])
-            log.set(root, names[index], "forward", GateForward(module, index, norms[index], gates))
-        yield
-    finally:
-        log.undo(root)
-        for parameter in wanted:
-            parameter.requires_grad_(True)
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(root):
+        try:
+            for parameter in wanted:
+                parameter.requires_grad_(False)
+            for index in gates.layers:
+                module, name = root.get_submodule(names[index]), names[index]
+                log.set(root, name, "forward", GateForward(module, index, norms[index], gates))
+            yield
+        finally:
+            log.undo(root)
+            for parameter in wanted:
+                parameter.requires_grad_(True)
 
 
 def new_predictor(

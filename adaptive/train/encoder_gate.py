@@ -13,6 +13,7 @@ from adaptive.adapters import EncoderFamily, family_for
 from adaptive.errors import PatchConflict, UnsupportedModel
 from adaptive.layers.changes import ChangeLog
 from adaptive.layers.depth import Depth, LayerForward
+from adaptive.layers.evaluating import evaluating
 from adaptive.layers.pooling import pool_weights, pooled
 from adaptive.layers.state import RECORD
 from adaptive.policy import EncoderGate
@@ -64,22 +65,19 @@ def encoder_gate(
         raise ValueError(f"adaptive: tolerance must be above 0 and below 2, got {tolerance}")
     if pool not in POOLS:
         raise ValueError(f"adaptive: pool must be one of {', '.join(POOLS)}, got {pool!r}")
-    modes = {module: module.training for module in model.modules()}
     seen = []
     first = model.get_submodule(names[0])
-    model.eval()
     log = ChangeLog()
-    try:
-        part = Depth(layers=len(names), end=len(names))
-        for index, name in enumerate(names):
-            log.set(model, name, "forward", LayerForward(model.get_submodule(name), index, part))
-        with torch.no_grad():
+    with evaluating(model), torch.no_grad():
+        try:
+            part = Depth(layers=len(names), end=len(names))
+            for index, name in enumerate(names):
+                forward = LayerForward(model.get_submodule(name), index, part)
+                log.set(model, name, "forward", forward)
             for batch in batches:
                 seen.append(_examine(base, first, part, batch, depths, pool))
-    finally:
-        log.undo(model)
-        for module, training in modes.items():
-            module.training = training
+        finally:
+            log.undo(model)
     if not seen:
         raise ValueError("adaptive: batches must hold a batch, got none")
     features = torch.cat([features for features, _ in seen])

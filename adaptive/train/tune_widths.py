@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from adaptive.errors import UnsupportedModel
 from adaptive.layers.changes import ChangeLog
+from adaptive.layers.evaluating import evaluating
 from adaptive.layers.feed_forward import FeedForward, whole_ffn
 from adaptive.policy import TokenRouting, WidthRouter
 from adaptive.policy.token_routing import neurons_of
@@ -198,22 +199,19 @@ def _masked(
     root: nn.Module, ffns: Mapping[int, tuple[str, FeedForward]], choices: _Choices
 ) -> Iterator[None]:
     """Let the routers decide inside the block; afterwards the model is as before."""
-    modes = {module: module.training for module in root.modules()}
     wanted = [parameter for parameter in root.parameters() if parameter.requires_grad]
     log = ChangeLog()
-    try:
-        root.eval()
-        for parameter in wanted:
-            parameter.requires_grad_(False)
-        for layer, (name, ffn) in ffns.items():
-            log.set(root, name, "forward", _MaskedForward(ffn, layer, choices))
-        yield
-    finally:
-        log.undo(root)
-        for parameter in wanted:
-            parameter.requires_grad_(True)
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(root):
+        try:
+            for parameter in wanted:
+                parameter.requires_grad_(False)
+            for layer, (name, ffn) in ffns.items():
+                log.set(root, name, "forward", _MaskedForward(ffn, layer, choices))
+            yield
+        finally:
+            log.undo(root)
+            for parameter in wanted:
+                parameter.requires_grad_(True)
 
 
 def _check(steps: object, target: object, strength: object, rate: float | None) -> None:
