@@ -10,13 +10,15 @@ from encoder_models import OLD, SUPPORTED, TEXTS, inputs, make, run
 from ffn_reference import Experts, First, halves, masked
 
 import adaptive
-from adaptive import EncoderFamily, FeedForwardExperts, TokenRouting, WidthRouter
+from adaptive import FeedForwardExperts, TokenRouting, WidthRouter
 from adaptive.adapters import family_for
 from adaptive.layers.feed_forward import HandOn
 from adaptive.layers.hf_ffn_experts import ExpertsForward
 from adaptive.layers.hf_width import PrefixForward
 
-CASES = [case for case in SUPPORTED if case not in ("xlm_roberta", "camembert", "clip_vision")]
+FORMS = "bert", "distilbert", "modernbert", "vit", "dinov2", "dinov3_vit"
+"""One of each way of writing an FFN; others are written like one of these."""
+CASES = [case for case in SUPPORTED if case in FORMS]
 TWO = "deit" if OLD else "bert"
 """A model whose FFNs are two modules each."""
 NEEDS_5 = pytest.mark.skipif(OLD, reason="text encoders do not use the interface before 5")
@@ -238,53 +240,6 @@ def test_an_interrupted_call_leaves_nothing_behind():
 
 
 @torch.no_grad()
-def test_parts_that_someone_hooks_or_replaces_are_refused():
-    model, given = copy.deepcopy(stock(TWO)), given_for(TWO)
-    layer = model.get_submodule(layers_of(model)[1])
-    for policy in (experts(), TokenRouting(widths=0.5)):
-        with adaptive.patch(model, policy):
-            wanted = run(model, given)
-            for module, name in (
-                (layer.intermediate.dense, "dense"),
-                (layer.output.dense, "output.dense"),
-                (layer.intermediate, type(layer.intermediate).__name__),
-            ):
-                handle = module.register_forward_hook(lambda *_: None)
-                with pytest.raises(adaptive.PatchConflict, match=f"of '{name}', which someone"):
-                    run(model, given)
-                handle.remove()
-            dense, layer.output.dense = layer.output.dense, torch.nn.Linear(96, 128)
-            with pytest.raises(adaptive.PatchConflict, match=r"of 'output\.dense', which someone"):
-                run(model, given)
-            layer.output.dense = dense
-            assert torch.equal(run(model, given), wanted)
-    handle = layer.output.dense.register_forward_hook(lambda *_: None)
-    with pytest.raises(adaptive.UnsupportedModel, match="layer 1 has an FFN"):
-        adaptive.patch(model, experts())
-    handle.remove()
-    if hasattr(layer, "chunk_size_feed_forward"):
-        layer.chunk_size_feed_forward = 4
-        with pytest.raises(adaptive.UnsupportedModel, match="layer 1 has an FFN"):
-            adaptive.patch(model, experts())
-        assert ours(model) == []
-
-
-@pytest.mark.parametrize("whole", [True, False])
-def test_compiling(whole):
-    model, given = make(TWO, num_hidden_layers=1), given_for(TWO, batch=1)
-    with adaptive.patch(model, experts()), torch.no_grad():
-        wanted = run(model, given)
-        with pytest.raises(Exception, match="FeedForwardExperts cannot run under torch"):
-            torch.compile(model, backend="eager", fullgraph=whole)(**given)
-        assert torch.equal(run(model, given), wanted)
-    if not whole:
-        return
-    with adaptive.patch(model, TokenRouting(widths=0.5)), torch.no_grad():
-        compiled = torch.compile(model, backend="eager", fullgraph=whole)(**given)[0]
-        torch.testing.assert_close(compiled, run(model, given))
-
-
-@torch.no_grad()
 def test_audits_do_not_count_what_drops_out():
     model = copy.deepcopy(stock("vit" if OLD else "distilbert"))
     given = given_for("vit" if OLD else "distilbert")
@@ -297,15 +252,3 @@ def test_audits_do_not_count_what_drops_out():
         drops = any("ffn" in name for name in names)
         run(model.train(), given)
         assert (patched.report().experts.error is None) == drops
-
-
-def test_a_family_may_have_no_ffn_that_is_known(monkeypatch):
-    family = family_for(stock("vit"))
-    object.__setattr__(family, "mlp", "nowhere")
-    try:
-        with pytest.raises(adaptive.UnsupportedModel, match="layer 0 has no FFN that is no"):
-            adaptive.patch(stock("vit"), TokenRouting(widths=0.5))
-    finally:
-        object.__setattr__(family, "mlp", "mlp|intermediate")
-    with pytest.raises(ValueError, match="mlp must be a dotted path, got ''"):
-        EncoderFamily(name="x", model_types=("x",), base="x", mlp="")
