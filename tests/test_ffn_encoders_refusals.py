@@ -1,4 +1,4 @@
-"""What experts and widths of FFNs are refused for in encoders, aloud: parts, families, compilers."""
+"""What experts and widths of FFNs are refused for in encoders: parts, families, compilers."""
 
 import pytest
 import torch
