@@ -68,23 +68,27 @@ def measure(folder: Path, record: Recorder, budget_s: float) -> None:
     for call in calls.values():
         call()  # copies of weights are made now
     timings = interleave(calls, threads=1, repetitions=7, at_least=3, budget_s=budget_s)
+    made["stock"], made["exact"] = full, embed(timed["exact"], given)
     for name in ("stock", "exact", *chosen):
         form, top, _ = chosen.get(name, (name, EXPERTS, None))
-        row: dict[str, Any] = {"what": form, "experts": EXPERTS, "top_k": top}
-        if name in timings:
-            row |= {f: v for f, v in timings[name].to_dict().items() if f != "us_min"}
-            row["time_saved"] = round(1 - 1 / speedup(timings["exact"], timings[name]), 4)
-        if name in made:
-            cosine, log = (made[name] * full).sum(-1), logs[name]
-            assert log is not None
-            assert log.error is not None
-            row |= {
-                "share": log.share,
-                "ffn_error_mean": round(log.error[0], 4),
-                "cosine_mean": round(float(cosine.mean()), 4),
-                "cosine_min": round(float(cosine.min()), 4),
-                "same_neighbour": round(float((nearest(made[name]) == near).float().mean()), 4),
-            }
+        cosine, log, timing = (made[name] * full).sum(-1), logs.get(name), timings.get(name)
+        row: dict[str, Any] = {
+            "what": form,
+            "experts": EXPERTS,
+            "top_k": top,
+            "share": 1.0 if log is None else log.share,
+            "ffn_error_mean": None if log is None or log.error is None else round(log.error[0], 4),
+            "cosine_mean": round(float(cosine.mean()), 4),
+            "cosine_min": round(float(cosine.min()), 4),
+            "same_neighbour": round(float((nearest(made[name]) == near).float().mean()), 4),
+            "ms": None,
+            "time_saved": None,
+        }
+        if timing is not None:
+            values = timing.to_dict()
+            row["ms"], row["ms_min"] = (round(values.pop(f) / 1e3, 2) for f in ("us", "us_min"))
+            row["time_saved"] = round(1 - 1 / speedup(timings["exact"], timing), 4)
+            row |= values
         record.add(row)
         print(row)
     record.document["sentences"], record.document["batch"] = len(full), BATCH
