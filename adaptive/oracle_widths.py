@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from adaptive.layers.evaluating import evaluating
 from adaptive.layers.state import RECORD
 from adaptive.patch import patch
 from adaptive.policy import TokenRouting, WidthRouter
@@ -115,7 +115,7 @@ def oracle_widths(
     policy = TokenRouting(widths=tuple(widths), layers=chosen, router=router, audit_every=None)
     tried = _patterns(len(policy.choices), len(chosen), patterns, seed)
     bar = ProgressBar("trying widths", len(tried), progress)
-    with patch(model, policy) as patched, _evaluating(model), bar:
+    with patch(model, policy) as patched, evaluating(model), bar:
         run = _Run(model, ids, chosen, patched._root.__dict__[RECORD].switch.width_pass)
         with patched.disabled():
             dense = run.losses()
@@ -142,18 +142,6 @@ def oracle_widths(
         fixed_loss=float(means.min()),
         patterns=len(tried),
     )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Let nothing drop out inside the block: losses of patterns would differ by that."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 class _Run:
@@ -194,8 +182,7 @@ def _sizes(root: nn.Module) -> dict[int, int]:
     for module in root.modules():
         forward: Any = module.__dict__.get("forward")
         if isinstance(forward, PrefixForward):
-            up: Any = module.get_submodule("up_proj")
-            found[forward.layer] = int(up.weight.shape[0])
+            found[forward.layer] = forward.ffn.neurons
     return found
 
 

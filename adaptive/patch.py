@@ -245,12 +245,10 @@ def _survey(root: nn.Module) -> Survey:
     if found.problems:
         return found
     layers = family.layer_names(root)
+    found = replace(found, layers=tuple(layers), mlps=tuple(family.mlp_names(root)))
     if isinstance(family, EncoderFamily):
-        return replace(found, layers=tuple(layers))
-    mlps, norms = tuple(family.mlp_names(root)), tuple(family.norm_names(root))
-    return replace(
-        found, layers=tuple(layers), mlps=mlps, norms=norms, exact_only=family.exact_only
-    )
+        return found
+    return replace(found, norms=tuple(family.norm_names(root)), exact_only=family.exact_only)
 
 
 def _nothing(root: nn.Module, problem: str) -> Survey:

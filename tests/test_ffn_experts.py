@@ -210,13 +210,13 @@ def test_copies_follow_their_weights_and_are_given_back():
         mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight.clone() * 3)
         torch.testing.assert_close(model(ids).logits, masked(model)(ids).logits)
         held = mlp.forward.weights
-        kept = [held.of(mlp)[0][0].gate]
+        kept = [held.of(mlp.forward.ffn)[0][0].gate]
     assert patched.report().experts.copied_bytes > 0  # the last report before the end
     assert "forward" not in mlp.__dict__
     assert kept[0].data_ptr() != mlp.gate_proj.weight.data_ptr()
     with adaptive.patch(model, policy(split="cut")) as patched:
         model(ids)
-        part = mlp.forward.weights.of(mlp)[0][1]
+        part = mlp.forward.weights.of(mlp.forward.ffn)[0][1]
         assert part.gate.data_ptr() == mlp.gate_proj.weight[16:].data_ptr()
         assert patched.report().experts.copied_bytes == 0
 

@@ -41,6 +41,26 @@ def test_compiling_is_refused(fullgraph):
         assert torch.isfinite(run(model, given)).all()
 
 
+@pytest.mark.parametrize(
+    "policy",
+    [
+        adaptive.TokenPruning(keep=0.6),
+        adaptive.TokenMerging(r=4),
+        adaptive.EncoderExit(threshold=0.9),
+    ],
+    ids=lambda policy: type(policy).__name__,
+)
+def test_tracing_is_refused(policy):
+    model, given = copy.deepcopy(deep("vit")), given_for("vit")
+    name, values = type(policy).__name__, given["pixel_values"]
+    with adaptive.patch(model, policy):
+        with pytest.raises(
+            NotImplementedError, match=rf"{name} cannot run under torch\.jit\.trace"
+        ):
+            torch.jit.trace(model, values, strict=False, check_trace=False)
+        assert torch.isfinite(run(model, given)).all()
+
+
 REFUSED = {
     "zero": ({"keep": 0}, "keep must be a number above 0 and at most 1, got 0"),
     "above": ({"keep": 1.1}, "keep must be a number above 0 and at most 1"),

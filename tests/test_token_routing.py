@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_refused():
     for other in (adaptive.SelfSpeculative(exit_layer=1), adaptive.MixtureOfDepths(router=router)):
         with pytest.raises(ValueError, match="be combined: both decide what of an FFN runs"):
             adaptive.patch(model, TokenRouting(widths=0.5), other)
-    with pytest.raises(adaptive.UnsupportedModel, match="needs a decoder of transformers"):
+    with pytest.raises(adaptive.UnsupportedModel, match="needs a decoder or encoder of tr"):
         adaptive.patch(torch.nn.MultiheadAttention(64, 2).eval(), TokenRouting(widths=0.5))
 
 

@@ -26,6 +26,8 @@ class EncoderFamily:
             head. A model that *is* that module (built by ``AutoModel``) is found too.
         layers: The ``nn.ModuleList`` of layers, from the base.
         attention: The attention module, from a layer.
+        mlp: The feed-forward module, from a layer, or the first of two, as in BERT. A layer may
+            have none: policies that need it are refused then.
         unsupported: Settings that patch() must refuse: (field of the config, value, reason).
     """
 
@@ -34,10 +36,11 @@ class EncoderFamily:
     base: str
     layers: str = "encoder.layer"
     attention: str = "attention.self"
+    mlp: str = "intermediate"
     unsupported: tuple[tuple[str, object, str], ...] = ()
 
     def __post_init__(self) -> None:
-        for field in ("name", "base", "layers", "attention"):
+        for field in ("name", "base", "layers", "attention", "mlp"):
             path = getattr(self, field)
             names = path.split("|") if isinstance(path, str) else [path]
             if not all(isinstance(name, str) and _PATH.fullmatch(name) for name in names):
@@ -69,6 +72,12 @@ class EncoderFamily:
         names = self.layer_names(model)
         found = [(name, path_in(model.get_submodule(name), self.attention)) for name in names]
         return [f"{name}.{attention}" for name, attention in found if attention]
+
+    def mlp_names(self, model: nn.Module) -> list[str]:
+        """Dotted names of the layers' feed-forward modules; fewer if some layers have none."""
+        names = self.layer_names(model)
+        found = [(name, path_in(model.get_submodule(name), self.mlp)) for name in names]
+        return [f"{name}.{mlp}" for name, mlp in found if mlp]
 
     def problems(self, model: nn.Module) -> list[str]:
         """Say which parts ``model`` lacks and which of its settings are unsupported."""

@@ -27,6 +27,7 @@ register_family(
         base="distilbert",
         layers="transformer.layer",
         attention="attention",
+        mlp="ffn",
     )
 )
 register_family(
@@ -36,10 +37,11 @@ register_family(
         base="model",
         layers="layers",
         attention="attn",
+        mlp="mlp",
     )
 )
 
-# Vision transformers: the module that attends moved up in transformers 5.
+# Vision transformers: the modules that attend and feed forward moved up in transformers 5.
 for _name in ("vit", "deit"):
     register_family(
         EncoderFamily(
@@ -48,6 +50,7 @@ for _name in ("vit", "deit"):
             base=_name,
             layers="layers|encoder.layer",
             attention="attention.attention|attention",
+            mlp="mlp|intermediate",
         )
     )
 for _name in ("dinov2", "dinov2_with_registers"):
@@ -57,6 +60,7 @@ for _name in ("dinov2", "dinov2_with_registers"):
             model_types=(_name,),
             base=_name,
             attention="attention.attention|attention",
+            mlp="mlp",
         )
     )
 register_family(
@@ -66,6 +70,7 @@ register_family(
         base="dinov3_vit",
         layers="model.layer|layer",
         attention="attention",
+        mlp="mlp",
     )
 )
 register_family(
@@ -75,6 +80,7 @@ register_family(
         base="vision_model",
         layers="encoder.layers",
         attention="self_attn",
+        mlp="mlp",
     )
 )
 register_family(
@@ -84,6 +90,7 @@ register_family(
         base="vision_model",
         layers="encoder.layers",
         attention="self_attn",
+        mlp="mlp",
     )
 )
 

@@ -1,23 +1,22 @@
-"""The weights of a gated FFN, expert by expert: a copy in another order, or where they are."""
+"""The weights of an FFN, expert by expert: a copy in another order, or where they are."""
 
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adaptive.layers.changes import ChangeLog
 from adaptive.layers.expert_log import ExpertLog
+from adaptive.layers.feed_forward import FeedForward
 from adaptive.layers.fingerprint import SAMPLES
-
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 class Expert(NamedTuple):
     """Some neurons of an FFN.
 
     Attributes:
-        gate: ``[neurons, width]``.
-        up: Likewise.
+        gate: ``[neurons, width]``; None: it is part of a plain FFN.
+        up: ``[neurons, width]``.
         down: ``[width, neurons]``.
         gate_bias: ``[neurons]``, or None.
         up_bias: Likewise.
@@ -25,7 +24,7 @@ class Expert(NamedTuple):
             else None.
     """
 
-    gate: Tensor
+    gate: Tensor | None
     up: Tensor
     down: Tensor
     gate_bias: Tensor | None
@@ -64,7 +63,7 @@ class ExpertWeights:
     Attributes:
         experts: How many.
         order: The neurons, expert by expert; None: as they are, of which views are enough.
-        router: Weight and bias, float32; None: the mean of each expert's gates.
+        router: Weight and bias, float32; None: the mean of what each expert's activation reads.
     """
 
     def __init__(
@@ -81,9 +80,9 @@ class ExpertWeights:
         """What another one like this is made of, without weights of the model."""
         return self.experts, self.order, self.router
 
-    def of(self, ffn: Any) -> tuple[list[Expert], Tensor, Tensor]:
+    def of(self, ffn: FeedForward) -> tuple[list[Expert], Tensor, Tensor]:
         """Experts without gradients; and the router, ``[experts, width]`` and ``[experts]``."""
-        given = [tensor for tensor in _parameters(ffn) if tensor is not None]
+        given = _parameters(ffn)
         known = len(given) == len(self._sources) and self._held is not None
         pairs = zip(self._sources, given, strict=False)
         if not known or not all(source.is_still(weight) for source, weight in pairs):
@@ -98,44 +97,39 @@ class ExpertWeights:
         assert self._held is not None
         return self._held
 
-    def split(self, ffn: Any) -> list[Expert]:
+    def split(self, ffn: FeedForward) -> list[Expert]:
         """The experts, made of the parameters by operators that gradients go through."""
-        gate, up, down, *biases = _parameters(ffn)
-        assert gate is not None
-        assert up is not None
-        assert down is not None
-        size = gate.shape[0] // self.experts
+        (gate, up, down), biases = ffn.weights, ffn.biases
+        size = len(up) // self.experts
         found = []
-        for start in range(0, gate.shape[0], size):
+        for start in range(0, len(up), size):
             if self.order is None:
                 at: Any = slice(start, start + size)
             else:
-                at = self.order[start : start + size].to(gate.device)
-            own = [None if bias is None else bias[at] for bias in biases]
-            found.append(Expert(gate[at], up[at], down[:, at], own[0], own[1]))
+                at = self.order[start : start + size].to(up.device)
+            first, *own = (None if part is None else part[at] for part in (gate, *biases[:2]))
+            found.append(Expert(first, up[at], down[:, at], own[0], own[1]))
         return found
 
-    def _copied(self, ffn: Any, order: Tensor) -> list[Expert]:
+    def _copied(self, ffn: FeedForward, order: Tensor) -> list[Expert]:
         """The experts in two blocks of memory: large ones are mapped in large pages."""
-        gate, up, down, *biases = (
-            None if tensor is None else tensor.detach() for tensor in _parameters(ffn)
+        (gate, up, down), biases = ffn.weights, ffn.biases
+        neurons, width = up.shape
+        size, first = (
+            neurons // self.experts,
+            [weight for weight in (gate, up) if weight is not None],
         )
-        assert gate is not None
-        assert up is not None
-        assert down is not None
-        neurons, width = gate.shape
-        size = neurons // self.experts
-        both = gate.new_empty((self.experts, 2, size, width))
+        ups = up.new_empty((self.experts, len(first), size, width))
         downs = down.new_empty((self.experts, down.shape[0], size))
         found = []
-        for expert, at in enumerate(order.to(gate.device).split(size)):
-            both[expert, 0] = gate[at]
-            both[expert, 1] = up[at]
+        for expert, at in enumerate(order.to(up.device).split(size)):
+            for place, weight in enumerate(first):
+                ups[expert, place] = weight[at]
             downs[expert] = down[:, at]
-            own = [None if bias is None else bias[at] for bias in biases]
-            parts = both[expert]
-            made = Expert(parts[0], parts[1], downs[expert], own[0], own[1], parts.flatten(0, 1))
-            found.append(made)
+            own = [None if bias is None else bias[at].detach() for bias in biases[:2]]
+            parts, both = ups[expert], None if gate is None else ups[expert].flatten(0, 1)
+            made = None if gate is None else parts[0]
+            found.append(Expert(made, parts[-1], downs[expert], own[0], own[1], both))
         return found
 
     @property
@@ -146,15 +140,17 @@ class ExpertWeights:
         return sum(t.nbytes for expert in self._held[0] for t in expert[:-1] if t is not None)
 
 
-def _parameters(ffn: Any) -> list[Tensor | None]:
-    """Weights of the three projections, and the biases of the first two."""
-    linears: list[nn.Linear] = [getattr(ffn, name) for name in PROJECTIONS]
-    return [*(linear.weight for linear in linears), *(linear.bias for linear in linears[:2])]
+def _parameters(ffn: FeedForward) -> list[Tensor]:
+    """Weights of the projections, and the biases of all but the last."""
+    *first, down = ffn.linears
+    given = [*(linear.weight for linear in first), *(linear.bias for linear in first), down.weight]
+    return [tensor for tensor in given if tensor is not None]
 
 
 def _average(experts: list[Expert]) -> tuple[Tensor, Tensor]:
-    weight = torch.stack([expert.gate.float().mean(0) for expert in experts])
-    means = [0.0 if e.gate_bias is None else float(e.gate_bias.float().mean()) for e in experts]
+    found = [(e.up, e.up_bias) if e.gate is None else (e.gate, e.gate_bias) for e in experts]
+    weight = torch.stack([weight.float().mean(0) for weight, _ in found])
+    means = [0.0 if bias is None else float(bias.float().mean()) for _, bias in found]
     return weight, torch.tensor(means)
 
 

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from adaptive.layers import hf_attention, hf_encoder_passes, hf_model, hf_reduction_passes
+from adaptive.layers import (
+    hf_attention,
+    hf_encoder_passes,
+    hf_model,
+    hf_reduction_passes,
+    hf_width_pass,
+)
 from adaptive.layers.hf_config import ask_for
 from adaptive.layers.state import ENCODER, PatchRecord
 from adaptive.layers.survey import Survey
@@ -79,9 +85,10 @@ def before_forward(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     config: Any = base.config
     wanted = kwargs.get("output_attentions")
     record.want_weights = bool(config.output_attentions if wanted is None else wanted)
-    record.in_graph = torch.compiler.is_compiling()
+    record.in_graph = record.switch.in_graph = torch.compiler.is_compiling()
     hf_encoder_passes.begin(base, record, args, kwargs)
     hf_reduction_passes.begin(base, record, args, kwargs)
+    hf_width_pass.begin(base, record, args, kwargs)
     if not record.in_graph:
         record.forward_start = perf_counter()
 
@@ -98,6 +105,7 @@ def after_forward(
     record.forward_seconds += seconds
     hf_encoder_passes.end(base, record, args, kwargs, output, seconds)
     hf_reduction_passes.end(base, record, args, kwargs, output, seconds)
+    hf_width_pass.end(record)  # last: audits of the others run FFNs, too
 
 
 def _uses_interface(module: nn.Module) -> bool:

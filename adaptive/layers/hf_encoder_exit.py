@@ -148,6 +148,10 @@ class EncoderExits:
         self._pooled = (depth, new)
         return ~(torch.cosine_similarity(old, new, dim=-1) >= policy.threshold)
 
+    def left(self, known: Tensor, tokens: int) -> Tensor:
+        """Rows of ``known``, ``[batch, tokens]``, that go on."""
+        return known if self.going is None else known.index_select(0, self.going.to(known.device))
+
     def rows_of(self, value: Any) -> Any:
         """Return ``value`` with the rows that go on of each tensor in it that has rows."""
         if isinstance(value, Tensor):

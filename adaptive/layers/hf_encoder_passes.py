@@ -62,8 +62,8 @@ def begin(
     """Before a pass of the base module.
 
     Raises:
-        NotImplementedError: The model trains, or the pass must return attention weights, which
-            have no rows for sequences that left.
+        NotImplementedError: torch.jit.trace is at work, the model trains, or the pass must return
+            attention weights, which have no rows for sequences that left.
         ValueError: The mask does not tell which tokens are padding, and that must be known.
     """
     exits: EncoderExits | None = record.encoder_exits
@@ -72,6 +72,11 @@ def begin(
     if record.in_graph:
         exits.in_graph = True
         return
+    if exits.policy.layer is None and torch._C._is_tracing():
+        raise NotImplementedError(
+            "adaptive: EncoderExit cannot run under torch.jit.trace: where sequences leave depends "
+            "on what they hold"
+        )
     if base.training and torch.is_grad_enabled():
         raise NotImplementedError(
             "adaptive: EncoderExit is for inference: call model.eval(), or unpatch() it to train"

@@ -1,18 +1,16 @@
 """FFNs of a transformers model whose tokens go through a few experts of their neurons."""
 
-import weakref
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptive.errors import PatchConflict
 from adaptive.layers.balanced_clusters import balanced_clusters
 from adaptive.layers.expert_log import AUDITED_ROWS, ExpertLog
-from adaptive.layers.expert_weights import PROJECTIONS, Expert, ExpertWeights
-from adaptive.layers.hf_linear import SLOW_DTYPES, _can_run, fast_linear, is_plain, most_rows
-from adaptive.layers.hf_width import ffn_name, gated_ffn
+from adaptive.layers.expert_weights import Expert, ExpertWeights
+from adaptive.layers.feed_forward import FeedForward, feed_forward, ffn_name
+from adaptive.layers.hf_linear import SLOW_DTYPES, _can_run, fast_linear, most_rows
 from adaptive.layers.linear_scores import linear_scores
 from adaptive.layers.state import PatchRecord
 from adaptive.layers.survey import Survey
@@ -27,22 +25,21 @@ Groups = list[tuple[int, Tensor | None]]
 
 
 class ExpertsForward:
-    """The forward of one patched gated FFN, set on the instance: of each row its best experts.
+    """The forward of one patched FFN, set on the instance: of each row its best experts.
 
-    An object with a weak reference, for the reasons of `hf_linear.LinearForward`. Copies and
-    pickles arrive without copied weights and make their own.
+    Copies and pickles arrive without copied weights and make their own.
     """
 
     def __init__(
         self,
-        ffn: nn.Module,
+        ffn: FeedForward,
         switch: Switch,
         index: int,
         policy: FeedForwardExperts,
         weights: ExpertWeights,
     ) -> None:
         """Know the FFN, whose parts are read anew in every call, and how it is split."""
-        self._ffn = weakref.ref(ffn)
+        self.ffn = ffn
         self.switch = switch
         self.index = index
         self.policy = policy
@@ -50,7 +47,7 @@ class ExpertsForward:
 
     def __getstate__(self) -> tuple[Any, ...]:
         """What a copy is made of: the copy of the FFN, and how it is split."""
-        return self._ffn(), self.switch, self.index, self.policy, self.weights.settings()
+        return self.ffn, self.switch, self.index, self.policy, self.weights.settings()
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.__init__(*state[:-1], ExpertWeights(*state[-1]))  # type: ignore[misc]
@@ -58,26 +55,35 @@ class ExpertsForward:
     def __call__(self, x: Tensor) -> Tensor:
         """Return what the FFN would if, for each row, only its best experts had weights.
 
-        Differentiable but for the choice.
+        Rows of padding run none: what they get is 0. Differentiable but for the choice.
 
         Raises:
             NotImplementedError: torch.compile or torch.jit.trace is at work.
             PatchConflict: Someone wrapped a projection.
             ValueError: A score is NaN.
         """
-        ffn: Any = self._ffn()
-        assert ffn is not None  # it is what calls
-        if not self.switch.on or x.numel() == 0:
-            return type(ffn).forward(ffn, x)  # type: ignore[no-any-return]
+        ffn = self.ffn
+        if not self.switch.on or not ffn.complete or x.numel() == 0:
+            return ffn.stock(x)
         _refuse(ffn, self.switch.in_graph)
-        rows = x.reshape(-1, x.shape[-1])
+        every, real = x.reshape(-1, x.shape[-1]), self._real(x)
+        rows = every if real is None else every[real]
+        result = self._run(rows)
+        if real is not None:
+            nothing = result.new_zeros((len(every), result.shape[1]))
+            result = nothing.index_put((real,), result)
+        return result.view(*x.shape[:-1], result.shape[1])
+
+    def _run(self, rows: Tensor) -> Tensor:
+        """What the experts make of rows, ``[rows, width]``, none of which is padding."""
+        ffn = self.ffn
         experts, weight, bias = self.weights.of(ffn)
         if torch.is_grad_enabled() and _wants_gradient(ffn):
             experts = self.weights.split(ffn)
-        groups = self._groups(_scores(rows, weight, bias, self.index))
+        groups = self._groups(_scores(rows, weight, bias, self.index)) if len(rows) else []
         run = _run_few if _few(ffn, rows, experts[0]) else _run
-        out = rows.new_zeros((len(rows), ffn.down_proj.weight.shape[0]), dtype=torch.float32)
-        dtype = x.dtype
+        out = rows.new_zeros((len(rows), ffn.down.weight.shape[0]), dtype=torch.float32)
+        dtype = rows.dtype
         for expert, chosen in groups:
             made = run(ffn, experts[expert], rows if chosen is None else rows[chosen])
             dtype = made.dtype  # autocast may have another one
@@ -87,11 +93,11 @@ class ExpertsForward:
                 out.index_add_(0, chosen, made.float())
         if self.policy.scaled:
             out = out * (self.policy.experts / self.policy.top_k)
-        if ffn.down_proj.bias is not None:
-            out = out + ffn.down_proj.bias
-        result = out.to(dtype)
-        self._count(ffn, rows, groups, result, self._real(x))
-        return result.view(*x.shape[:-1], result.shape[1])
+        if ffn.down.bias is not None:
+            out = out + ffn.down.bias
+        result = ffn.finish(out.to(dtype))
+        self._count(rows, groups, result)
+        return result
 
     def _groups(self, scores: Tensor) -> Groups:
         """Which rows run which experts, of their scores ``[rows, experts]``."""
@@ -116,46 +122,34 @@ class ExpertsForward:
         now = self.switch.width_pass
         return None if now is None else now.real(x)
 
-    def _count(
-        self, ffn: Any, rows: Tensor, groups: Groups, result: Tensor, real: Tensor | None
-    ) -> None:
+    def _count(self, rows: Tensor, groups: Groups, result: Tensor) -> None:
         log = self.switch.experts
         assert log is not None  # install made it
-        runs, many = [0] * self.policy.experts, len(rows) if real is None else int(real.sum())
+        runs, many = [0] * self.policy.experts, len(rows)
         for expert, chosen in groups:
-            if chosen is None:
-                runs[expert] = many
-            else:
-                runs[expert] = len(chosen) if real is None else int(real[chosen].sum())
+            runs[expert] = many if chosen is None else len(chosen)
         found = log.layer(self.index)
         every = self.policy.audit_every
-        if every is not None and found.calls % every == 0 and many:
-            at: Any = slice(None, None, -(-len(rows) // AUDITED_ROWS))
-            if real is not None:
-                at = real.nonzero()[:, 0][:: -(-many // AUDITED_ROWS)]
+        if every is not None and found.calls % every == 0 and many and not self.ffn.drops:
+            at = slice(None, None, -(-many // AUDITED_ROWS))
             with torch.no_grad():
-                full = type(ffn).forward(ffn, rows.detach()[at])
+                full = self.ffn.dense(rows.detach()[at])
             found.audit(result[at], full)
-        found.count(many, runs, len(groups))
+        found.count(many, runs, len(groups) if many else 0)
 
 
-def _refuse(ffn: Any, in_graph: bool) -> None:
+def _refuse(ffn: FeedForward, in_graph: bool) -> None:
     """Raise where the choice of a call would be frozen, or projections are not what they were."""
     if in_graph or torch.compiler.is_compiling() or torch._C._is_tracing():
         raise NotImplementedError(
             "adaptive: FeedForwardExperts cannot run under torch.compile or torch.jit.trace: which "
             "experts run depends on the tokens"
         )
-    for name in PROJECTIONS:
-        if not is_plain(getattr(ffn, name)):
-            raise PatchConflict(
-                f"adaptive: FeedForwardExperts reads parts of {name!r}, which someone wrapped or "
-                "hooked since patch(); unpatch() first"
-            )
+    ffn.check("FeedForwardExperts")
 
 
-def _wants_gradient(ffn: Any) -> bool:
-    return any(p.requires_grad for name in PROJECTIONS for p in getattr(ffn, name).parameters())
+def _wants_gradient(ffn: FeedForward) -> bool:
+    return any(p.requires_grad for linear in ffn.linears for p in linear.parameters())
 
 
 def _scores(rows: Tensor, weight: Tensor, bias: Tensor, index: int) -> Tensor:
@@ -172,41 +166,40 @@ def _scores(rows: Tensor, weight: Tensor, bias: Tensor, index: int) -> Tensor:
     return scores
 
 
-def _few(ffn: Any, rows: Tensor, expert: Expert) -> bool:
+def _few(ffn: FeedForward, rows: Tensor, expert: Expert) -> bool:
     """Whether the kernel for few rows answers for all experts."""
     return (
-        len(rows) <= most_rows(rows.dtype)
-        and all("forward" in getattr(ffn, name).__dict__ for name in PROJECTIONS)
+        0 < len(rows) <= most_rows(rows.dtype)
+        and ffn.native
         and supports(expert.down.shape[1], rows.dtype)
-        and _can_run(rows, expert.gate, expert.gate_bias)
+        and _can_run(rows, expert.up, expert.up_bias)
     )
 
 
-def _run_few(ffn: Any, expert: Expert, rows: Tensor) -> Tensor:
+def _run_few(ffn: FeedForward, expert: Expert, rows: Tensor) -> Tensor:
     """What `_run` does, where `_few` says so once for all."""
+    gate: Tensor | None
     if expert.both is None or expert.gate_bias is not None:
-        gate = skinny_linear(rows, expert.gate, expert.gate_bias)
+        gate = None if expert.gate is None else skinny_linear(rows, expert.gate, expert.gate_bias)
         up = skinny_linear(rows, expert.up, expert.up_bias)
     else:
         gate, up = skinny_linear(rows, expert.both).chunk(2, 1)
-    return skinny_linear(ffn.act_fn(gate) * up, expert.down)
+    return skinny_linear(ffn.hidden(gate, up), expert.down)
 
 
-def _run(ffn: Any, expert: Expert, rows: Tensor) -> Tensor:
+def _run(ffn: FeedForward, expert: Expert, rows: Tensor) -> Tensor:
     """What an expert makes of rows, without the bias of the last projection."""
-    gate = _multiply(ffn.gate_proj, rows, expert.gate, expert.gate_bias)
-    up = _multiply(ffn.up_proj, rows, expert.up, expert.up_bias)
-    return _multiply(ffn.down_proj, ffn.act_fn(gate) * up, expert.down, None)
+    multiply = _multiply if ffn.native else F.linear
+    gate = None if expert.gate is None else multiply(rows, expert.gate, expert.gate_bias)
+    return multiply(ffn.hidden(gate, multiply(rows, expert.up, expert.up_bias)), expert.down, None)
 
 
-def _multiply(linear: nn.Linear, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A product with a part of a layer, natively where that of the whole layer would be."""
-    if "forward" not in linear.__dict__:
-        return F.linear(x, weight, bias)
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A product with a part of a layer of which the product with all of it is ours."""
     few = most_rows(x.dtype)
     if few < len(x) < MIN_ROWS and x.dtype in SLOW_DTYPES:
         # Too few to widen the weights for, which are in the cache for the second half
-        halves = [_multiply(linear, half, weight, bias) for half in x.tensor_split(2)]
+        halves = [_multiply(half, weight, bias) for half in x.tensor_split(2)]
         return torch.cat(halves)
     out = fast_linear(x, weight, bias)
     return F.linear(x, weight, bias) if out is None else out
@@ -219,14 +212,14 @@ def problems(root: nn.Module, survey: Survey, policy: FeedForwardExperts) -> lis
         ValueError: The policy is for FFNs of another size.
     """
     if not survey.layers or not survey.mlps:
-        return ["FeedForwardExperts does not fit: it needs a decoder of transformers"]
+        return ["FeedForwardExperts does not fit: it needs a decoder or encoder of transformers"]
     for layer in policy.split_layers(len(survey.layers)):
         if layer >= len(survey.layers):
             continue  # the policy's plan says that better
-        ffn = gated_ffn(root, survey, layer)
+        ffn = feed_forward(root, survey, layer)
         if isinstance(ffn, str):
             return [f"FeedForwardExperts does not fit: {ffn}"]
-        _check_sizes(policy, layer, *ffn.gate_proj.weight.shape)
+        _check_sizes(policy, layer, ffn.neurons, ffn.width)
     return []
 
 
@@ -260,22 +253,22 @@ def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
     record.switch.experts = ExpertLog(experts=policy.experts)
     record.switch.width_pass = WidthPass()  # says what is padding
     for layer in layers:
-        name = ffn_name(survey, layer)
+        name, ffn = ffn_name(survey, layer), feed_forward(root, survey, layer)
         assert name is not None  # or it would have been refused
-        ffn: Any = root.get_submodule(name)
-        weights = ExpertWeights(policy.experts, *_split(policy, layer, ffn.gate_proj.weight))
+        assert isinstance(ffn, FeedForward)
+        weights = ExpertWeights(policy.experts, *_split(policy, layer, ffn.scored[0]))
         forward = ExpertsForward(ffn, record.switch, layer, policy, weights)
-        record.log.set(root, name, "forward", forward)
+        ffn.replace(root, name, record.log, forward, record.switch)
 
 
 def _split(
-    policy: FeedForwardExperts, layer: int, gate: Tensor
+    policy: FeedForwardExperts, layer: int, scored: Tensor
 ) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
     """The order of a layer's neurons, and its router, where they are not made of the weights."""
     if isinstance(policy.router, str):
         order, router = None, None
     else:
-        order, router = policy.router.order_of(layer), policy.router.of(layer, gate.device)
+        order, router = policy.router.order_of(layer), policy.router.of(layer, scored.device)
     if policy.split == "clusters" and order is None:
-        order = balanced_clusters(gate, policy.experts)
+        order = balanced_clusters(scored, policy.experts)
     return order, router

@@ -78,9 +78,14 @@ def fast_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | 
 
 def is_plain(linear: Any) -> bool:
     """Whether this is an nn.Linear that nobody but this module wrapped or watches."""
-    if type(linear) is not nn.Linear or any(getattr(linear, hooks) for hooks in _HOOKS):
+    if type(linear) is not nn.Linear or is_watched(linear):
         return False
     return isinstance(linear.__dict__.get("forward"), LinearForward | None)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether someone hooked the calls of a module."""
+    return any(getattr(module, hooks) for hooks in _HOOKS)
 
 
 def install(root: nn.Module, record: PatchRecord) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from adaptive.layers.feed_forward import FeedForward
 from adaptive.layers.hf_sparse_ffn import few_rows
 from adaptive.ops.prefix_row_ffn import NEURONS_STEP, prefix_row_ffn
 
@@ -18,19 +19,20 @@ _ACTIVATIONS = {
 """By the name of the class in one of the modules: what the kernel calls the function."""
 
 
-def fast_prefix(ffn: Any, rows: Tensor, neurons: Tensor) -> Tensor | None:
+def fast_prefix(ffn: FeedForward, rows: Tensor, neurons: Tensor) -> Tensor | None:
     """What `prefix_ffn` returns, sooner; None where the kernel may not answer.
 
     Args:
-        ffn: A gated FFN of plain linear layers.
+        ffn: Of plain linear layers.
         rows: What it reads, ``[rows, width]``.
         neurons: How many each row uses, ``[rows]``, int64.
     """
-    linears = ffn.gate_proj, ffn.up_proj, ffn.down_proj
-    activation = _native_name(ffn.act_fn)
-    if activation is None or any(linear.bias is not None for linear in linears):
+    gate, up, down = ffn.weights
+    activation = _native_name(getattr(ffn.module, ffn.parts.activation))
+    if gate is None or activation is None or ffn.parts.drop is not None:
         return None
-    gate, up, down = (linear.weight for linear in linears)
+    if any(bias is not None for bias in ffn.biases):
+        return None
     if not few_rows(rows, gate, up, down) or len(up) % NEURONS_STEP:
         return None
     if any(tensor.stride(1) != 1 for tensor in (rows, gate, up, down)):

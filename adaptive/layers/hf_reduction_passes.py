@@ -68,9 +68,9 @@ def begin(
     """Before a pass of the base module.
 
     Raises:
-        NotImplementedError: The pass must return attention weights or the states of every layer,
-            which have no rows for tokens that went; or some heads are masked; or layers are to
-            run again for the gradients.
+        NotImplementedError: torch.jit.trace is at work; or the pass must return attention weights
+            or the states of every layer, which have no rows for tokens that went; or some heads are
+            masked; or layers are to run again for the gradients.
         ValueError: The mask does not say which tokens at the start of a row are real.
     """
     reduction: TokenReduction | None = record.token_reduction
@@ -80,6 +80,11 @@ def begin(
         reduction.in_graph = True
         return
     policy = reduction.policy
+    if torch._C._is_tracing():
+        raise NotImplementedError(
+            f"adaptive: {type(policy).__name__} cannot run under torch.jit.trace: which tokens are "
+            f"{reduction.verb}d depends on what they hold"
+        )
     wanted = argument(base, "output_hidden_states", args, kwargs)
     config: Any = base.config
     states = config.output_hidden_states if wanted is None else wanted

@@ -78,6 +78,7 @@ class TokenPrunes(TokenReduction):
         weights, scores = self._weights, self._scores
         if weights is None or scores is None:
             raise RuntimeError("adaptive: TokenPruning saw no attention in a layer")
+        # On CUDA the question would stop the device in every layer that reduces: NaN goes first.
         if scores.is_cpu and bool(scores.isnan().any()):
             raise ValueError(
                 f"adaptive: the class token's attention in layer {index} must be numbers for "

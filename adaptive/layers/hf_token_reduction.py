@@ -96,6 +96,12 @@ class TokenReduction:
             known = groups.gather(1, self.groups.clamp(min=0))
             self.groups = known.masked_fill_(self.groups < 0, -1)
 
+    def left(self, known: Tensor, tokens: int) -> Tensor:
+        """Which of the ``tokens`` of each row that there are now are real, ``[batch, tokens]``."""
+        if self.lengths is None:
+            return known
+        return torch.arange(tokens, device=self.lengths.device) < self.lengths[:, None]
+
     def set_lengths(self, real: list[int], like: Tensor) -> None:
         """Note how many real tokens each row has now."""
         self._real = real

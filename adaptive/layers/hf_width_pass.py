@@ -1,4 +1,4 @@
-"""Whole passes of a decoder whose FFNs have widths: what they need to know, before and after."""
+"""Whole passes of a model whose FFNs have widths: what they need to know, before and after."""
 
 from typing import Any
 
@@ -21,7 +21,8 @@ def begin(
         return
     cache = argument(base, "past_key_values", args, kwargs)
     past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
-    now.begin(argument(base, "attention_mask", args, kwargs), past)
+    reduces = record.encoder_exits or record.token_reduction
+    now.begin(argument(base, "attention_mask", args, kwargs), past, reduces)
 
 
 def end(record: PatchRecord) -> None:

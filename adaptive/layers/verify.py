@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaptive.layers.evaluating import evaluating
+
 _SET_HERE = (
     "cache_position",
     "labels",
@@ -65,17 +67,12 @@ def verify(
     if new_tokens < 1:
         raise ValueError(f"adaptive: new_tokens must be at least 1, got {new_tokens}")
     given = _arguments(model, inputs)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            if "input_ids" not in given:
-                return _compare_outputs(model, disabled, given)
-            with disabled():
-                stock, chosen, headed = _decode(model, given, new_tokens, None)
-            ours, *_ = _decode(model, given, new_tokens, chosen)
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad():
+        if "input_ids" not in given:
+            return _compare_outputs(model, disabled, given)
+        with disabled():
+            stock, chosen, headed = _decode(model, given, new_tokens, None)
+        ours, *_ = _decode(model, given, new_tokens, chosen)
     if not headed:
         return _outputs_compared(stock, ours)
     agree = torch.stack([(a.argmax(-1) == b.argmax(-1)) for a, b in zip(stock, ours, strict=True)])
@@ -96,15 +93,10 @@ def verify_encoder(
 ) -> Verification:
     """Run an encoder once stock, inside ``disabled()``, and once patched; see `Patched.verify`."""
     given = _arguments(model, inputs)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            with disabled():
-                stock = model(**given)
-            ours = model(**given)
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad():
+        with disabled():
+            stock = model(**given)
+        ours = model(**given)
     mask = given.get("attention_mask")
     before, after = ([_without_padding(t, mask) for t in _tensors(o)] for o in (stock, ours))
     found = _outputs_compared(before, after)

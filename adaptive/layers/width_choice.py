@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,14 @@ from adaptive.policy.width_router import WidthRouter
 
 _PER_TOKEN = 2
 """Axes of a mask that says which tokens are not padding, ``[batch, tokens]``."""
+
+
+class Reduces(Protocol):
+    """What sends rows or tokens of a pass away between its layers."""
+
+    def left(self, known: Tensor, tokens: int) -> Tensor:
+        """Of the rows and ``tokens`` that are left, which are real; ``known`` says it of all."""
+        ...
 
 
 @dataclass
@@ -26,26 +34,28 @@ class WidthPass:
         past: Tokens of the cache before the pass.
         forced: By layer, choices of all tokens of a call, ``[batch * tokens]``, int64, in place of
             the router's; None: the router decides.
+        reduces: What knows which rows and tokens of the pass are left; None: they all stay.
     """
 
     in_graph: bool = False
     known: Tensor | None = None
     past: int = 0
     forced: dict[int, Tensor] | None = None
+    reduces: Reduces | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out a pass that an exception ended: what it points at is not the copy's."""
-        return {"in_graph": False, "known": None, "past": 0, "forced": None}
+        return {"in_graph": False, "known": None, "past": 0, "forced": None, "reduces": None}
 
-    def begin(self, mask: Any, past: int) -> None:
-        """Note what a pass was given: its mask, and the tokens of its cache."""
-        self.in_graph, self.known, self.past = False, None, past
+    def begin(self, mask: Any, past: int, reduces: Reduces | None = None) -> None:
+        """Note what a pass was given: its mask, the tokens of its cache, and what reduces it."""
+        self.in_graph, self.known, self.past, self.reduces = False, None, past, reduces
         if isinstance(mask, Tensor) and mask.dim() == _PER_TOKEN and not bool((mask != 0).all()):
             self.known = mask != 0
 
     def end(self) -> None:
         """Forget the pass."""
-        self.known = None
+        self.known = self.reduces = None
 
     def real(self, x: Tensor) -> Tensor | None:
         """Which rows of ``x``, ``[batch, tokens, width]``, are no padding, ``[rows]``; None: all.
@@ -55,9 +65,12 @@ class WidthPass:
         known = self.known
         if known is None or x.dim() != _PER_TOKEN + 1:
             return None
+        if self.reduces is not None:
+            known = self.reduces.left(known, x.shape[1])
         if known.shape != (x.shape[0], self.past + x.shape[1]):
             return None
-        return known[:, self.past :].flatten().to(x.device)
+        real = known[:, self.past :].flatten().to(x.device)
+        return None if bool(real.all()) else real
 
 
 def chosen_neurons(

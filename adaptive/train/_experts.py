@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adaptive.layers.balanced_clusters import balanced_clusters
+from adaptive.layers.feed_forward import FeedForward
 from adaptive.train._learning import still
 
 
@@ -32,9 +31,9 @@ class LearningRouter:
     bias: Tensor
 
     @staticmethod
-    def start(ffn: Any, experts: int, split: str) -> LearningRouter:
+    def start(ffn: FeedForward, experts: int, split: str) -> LearningRouter:
         """What learning starts from: the mean gate of each expert."""
-        gate, bias = ffn.gate_proj.weight, ffn.gate_proj.bias
+        gate, bias = ffn.scored
         neurons = gate.shape[0]
         order = balanced_clusters(gate, experts) if split == "clusters" else None
         at = torch.arange(neurons) if order is None else order
@@ -65,35 +64,33 @@ class LearningRouter:
 
 
 class LearningForward:
-    """The forward of an FFN while its router learns; it holds no strong reference."""
+    """The forward of an FFN while its router learns."""
 
-    def __init__(self, ffn: nn.Module, router: LearningRouter, top_k: int, factor: float) -> None:
+    def __init__(self, ffn: FeedForward, router: LearningRouter, top_k: int, factor: float) -> None:
         """Know the FFN, its router, how many experts run, and what their sum is scaled by."""
-        self._ffn = weakref.ref(ffn)
+        self.ffn = ffn
         self.router, self.top_k, self.factor = router, top_k, factor
 
     def __call__(self, x: Tensor) -> Tensor:
         """Run the whole FFN, and let the neurons of the chosen experts count."""
-        ffn: Any = self._ffn()
-        assert ffn is not None  # it is what calls
         runs = self.router.choose(x, self.top_k)[..., self.router.of] * self.factor
-        hidden = ffn.act_fn(ffn.gate_proj(x)) * ffn.up_proj(x)
-        made: Tensor = ffn.down_proj(hidden * runs.to(hidden.dtype))
-        return made
+        hidden = self.ffn.hidden_of(x)
+        made: Tensor = self.ffn.down(hidden * runs.to(hidden.dtype))
+        return self.ffn.finish(made)
 
 
 @contextmanager
 def learning(
     root: nn.Module,
-    names: Mapping[int, str],
+    ffns: Mapping[int, tuple[str, FeedForward]],
     routers: Mapping[int, LearningRouter],
     top_k: int,
     factor: float,
 ) -> Iterator[None]:
-    """Hold the FFNs called ``names`` so that their routers learn, and the weights do not."""
+    """Hold ``ffns``, each with its name, so that their routers learn, and the weights do not."""
     forwards = {
-        name: LearningForward(root.get_submodule(name), routers[layer], top_k, factor)
-        for layer, name in names.items()
+        name: LearningForward(ffn, routers[layer], top_k, factor)
+        for layer, (name, ffn) in ffns.items()
     }
     with still(root, forwards):
         yield

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adaptive.layers.changes import ChangeLog
+from adaptive.layers.evaluating import evaluating
 from adaptive.train._batch import Batch
 
 
@@ -51,22 +52,19 @@ def still(root: nn.Module, forwards: Mapping[str, Callable[..., Any]]) -> Iterat
 
     No parameter of the model gets a gradient, and nothing of it drops out.
     """
-    modes = {module: module.training for module in root.modules()}
     wanted = [parameter for parameter in root.parameters() if parameter.requires_grad]
     log = ChangeLog()
-    root.eval()
-    try:
-        for parameter in wanted:
-            parameter.requires_grad_(False)
-        for name, forward in forwards.items():
-            log.set(root, name, "forward", forward)
-        yield
-    finally:
-        log.undo(root)
-        for parameter in wanted:
-            parameter.requires_grad_(True)
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(root):
+        try:
+            for parameter in wanted:
+                parameter.requires_grad_(False)
+            for name, forward in forwards.items():
+                log.set(root, name, "forward", forward)
+            yield
+        finally:
+            log.undo(root)
+            for parameter in wanted:
+                parameter.requires_grad_(True)
 
 
 def next_token_loss(root: nn.Module, batch: Batch) -> Tensor:

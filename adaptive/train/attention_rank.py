@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaptive.layers.evaluating import evaluating
 from adaptive.train._batch import read_batches
 from adaptive.train._checks import causal_lm
 from adaptive.train.layer_similarity import least_changing
@@ -74,15 +75,12 @@ def _eager(root: nn.Module) -> Iterator[None]:
     """Let the model run eager attention and nothing drop out; afterwards it is as before."""
     config: Any = root.config
     before = config._attn_implementation
-    modes = {module: module.training for module in root.modules()}
-    root.eval()
-    root.set_attn_implementation("eager")  # type: ignore[operator]
-    try:
-        yield
-    finally:
-        root.set_attn_implementation(before)  # type: ignore[operator]
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(root):
+        try:
+            root.set_attn_implementation("eager")  # type: ignore[operator]
+            yield
+        finally:
+            root.set_attn_implementation(before)  # type: ignore[operator]
 
 
 def lowest_rank(

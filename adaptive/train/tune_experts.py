@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from adaptive.adapters import Family
 from adaptive.errors import UnsupportedModel
-from adaptive.layers.hf_width import is_gated
+from adaptive.layers.feed_forward import FeedForward, whole_ffn
 from adaptive.policy import ExpertRouterWeights, FeedForwardExperts
 from adaptive.progress import ProgressBar
 from adaptive.train._batch import read_batches
@@ -108,11 +108,8 @@ def tune_experts(  # noqa: PLR0913
     check_steps(steps)
     check_rate(learning_rate)
     root, family, total = causal_lm(model, 0.0)
-    names = _ffns(root, family, plain, total)
-    routers = {
-        layer: LearningRouter.start(root.get_submodule(name), experts, split)
-        for layer, name in names.items()
-    }
+    ffns = _ffns(root, family, plain, total)
+    routers = {layer: LearningRouter.start(ffn, experts, split) for layer, (_, ffn) in ffns.items()}
     width = next(iter(routers.values())).weight.shape[1]
     rate = step_of(width) if learning_rate is None else learning_rate
     parameters = [p for router in routers.values() for p in (router.weight, router.bias)]
@@ -121,7 +118,7 @@ def tune_experts(  # noqa: PLR0913
     losses = []
     began = perf_counter()
     bar = ProgressBar("tuning experts", steps, progress)
-    with learning(root, names, routers, top_k, factor), bar, torch.enable_grad():
+    with learning(root, ffns, routers, top_k, factor), bar, torch.enable_grad():
         for step, batch in enumerate(read_batches(batches, steps, parameters[0].device)):
             loss = next_token_loss(root, batch)
             descend(optimizer, loss, step)
@@ -156,25 +153,24 @@ def _policy(plain: FeedForwardExperts, routers: Mapping[int, LearningRouter]) ->
 
 def _ffns(
     root: nn.Module, family: Family, policy: FeedForwardExperts, total: int
-) -> dict[int, str]:
-    """Names of the FFNs to split, by layer."""
+) -> dict[int, tuple[str, FeedForward]]:
+    """The FFNs to split and their names, by layer."""
     layers = tuple(range(total)) if policy.layers is None else policy.layers
     check_last(layers[-1], total)
     starts = {layer: family.layer_names(root)[layer] + "." for layer in layers}
     found = {}
     for layer, start in starts.items():
         name = next((n for n in family.mlp_names(root) if n.startswith(start)), None)
-        if name is None or not is_gated(root.get_submodule(name)):
+        ffn = None if name is None else whole_ffn(root.get_submodule(name))
+        if name is None or ffn is None:
             raise UnsupportedModel(
-                f"adaptive: layer {layer} has no FFN that is "
-                "down_proj(act_fn(gate_proj(x)) * up_proj(x)) of plain linear layers"
+                f"adaptive: layer {layer} has no FFN that is down(act(gate(x)) * up(x)) or "
+                "down(act(up(x))) of plain linear layers"
             )
-        ffn: Any = root.get_submodule(name)
-        neurons = ffn.gate_proj.weight.shape[0]
-        if neurons % policy.experts:
+        if ffn.neurons % policy.experts:
             raise ValueError(
-                f"adaptive: experts must divide the {neurons} neurons of layer {layer}, "
+                f"adaptive: experts must divide the {ffn.neurons} neurons of layer {layer}, "
                 f"got {policy.experts}"
             )
-        found[layer] = name
+        found[layer] = name, ffn
     return found

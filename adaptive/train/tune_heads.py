@@ -17,9 +17,9 @@ from adaptive.layers.hf_head_routing import why_whole
 from adaptive.layers.survey import Site
 from adaptive.policy import ExpertRouterWeights, HeadRouting
 from adaptive.progress import ProgressBar
+from adaptive.train._batch import read_batches
 from adaptive.train._checks import causal_lm
 from adaptive.train._heads import HeadStatistics, watching
-from adaptive.train.early_exit import _read
 
 DECIDE = ("token", "layer")
 
@@ -115,7 +115,7 @@ def tune_heads(
     began = perf_counter()
     bar = ProgressBar("tuning heads", steps, progress)
     with watching(root, found), bar, torch.no_grad():
-        for batch in _read(batches, steps, device):
+        for batch in read_batches(batches, steps, device):
             mask = batch.inputs.get("attention_mask")
             for statistics in found.values():
                 statistics.real = None if mask is None else (mask != 0).flatten()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adaptive.errors import UnsupportedModel
-from adaptive.layers.hf_width import is_gated
+from adaptive.layers.feed_forward import FeedForward, whole_ffn
 from adaptive.policy import TokenRouting, WidthRouter
 from adaptive.policy.token_routing import neurons_of
 from adaptive.progress import ProgressBar
@@ -71,21 +70,20 @@ class _Choices:
 
 
 class _MaskedForward:
-    """The forward of a gated FFN while its router learns: in full, and masked."""
+    """The forward of an FFN while its router learns: in full, and masked."""
 
-    def __init__(self, ffn: nn.Module, layer: int, choices: _Choices) -> None:
+    def __init__(self, ffn: FeedForward, layer: int, choices: _Choices) -> None:
         """Know the FFN and its layer, and what decides."""
-        self._ffn = weakref.ref(ffn)
+        self.ffn = ffn
         self.layer, self.choices = layer, choices
 
     def __call__(self, x: Tensor) -> Tensor:
         """Run the FFN; neurons that a token does not use count nothing."""
-        ffn: Any = self._ffn()
-        assert ffn is not None  # it is what calls
-        hidden = ffn.act_fn(ffn.gate_proj(x)) * ffn.up_proj(x)
+        ffn = self.ffn
+        hidden = ffn.hidden_of(x)
         used, some = self.choices.of(self.layer, x, hidden.shape[-1])
-        made: Tensor = ffn.down_proj(hidden * used.to(hidden.dtype))
-        return made if ffn.down_proj.bias is None else made * some.to(made.dtype)
+        made: Tensor = ffn.finish(ffn.down(hidden * used.to(hidden.dtype)))
+        return made if ffn.down.bias is None else made * some.to(made.dtype)
 
 
 def tune_widths(  # noqa: PLR0913
@@ -111,7 +109,8 @@ def tune_widths(  # noqa: PLR0913
     learn here: that takes training with `TokenRouting`, whose gradients are right.
 
     Args:
-        model: A causal LM of transformers with gated FFNs, not patched, bare or inside PEFT.
+        model: A causal LM of transformers whose FFNs are plain linear layers and an activation
+            function, not patched, bare or inside PEFT.
         batches: As for `tune_router`.
         widths: Shares of the neurons to choose from, two or more, ascending; the first may be 0.
         steps: Of the optimiser, Adam.
@@ -141,11 +140,13 @@ def tune_widths(  # noqa: PLR0913
     untrained = TokenRouting(widths=tuple(widths), layers=chosen, router=start)  # checks them
     check_last(chosen[-1], total)
     names = family.mlp_names(root)
-    ffns = {i: root.get_submodule(names[i]) for i in chosen if i < len(names)}
-    wrong = next((i for i in chosen if not is_gated(ffns.get(i))), None)
-    if wrong is not None:
-        raise UnsupportedModel(f"adaptive: layer {wrong} has no gated FFN of plain linear layers")
-    device = next(ffns[chosen[0]].parameters()).device
+    ffns = {}
+    for i in chosen:
+        ffn = whole_ffn(root.get_submodule(names[i])) if i < len(names) else None
+        if ffn is None:
+            raise UnsupportedModel(f"adaptive: layer {i} has no FFN of plain linear layers")
+        ffns[i] = names[i], ffn
+    device = ffns[chosen[0]][1].down.weight.device
     weight = torch.tensor(start.weight, device=device, requires_grad=True)
     bias = torch.zeros(weight.shape[:2], device=device, requires_grad=True)
     rate = step_of(width) if learning_rate is None else learning_rate
@@ -159,7 +160,7 @@ def tune_widths(  # noqa: PLR0913
     losses, shares = [], []
     began = perf_counter()
     bar = ProgressBar("tuning widths", steps, progress)
-    forwards = {names[i]: _MaskedForward(ffns[i], i, choices) for i in chosen}
+    forwards = {name: _MaskedForward(ffn, i, choices) for i, (name, ffn) in ffns.items()}
     with still(root, forwards), bar, torch.enable_grad():
         for step, batch in enumerate(read_batches(batches, steps, device)):
             loss, share = _losses(root, choices, batch)

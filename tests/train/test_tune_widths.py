@@ -7,6 +7,7 @@ from width_cases import always
 
 import adaptive
 from adaptive import TokenRouting
+from adaptive.layers.feed_forward import whole_ffn
 from adaptive.train import tune_widths
 from adaptive.train.tune_widths import _Choices, _MaskedForward
 
@@ -35,7 +36,7 @@ def test_the_model_while_learning_is_the_patched_one():
             share = patched.report().widths.used_share
         choices = _Choices(found.layers, found.choices, *_tensors(found.router))
         for index, layer in enumerate(model.model.layers):
-            layer.mlp.forward = _MaskedForward(layer.mlp, index, choices)
+            layer.mlp.forward = _MaskedForward(whole_ffn(layer.mlp), index, choices)
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
         assert float(torch.stack(choices.shares).mean()) == pytest.approx(share)
 
@@ -118,7 +119,7 @@ def test_bad_settings_are_refused(name):
 
 
 def test_models_that_do_not_fit_are_refused():
-    with pytest.raises(adaptive.UnsupportedModel, match="layer 0 has no gated FFN"):
+    with pytest.raises(adaptive.UnsupportedModel, match="layer 0 has no FFN of plain"):
         tune_widths(make("phi3"), batches(3), **FIELDS)
     model = make("llama")
     with adaptive.patch(model), pytest.raises(adaptive.PatchConflict):
