@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from adaptive.adapters import Family
 from adaptive.errors import UnsupportedModel
-from adaptive.layers import hf_model
 from adaptive.layers.hf_head_routing import why_whole
 from adaptive.layers.survey import Site
 from adaptive.policy import ExpertRouterWeights, HeadRouting
@@ -179,6 +178,8 @@ def _sites(
         raise ValueError(
             f"adaptive: layers must be below the model's {total} layers, got {wanted[-1]}"
         )
+    from adaptive.layers import hf_model  # which needs transformers, as the model does
+
     names, given = family.attention_names(root), family.problems(root)
     survey = hf_model.survey(root, family.name, family.base_name(root), names, given)
     if survey.problems:
