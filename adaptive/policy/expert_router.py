@@ -1,4 +1,4 @@
-"""ExpertRouterWeights: linear routers that score the experts of an FFN, one per layer."""
+"""ExpertRouterWeights: linear routers that score the experts of an FFN or attention, per layer."""
 
 from __future__ import annotations
 

@@ -180,6 +180,8 @@ def _sites(
         raise ValueError(
             f"adaptive: layers must be below the model's {total} layers, got {wanted[-1]}"
         )
+    from adaptive.layers import hf_model  # which needs transformers, as the model does
+
     names, given = family.attention_names(root), family.problems(root)
     survey = hf_model.survey(root, family.name, family.base_name(root), names, given)
     if survey.problems:
