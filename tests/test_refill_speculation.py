@@ -187,7 +187,7 @@ def test_drawn_tokens_have_the_distribution_of_the_model():
         assert 0.01 < log.speculation.acceptance < 0.999
         return torch.stack(made)
 
-    check_drawn_pairs(generate, tokens=4, rows=500)
+    check_drawn_pairs(generate, tokens=4, rows=800)
 
 
 def test_what_was_learned_stays_with_the_patch():
