@@ -201,6 +201,24 @@ def test_policies_that_send_rows_or_tokens_away_compose():
             assert torch.equal(*seen)
 
 
+@NEEDS_5
+@torch.no_grad()
+def test_sequences_that_go_on_know_their_padding():
+    model, given = stock("bert"), {k: v[1:] for k, v in given_for("bert", batch=4).items()}
+    lengths = given["attention_mask"].sum(1)
+    with adaptive.patch(model, experts()):
+        states = model(**given, output_hidden_states=True).hidden_states[:2]
+    mask = given["attention_mask"][..., None]
+    before, after = ((each * mask).sum(1) / mask.sum(1) for each in states)
+    cosines = torch.cosine_similarity(before, after)
+    for threshold in (cosines.sort().values[1:] + cosines.sort().values[:-1]) / 2:
+        leave = adaptive.EncoderExit(threshold=float(threshold), audit_every=None)
+        with adaptive.patch(model, experts(), leave) as patched:
+            run(model, given)
+            rows = patched.report().experts.layers[1].rows
+            assert rows == lengths[cosines < threshold].sum()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("policy", [experts(), TokenRouting(widths=0.5)], ids=["experts", "widths"])
 def test_copies_and_parts_of_copies(policy):
