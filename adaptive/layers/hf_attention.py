@@ -160,7 +160,7 @@ def _attend(call: Call) -> Attended:
             f"adaptive: {type(call.module).__name__} asks for {ADAPTIVE!r} attention, but its "
             "model is not patched; load it with attn_implementation='sdpa', then adaptive.patch it"
         )
-    if (lengths := hf_static_attention.lengths_of(call)) is not None:
+    if (lengths := hf_static_attention.lengths_of(call, state)) is not None:
         return hf_static_attention.attend(call, state, lengths)
     if not state.record.enabled:
         return _stock(call, None)
@@ -287,8 +287,8 @@ def _native(
             out = attend_whole(state, inputs, store)
         else:
             out = attend_all(call, inputs, state, rows)
-            batch = len(call.query)
-            state.count_read(batch * call.key.shape[2], 2 * batch * call.key[0].nbytes, 0)
+            batch, size = call.query.shape[0], call.key[0].numel() * call.key.element_size()
+            state.count_read(batch * call.key.shape[2], 2 * batch * size, 0)
     out = out.transpose(1, 2)
     return out if call.value.dtype == out.dtype else out.to(call.value.dtype), None
 
