@@ -42,6 +42,7 @@ class Depth:
         leaving: Hidden states that it gave.
         keys_only: Whether layers that run only add keys and values to the cache, and pass the
             hidden states on.
+        static: Whether passes are those of static steps, whose cache says no length.
         skips: Modules that give zeros instead of running.
         seconds: Time in attention and in MLPs so far; None: not measured.
         clock: What that is measured by.
@@ -56,6 +57,7 @@ class Depth:
     before: Tensor | None = None
     leaving: Tensor | None = None
     keys_only: bool = False
+    static: bool = False
     skips: Skips = (frozenset(), frozenset())
     seconds: list[float] | None = None
     clock: Callable[[], float] = perf_counter

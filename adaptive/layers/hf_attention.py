@@ -147,7 +147,7 @@ def _state_of(call: Call) -> LayerState:
 def _attend(call: Call) -> Attended:
     """Run the native kernel if it can take the call, the stock function otherwise; count which."""
     state = _state_of(call)
-    if (lengths := hf_static_attention.lengths_of(call)) is not None:
+    if (lengths := hf_static_attention.lengths_of(call, state)) is not None:
         return hf_static_attention.attend(call, state, lengths)
     if not state.record.enabled:
         return _stock(call, None)
@@ -276,8 +276,8 @@ def _native(
             out = attend_whole(state, inputs, store)
         else:
             out = attend_all(call, inputs, state, rows)
-            batch = len(call.query)
-            state.count_read(batch * call.key.shape[2], 2 * batch * call.key[0].nbytes, 0)
+            batch, size = call.query.shape[0], call.key[0].numel() * call.key.element_size()
+            state.count_read(batch * call.key.shape[2], 2 * batch * size, 0)
     out = out.transpose(1, 2)
     return out if call.value.dtype == out.dtype else out.to(call.value.dtype), None
 

@@ -161,7 +161,8 @@ def _refuse(
 
 
 def _why_not_model(model: Any) -> str | None:
-    if torch.compiler.is_compiling():
+    compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    if compiled or torch.compiler.is_compiling():
         return "it cannot run under torch.compile"
     if torch.is_autocast_enabled(model.device.type):
         return "autocast casts weights anew in each step"

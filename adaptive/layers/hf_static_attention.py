@@ -15,8 +15,15 @@ from adaptive.layers.torch_guard import seconds_since
 from adaptive.ops import decode_attention
 
 
-def lengths_of(call: Call) -> Tensor | None:
+def lengths_of(call: Call, state: LayerState) -> Tensor | None:
     """Keys that each row of a static cache uses, ``[batch]``, int32; None for other caches."""
+    if torch.compiler.is_compiling():  # where tensors say nothing more
+        if state.record.depth is not None and state.record.depth.static:
+            raise NotImplementedError(
+                "adaptive: SelfSpeculative(static=True) cannot run under torch.compile; use "
+                "static=False"
+            )
+        return None
     return getattr(call.key, "adaptive_lengths", None)
 
 
@@ -51,8 +58,6 @@ def attend(call: Call, state: LayerState, lengths: Tensor) -> tuple[Tensor, None
 
 
 def _why_not(call: Call, state: LayerState) -> str | None:
-    if torch.compiler.is_compiling():
-        return "torch.compile"
     if state.record.want_weights:
         return "output_attentions"
     if call.dropout > 0:

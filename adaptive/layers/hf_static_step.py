@@ -97,6 +97,13 @@ class StaticStep:
 
     def step(self) -> None:
         """Make at least one token for each row alive; no others change."""
+        self._depth.static = True
+        try:
+            self._step()
+        finally:
+            self._depth.static = False
+
+    def _step(self) -> None:
         ids = [self.rows.last]
         if not self.drafts:
             tokens = self._pass(ids[0], 0).argmax(-1)

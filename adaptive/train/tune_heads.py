@@ -172,8 +172,6 @@ def _sites(
     root: nn.Module, family: Family, layers: Sequence[int] | None, total: int, top_k: int
 ) -> list[Site]:
     """The attention modules of the layers to be routed."""
-    from adaptive.layers import hf_model
-
     wanted = tuple(range(total)) if layers is None else tuple(layers)
     HeadRouting(heads=tuple((layer, 0) for layer in wanted))  # checks the layers
     if wanted[-1] >= total:
