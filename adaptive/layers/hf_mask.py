@@ -34,6 +34,10 @@ _METADATA = frozenset(
 """What can be asked without a look at the elements."""
 
 
+_PLACES = ("q_offset", "kv_offset", "q_length", "kv_length")
+"""What transformers says of queries and keys in numbers, or in tensors of one."""
+
+
 class LazyMask(Tensor):
     """What stock attention of a kind would get, ``[batch, 1, query_tokens, tokens]``.
 
@@ -160,6 +164,9 @@ def make_mask(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return make(*args, **kwargs)
     if kwargs.get("use_vmap") or _makes_none(make, kwargs):
         return make(**kwargs)
+    # A static cache counts in a tensor that it writes to before someone may look at the mask.
+    now = {name: int(kwargs[name]) for name in _PLACES if isinstance(kwargs.get(name), Tensor)}
+    kwargs = {**kwargs, **now}
     queries, device = _queries(kwargs)
     keys = Span(int(kwargs.get("kv_offset", 0)), int(kwargs["kv_length"]))
     batch = kwargs["batch_size"]
