@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from models import greedy, token_ids
-from speculation_cases import drafting, model_of, plain
+from models import greedy, padded, token_ids
+from speculation_cases import drafting, model_of, plain, speculated
 from transformers import DynamicCache, TextStreamer
 from transformers.generation import MaxTimeCriteria
 
 import adaptive
+from adaptive.layers.hf_static_cache import StaticCacheLayer
 from adaptive.policy import ModelShape, Plan, Policy
 
 STATIC = {"exit_layer": 2, "draft": 3, "static": True}
@@ -128,3 +129,13 @@ def test_plans_that_need_more_than_lengths_are_refused(before, windows, words):
                 Plan.make(shape, chosen)
         else:
             Plan.make(shape, chosen)
+
+
+def test_keys_that_a_model_changes_on_their_way_are_refused(monkeypatch):
+    """Lengths of rows travel with the keys; without them, all of the memory would be read."""
+    kind = type(model_of("llama").model.layers[0].self_attn)
+    name = "adaptive.layers.hf_static_cache.StaticCacheLayer.update"
+    update = StaticCacheLayer.update
+    monkeypatch.setattr(name, lambda *args: tuple(t * 1.0 for t in update(*args)))
+    with pytest.raises(NotImplementedError, match=f"as the cache gave them, {kind.__name__}"):
+        speculated(model_of("llama"), padded(batch=2), policy=STATIC)

@@ -176,3 +176,13 @@ def test_a_captured_step_makes_the_same_tokens(case):
         made = [greedy(model, inputs, n) for n in (TOKENS, 7)]
     for n, ours in zip((TOKENS, 7), made, strict=True):
         assert torch.equal(ours, plain(model, inputs, n))
+
+
+def test_a_call_may_follow_one_in_inference_mode():
+    model, inputs = model_of("llama"), padded(batch=2)
+    wanted = plain(model, inputs)
+    with adaptive.patch(model, adaptive.SelfSpeculative(**STATIC)):
+        with torch.inference_mode():
+            first = greedy(model, inputs, TOKENS)
+        assert torch.equal(greedy(model, inputs, TOKENS), wanted)
+    assert torch.equal(first, wanted)

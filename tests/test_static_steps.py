@@ -38,7 +38,7 @@ class Cuda:
         yield
 
     @contextmanager
-    def graph(self, _, capture_error_mode):
+    def graph(self, _, stream, capture_error_mode):
         self.log.append("capture")
         yield
 

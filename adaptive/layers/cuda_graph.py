@@ -26,7 +26,7 @@ class Captured:
         cuda.current_stream().wait_stream(side)
         self._graph = cuda.CUDAGraph()
         # Other threads may use the device meanwhile.
-        with cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
             step()
 
     def __call__(self) -> None:

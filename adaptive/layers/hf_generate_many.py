@@ -146,7 +146,12 @@ def _checked(
     # Of a module that is no Embedding, nothing is known: it says itself what it does not take.
     vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", None)
     for index, prompt in enumerate(prompts):
-        ids = prompt if isinstance(prompt, Tensor) else torch.as_tensor(prompt)
+        try:
+            ids = prompt if isinstance(prompt, Tensor) else torch.as_tensor(prompt)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"{_OP}: prompts[{index}] must be token ids [tokens]: {error}"
+            ) from None
         if ids.dim() != 1 or not len(ids):
             raise ValueError(
                 f"{_OP}: prompts[{index}] must be token ids [tokens], at least one, got "
@@ -168,8 +173,13 @@ def _new_tokens(counts: Counts, prompts: int) -> list[int | None]:
     """The most new tokens of each prompt; None: as the model's generation config says."""
     if counts is None or isinstance(counts, int):
         each: list[int | None] = [counts] * prompts
-    else:
+    elif isinstance(counts, Sequence):
         each = list(counts)
+    else:
+        raise TypeError(
+            f"{_OP}: max_new_tokens must be a number, a list of them or None, got "
+            f"{type(counts).__name__}"
+        )
     if len(each) != prompts:
         raise ValueError(
             f"{_OP}: max_new_tokens must be one number or one each for {prompts}, got {len(each)}"

@@ -42,7 +42,7 @@ def cache_and_mask(
         problem = f"model arguments {', '.join(unknown)} are not supported"
     if input_ids.shape[1] == 0:
         problem = "it needs input_ids; inputs_embeds alone are not supported"
-    if _moves_tokens(model_kwargs, input_ids.shape[1]):
+    elif _moves_tokens(model_kwargs, input_ids.shape[1]):
         problem = "position_ids must count the tokens that attention_mask holds"
     if problem:
         raise NotImplementedError(f"adaptive: {policy}: {problem}")

@@ -1,6 +1,7 @@
 """Self-speculative decoding by static steps: the loop that `generate` runs, and what it refuses."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -67,19 +68,37 @@ def speculate_static(  # noqa: PLR0913 - the signature that transformers calls
     longest = tokens if mask is None else int(mask.sum(-1).max())
     prompt = Passes(model, model.get_submodule(record.base), record.depth, cache, mask)
     logits = prompt.prompt(input_ids, generation_config.prefill_chunk_size)
-    # After the prompt: layers that are passed over return what they returned when they last ran.
-    held = _held(model, policy, steps, batch, longest + limit, len(ends))
-    pad = getattr(generation_config, "_pad_token_tensor", None)
-    held.step.begin(
-        cache, mask, logits[:, -1:].argmax(-1), limit, ends, 0 if pad is None else int(pad)
-    )
-    decode(held, limit - 1, LateEnding() if input_ids.is_cuda else Ending())
+    _check_keys(model, cache)
+    with _device(input_ids):
+        # After the prompt: layers that are passed over return what they returned when last run.
+        held = _held(model, policy, steps, batch, longest + limit, len(ends))
+        pad = getattr(generation_config, "_pad_token_tensor", None)
+        held.step.begin(
+            cache, mask, logits[:, -1:].argmax(-1), limit, ends, 0 if pad is None else int(pad)
+        )
+        decode(held, limit - 1, LateEnding() if input_ids.is_cuda else Ending())
     rows = held.step.rows
     _count(record, policy, held, steps)
     made: Any = torch.cat([input_ids, rows.tokens[:, : int(rows.made.max())]], 1)
     if generation_config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(sequences=made)
     return made
+
+
+def _device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Make the device of ``tensor`` the current one: streams and graphs belong to that."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def _check_keys(model: Any, prompt: Any) -> None:
+    """Raise if the cache holds other elements than the model is said to compute with."""
+    kinds = {layer.keys.dtype for layer in prompt.layers} - {model.dtype}
+    if kinds:
+        got = ", ".join(sorted(map(str, kinds)))
+        raise NotImplementedError(
+            f"adaptive: {_NAME}: keys must be {model.dtype} as the model, got {got}; use "
+            "static=False"
+        )
 
 
 def decode(held: Held, most: int, ending: Ending) -> None:
@@ -110,8 +129,10 @@ def _held(
     if found is None:
         steps.make_room()
         capacity = capacity_for(needed)
-        step = StaticStep(model, batch, capacity, policy.exit_layer, policy.draft, room)
-        found = Held(step, key, capture)
+        # Calls outside of inference mode may follow, and could not write to what was made inside.
+        with torch.inference_mode(False), torch.no_grad():
+            step = StaticStep(model, batch, capacity, policy.exit_layer, policy.draft, room)
+            found = Held(step, key, capture)
         steps.add(found)
     return found
 

@@ -24,7 +24,14 @@ def lengths_of(call: Call, state: LayerState) -> Tensor | None:
                 "static=False"
             )
         return None
-    return getattr(call.key, "adaptive_lengths", None)
+    lengths: Tensor | None = getattr(call.key, "adaptive_lengths", None)
+    depth = state.record.depth
+    if lengths is None and depth is not None and depth.static and not depth.elsewhere:
+        raise NotImplementedError(
+            "adaptive: SelfSpeculative(static=True): keys must reach attention as the cache gave "
+            f"them, {type(call.module).__name__} changes them; use static=False"
+        )
+    return lengths
 
 
 def attend(call: Call, state: LayerState, lengths: Tensor) -> tuple[Tensor, None]:

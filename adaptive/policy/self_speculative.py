@@ -74,7 +74,8 @@ class SelfSpeculative(Policy):
             is patched, and costs half of a 16-bit head to read. None: the head itself.
         tree: Check a tree of up to 15 tokens, whose size follows what pays: drafts and what was
             likely besides them; without ``exit_layer`` and ``skip``, tokens from what was seen.
-        static: Decode by steps of fixed shapes over a KV cache of fixed capacity.
+        static: Decode by steps of fixed shapes over a KV cache of fixed capacity; of no account in
+            `generate_many`, whose rows come and go.
     """
 
     exact: ClassVar[bool] = True
