@@ -293,6 +293,7 @@ def _plan(root: nn.Module, shape: ModelShape, policies: Sequence[Policy | Plan])
         raise TypeError("adaptive: give either one Plan or policies, got both or several plans")
     plans[0].check_shape(shape)
     plans[0].check_policies()
+    plans[0].check_rowless()
     if plans[0].fingerprint is not None:
         plans[0].check_fingerprint(fingerprint(root, shape))
     return plans[0]

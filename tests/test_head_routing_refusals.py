@@ -1,5 +1,7 @@
 """What HeadRouting refuses, aloud: models, fields, policies beside it, and calls."""
 
+import json
+
 import pytest
 import torch
 from encoder_models import make as make_encoder
@@ -7,7 +9,7 @@ from head_cases import FOUR, ROUTER, fixed, routed
 from models import make, token_ids
 
 import adaptive
-from adaptive import ExpertRouterWeights, HeadRouting, Plan
+from adaptive import ExpertRouterWeights, HeadRouting, PatchConflict, Plan
 from adaptive.policy import Policy
 
 ORDERED = ExpertRouterWeights.from_tensors({0: torch.ones(4, 128)}, orders={0: torch.arange(8)})
@@ -175,3 +177,45 @@ def test_compiling(whole):
         with pytest.raises(Exception, match="HeadRouting cannot run under torch"):
             torch.compile(model, backend="eager", fullgraph=whole)(ids, use_cache=False)
         assert torch.equal(model(ids, use_cache=False).logits, wanted)
+
+
+def test_a_plan_that_was_edited_is_held_to_the_model(tmp_path):
+    model, path = make("llama", **FOUR), tmp_path / "plan.json"
+    with adaptive.patch(model, fixed((0, 0))) as patched:
+        patched.plan.save(path)
+    text = json.loads(path.read_text())
+    for wrong in ([[0, 9]], [[9, 0]]):
+        text["policies"][0].update(heads=wrong, layers=[wrong[0][0]])
+        path.write_text(json.dumps(text))
+        with pytest.raises(ValueError, match="HeadRouting"):
+            adaptive.patch(model, Plan.load(path))
+
+
+def test_padding_is_not_known_when_layers_run_again():
+    model = make("llama", **FOUR).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})  # the name that 4.57 knows
+    mask = torch.ones(2, 20, dtype=torch.long)
+    with adaptive.patch(model, routed()):
+        model(token_ids(), attention_mask=mask, use_cache=False).logits.sum().backward()
+        mask[0, :3] = 0
+        with pytest.raises(NotImplementedError, match="gradient checkpointing of padded rows"):
+            model(token_ids(), attention_mask=mask, use_cache=False)
+
+
+def test_an_output_projection_that_was_wrapped_gets_no_unweighted_heads():
+    model = make("llama", **FOUR)
+    attention = model.model.layers[0].self_attn
+    with adaptive.patch(model, routed(weighted=True)):
+        plain = attention.o_proj
+        attention.o_proj = torch.nn.Sequential(plain)
+        with pytest.raises(PatchConflict, match="wrapped since patch"):
+            model(token_ids())
+        attention.o_proj = plain
+
+
+@pytest.mark.parametrize("layers", [(), (1, 0), (-1,), (0, 0), ("a",)])
+def test_layers_to_tune(layers):
+    with pytest.raises(ValueError, match="layers must be numbers from 0 on, ascending"):
+        adaptive.train.tune_heads(
+            make("llama", **FOUR), [token_ids()], steps=1, top_k=2, layers=layers
+        )

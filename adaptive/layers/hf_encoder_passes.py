@@ -124,6 +124,13 @@ def unsupported(name: str, policy: Policy, why: str) -> NotImplementedError:
     return NotImplementedError(f"adaptive: {name} is not supported with {kind}: {why}")
 
 
+def runs_again(base: nn.Module) -> bool:
+    """Whether layers are to run once more after the pass, for the gradients."""
+    if not base.training or not torch.is_grad_enabled():
+        return False
+    return any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
+
+
 def not_per_token(mask: object, policy: Policy) -> ValueError:
     """The error of a mask that does not tell which tokens are padding."""
     got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__

@@ -1,11 +1,13 @@
 """Attention of a transformers model in which each token runs some of the heads alone."""
 
 from time import perf_counter
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adaptive.errors import PatchConflict
 from adaptive.layers.head_choice import HeadChoice
 from adaptive.layers.hf_call import (
     Attended,
@@ -46,6 +48,7 @@ def attend_chosen(call: Call, state: LayerState, choice: HeadChoice, reduced: bo
 
     Raises:
         NotImplementedError: The call asks for more than that, or its cache was reduced.
+        PatchConflict: Something else than the projection that was patched gets what heads give.
         ValueError: The choice was made for another number of tokens.
     """
     batch, _, queries, _ = call.query.shape
@@ -54,6 +57,12 @@ def attend_chosen(call: Call, state: LayerState, choice: HeadChoice, reduced: bo
         raise ValueError(
             f"adaptive: HeadRouting: attention must get the {choice.rows} tokens whose heads were "
             f"chosen, got {batch * queries}"
+        )
+    output: Any = call.module.o_proj
+    if choice.scales is not None and "forward" not in output.__dict__:
+        raise PatchConflict(
+            "adaptive: HeadRouting weights what heads give inside of 'o_proj', which someone "
+            "wrapped since patch(); unpatch() first"
         )
     if not choice.spans:  # nothing but padding
         return call.query.new_zeros(call.query.shape).transpose(1, 2), None

@@ -11,6 +11,7 @@ from adaptive.layers.hf_encoder_passes import (
     argument,
     due,
     not_per_token,
+    runs_again,
     set_forwards,
     unsupported,
 )
@@ -94,8 +95,7 @@ def begin(
             raise unsupported(f"output_{name}", policy, why)
     if argument(base, "head_mask", args, kwargs) is not None:
         raise unsupported("head_mask", policy, reduction.mask_gone)
-    again = base.training and torch.is_grad_enabled()
-    if again and any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
+    if runs_again(base):
         why = "layers would run again and not know what tokens they ran on; call "
         raise unsupported(
             "gradient checkpointing", policy, why + "gradient_checkpointing_disable()"

@@ -5,14 +5,19 @@ from typing import Any
 from torch import nn
 from transformers.cache_utils import Cache
 
-from adaptive.layers.hf_encoder_passes import argument
+from adaptive.layers.hf_encoder_passes import argument, runs_again, unsupported
 from adaptive.layers.state import PatchRecord
+from adaptive.policy import FeedForwardExperts, HeadRouting
 
 
 def begin(
     base: nn.Module, record: PatchRecord, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """Before a pass of the base module: note which of its tokens are padding."""
+    """Before a pass of the base module: note which of its tokens are padding.
+
+    Raises:
+        NotImplementedError: What padding skips would not be skipped when layers run again.
+    """
     now = record.switch.width_pass
     if now is None:
         return
@@ -23,6 +28,16 @@ def begin(
     past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
     reduces = record.encoder_exits or record.token_reduction
     now.begin(argument(base, "attention_mask", args, kwargs), past, reduces)
+    if now.known is not None and runs_again(base):
+        skips = (p for p in record.policies if isinstance(p, FeedForwardExperts | HeadRouting))
+        if (policy := next(skips, None)) is not None:
+            now.end()
+            raise unsupported(
+                "gradient checkpointing of padded rows",
+                policy,
+                "layers would run again and not know what is padding; call "
+                "gradient_checkpointing_disable()",
+            )
 
 
 def end(record: PatchRecord) -> None:

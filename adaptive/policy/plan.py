@@ -128,6 +128,12 @@ class Plan:
                     f"layer a window of {self.shape.windows[layer]} tokens, got {row[0]!r}"
                 )
 
+    def check_rowless(self) -> None:
+        """Raise ValueError unless policies that no row speaks of fit the model: they say so."""
+        for place, policy in enumerate(self.policies):
+            if not policy.modes:
+                policy.plan(replace(self, policies=self.policies[:place]))
+
     def prefill(self, layer: int) -> Policy | None:
         """Return the policy that the long calls of ``layer`` follow; None: they are dense."""
         found = (policy for policy in self.policies if layer in policy.prefill_layers(self))

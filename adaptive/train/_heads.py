@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from adaptive.layers.evaluating import evaluating
 from adaptive.layers.survey import Site
 
 
@@ -94,17 +95,9 @@ class HeadStatistics:
 @contextmanager
 def watching(root: nn.Module, found: Mapping[int, HeadStatistics]) -> Iterator[None]:
     """Run the model in evaluation mode, and let the statistics see their layers."""
-    training = {module: module.training for module in root.modules()}
-    handles = []
-    try:
-        root.eval()
+    with evaluating(root), ExitStack() as hooks:
         for statistics in found.values():
             attention: Any = root.get_submodule(statistics.site.name)
-            handles.append(attention.q_proj.register_forward_pre_hook(statistics.before))
-            handles.append(attention.o_proj.register_forward_pre_hook(statistics.after))
+            hooks.enter_context(attention.q_proj.register_forward_pre_hook(statistics.before))
+            hooks.enter_context(attention.o_proj.register_forward_pre_hook(statistics.after))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in training.items():
-            module.training = mode

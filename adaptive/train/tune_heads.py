@@ -20,6 +20,7 @@ from adaptive.progress import ProgressBar
 from adaptive.train._batch import read_batches
 from adaptive.train._checks import causal_lm
 from adaptive.train._heads import HeadStatistics, watching
+from adaptive.train._learning import check_last, check_number, check_steps
 
 DECIDE = ("token", "layer")
 
@@ -160,12 +161,10 @@ def _best(importance: Mapping[int, Sequence[float]], top_k: int) -> tuple[tuple[
 
 
 def _check(steps: int, decide: str, ridge: float) -> None:
-    if type(steps) is not int or steps < 1:
-        raise ValueError(f"adaptive: steps must be a whole number from 1 on, got {steps!r}")
+    check_steps(steps)
     if decide not in DECIDE:
         raise ValueError(f"adaptive: decide must be one of {', '.join(DECIDE)}, got {decide!r}")
-    if isinstance(ridge, bool) or not isinstance(ridge, int | float) or not 0 < ridge < math.inf:
-        raise ValueError(f"adaptive: ridge must be positive, got {ridge!r}")
+    check_number("ridge", ridge, lambda x: 0 < x < math.inf, "be positive")
 
 
 def _sites(
@@ -173,11 +172,12 @@ def _sites(
 ) -> list[Site]:
     """The attention modules of the layers to be routed."""
     wanted = tuple(range(total)) if layers is None else tuple(layers)
-    HeadRouting(heads=tuple((layer, 0) for layer in wanted))  # checks the layers
-    if wanted[-1] >= total:
+    known = bool(wanted) and all(type(layer) is int and layer >= 0 for layer in wanted)
+    if not known or list(wanted) != sorted(set(wanted)):
         raise ValueError(
-            f"adaptive: layers must be below the model's {total} layers, got {wanted[-1]}"
+            f"adaptive: layers must be numbers from 0 on, ascending, or None, got {layers!r}"
         )
+    check_last(wanted[-1], total)
     from adaptive.layers import hf_model  # which needs transformers, as the model does
 
     names, given = family.attention_names(root), family.problems(root)
