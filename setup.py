@@ -20,6 +20,7 @@ CSRC = ROOT / "csrc"
 ISA_FLAGS = {
     "_avx2": "-mavx2 -mfma -mf16c",
     "_avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c",
+    "_avx512bf16": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512bf16 -mfma -mf16c",
 }
 DEFAULT_ARCHS = "80;90a"
 PTX_ARCH = "80"  # newer GPUs compile from it at load time; no pass of nvcc of its own

@@ -2,12 +2,12 @@
 
 from adaptive import _native
 
-LEVELS = ("baseline", "avx2", "avx512")
+LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
 """Known levels, from the one that every x86-64 CPU has to the fastest."""
 
 
 def cpu_level() -> str:
-    """The level in use: "baseline", "avx2" or "avx512"."""
+    """The level in use, one of :data:`LEVELS`."""
     return str(_native.cpu_level())
 
 

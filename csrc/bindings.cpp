@@ -25,16 +25,16 @@ std::map<std::string, int64_t>& calls() {
   return counters;
 }
 
-constexpr const char* kLevels[] = {"baseline", "avx2", "avx512"};  // by cpu::Level
+constexpr const char* kLevels[] = {"baseline", "avx2", "avx512", "avx512_bf16"};  // by cpu::Level
 
 const char* level_name(cpu::Level level) { return kLevels[static_cast<int>(level)]; }
 
 void set_cpu_level(const std::string& name) {
-  for (int level = 0; level < 3; ++level) {
+  for (int level = 0; level < 4; ++level) {
     if (name == kLevels[level]) return cpu::set_level(static_cast<cpu::Level>(level));
   }
-  throw std::invalid_argument("adaptive: the CPU level must be baseline, avx2 or avx512, got " +
-                              name);
+  throw std::invalid_argument(
+      "adaptive: the CPU level must be baseline, avx2, avx512 or avx512_bf16, got " + name);
 }
 
 void advise_huge_pages(const TensorView& tensor) {

@@ -15,7 +15,12 @@ from adaptive import _native
 from adaptive.layers.state import PatchRecord
 from adaptive.layers.switch import Switch
 from adaptive.layers.torch_guard import autocast_dtype, why_not_plain
-from adaptive.layers.widened_linear import MIN_ROWS, slow_dtypes, widened_linear
+from adaptive.layers.widened_linear import (
+    MIN_ROWS,
+    may_have_tiles,
+    slow_dtypes,
+    widened_linear,
+)
 from adaptive.ops import skinny_linear
 from adaptive.ops.skinny_linear import MAX_ROWS, supports
 
@@ -28,14 +33,11 @@ MAX_NARROW_ROWS = 4
 SLOW_DTYPES = slow_dtypes()
 """16-bit types for which this processor has no units of its own."""
 
+TILES = may_have_tiles()
+"""Whether F.linear may multiply tiles of bfloat16, against which no few rows were measured."""
+
 _WRAPPED = ".base_layer"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_CAPABILITIES = getattr(
-    torch.cpu, "get_capabilities", None
-)  # torch 2.11 may not tell: careful then
-_MATRIX_UNITS = _CAPABILITIES is None or any(
-    _CAPABILITIES().get(name) for name in ("avx512_bf16", "amx_bf16")
-)
 
 
 class LinearForward:
@@ -95,14 +97,20 @@ def install(root: nn.Module, record: PatchRecord) -> None:
             record.log.set(root, name, "forward", LinearForward(module, record.switch))
 
 
-def most_rows(dtype: torch.dtype) -> int:
+def most_rows(dtype: torch.dtype, *, widens: bool = False) -> int:
     """Rows up to which the kernel is faster than F.linear.
 
-    Measured for AVX2 and AVX-512. Fewer where the kernel computes slowly, at the baseline, and
-    where oneDNN may compute on 16-bit elements as they are, which this kernel widens.
+    Measured for AVX2, AVX-512 and AVX-512 with BF16. Fewer where the kernel computes slowly, at the
+    baseline, and where oneDNN may compute on 16-bit elements as they are, which a kernel widens:
+    all but the linear ones at their highest level, and these (``widens``) at any.
     """
-    narrow = dtype != torch.float32 and _MATRIX_UNITS
-    return MAX_NARROW_ROWS if narrow or _native.cpu_level() == "baseline" else MAX_ROWS
+    level = _native.cpu_level()
+    if level == "baseline":
+        return MAX_NARROW_ROWS
+    if dtype == torch.float32 or dtype in SLOW_DTYPES:
+        return MAX_ROWS
+    dots = dtype == torch.bfloat16 and level == "avx512_bf16" and not TILES and not widens
+    return MAX_ROWS if dots else MAX_NARROW_ROWS
 
 
 def _widens(rows: int, dtype: torch.dtype) -> bool:

@@ -75,7 +75,7 @@ def few_rows(hidden_states: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> b
     if hidden_states.dim() == 0 or hidden_states.shape[-1] == 0:
         return False
     rows = hidden_states.numel() // hidden_states.shape[-1]
-    if not 1 <= rows <= most_rows(hidden_states.dtype):
+    if not 1 <= rows <= most_rows(hidden_states.dtype, widens=True):
         return False
     if autocast_dtype(hidden_states) is not None or not _fit(hidden_states, gate, up, down):
         return False

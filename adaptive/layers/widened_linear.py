@@ -7,6 +7,8 @@ floor. Nothing is kept: memory grows by one slice and the input. Sums are float3
 rounded once, so the error is no larger than F.linear's.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -20,13 +22,22 @@ MIN_ROWS = 32
 MIN_FEATURES = 64
 
 
+def _capabilities() -> dict[str, Any]:
+    """What an x86-64 processor can, by name. Empty elsewhere, and for torch 2.11, which is mute."""
+    tell = getattr(torch.cpu, "get_capabilities", dict)
+    can: dict[str, Any] = tell()
+    return can if can.get("architecture") == "x86_64" else {}
+
+
+def may_have_tiles() -> bool:
+    """Whether this processor multiplies tiles of bfloat16 (AMX), or nobody tells."""
+    return bool(_capabilities().get("amx_bf16", True))
+
+
 def slow_dtypes() -> frozenset[torch.dtype]:
     """16-bit types that this processor has no units for."""
-    tell = getattr(torch.cpu, "get_capabilities", None)
-    if tell is None:  # torch 2.11 may not tell: careful then
-        return frozenset()
-    can = tell()
-    if can.get("architecture") != "x86_64":  # not measured elsewhere
+    can = _capabilities()
+    if not can:  # not measured elsewhere, or unknown: careful then
         return frozenset()
     units = {
         torch.bfloat16: ("avx512_bf16", "amx_bf16"),

@@ -4,8 +4,8 @@
 #pragma once
 
 #include "cpu/combine_tokens_kernel.h"
-#include "cpu/linear_features.h"
 #include "cpu/narrow.h"
+#include "cpu/widen.h"
 
 namespace adaptive::cpu {
 namespace {

@@ -44,6 +44,7 @@ void merge(const ExitConfidenceArgs& args, const std::vector<ExitSlice>& slices,
 
 ExitKernel kernel_for(Level level) {
 #if defined(__x86_64__)
+  if (level == Level::kAvx512Bf16) return &summarise_slices_avx512bf16;
   if (level == Level::kAvx512) return &summarise_slices_avx512;
   if (level == Level::kAvx2) return &summarise_slices_avx2;
 #endif

@@ -60,5 +60,7 @@ void summarise_slices_avx2(const ExitConfidenceArgs& args, const float* input, i
                            int64_t begin, int64_t end, ExitSlice* to);
 void summarise_slices_avx512(const ExitConfidenceArgs& args, const float* input, int64_t width,
                              int64_t begin, int64_t end, ExitSlice* to);
+void summarise_slices_avx512bf16(const ExitConfidenceArgs& args, const float* input, int64_t width,
+                                 int64_t begin, int64_t end, ExitSlice* to);
 
 }  // namespace adaptive::cpu

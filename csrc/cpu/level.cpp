@@ -11,12 +11,12 @@
 namespace adaptive::cpu {
 namespace {
 
-constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};  // by Level
+constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};  // by Level
 constexpr const char* kVariable = "ADAPTIVE_CPU_LEVEL";
 
 [[noreturn]] void refuse(const char* what, const std::string& got) {
   throw std::invalid_argument(std::string("adaptive::cpu_level: ") + what +
-                              " must be baseline, avx2 or avx512 and at most " +
+                              " must be baseline, avx2, avx512 or avx512_bf16 and at most " +
                               kNames[static_cast<int>(best_level())] + " on this CPU, got " + got);
 }
 
@@ -43,6 +43,7 @@ Level best_level() {
                     __builtin_cpu_supports("f16c");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx2 && avx512 && __builtin_cpu_supports("avx512bf16")) return Level::kAvx512Bf16;
   if (avx2 && avx512) return Level::kAvx512;
   if (avx2) return Level::kAvx2;
 #endif

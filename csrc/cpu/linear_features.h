@@ -6,7 +6,9 @@
 
 #pragma once
 
+#include "cpu/linear_unit.h"
 #include "cpu/simd.h"
+#include "cpu/widen.h"
 #include "skinny_linear.h"
 
 namespace adaptive::cpu {
@@ -14,30 +16,6 @@ namespace {
 
 constexpr int kLinearFeatures = 4;  // weight rows at a time
 constexpr int kAheadBytes = 1024;   // of each weight row, fetched before their use
-
-ADAPTIVE_INLINE float widen_one(Float32 x) { return x.value; }
-
-ADAPTIVE_INLINE float widen_one(Bfloat16 x) {
-  return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16);
-}
-
-ADAPTIVE_INLINE float widen_one(Float16 x) {
-  const uint32_t magnitude = x.bits & 0x7fffu;
-  const float tiny = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
-  uint32_t bits = (magnitude << 13) + (112u << 23);
-  bits += magnitude >= 0x7c00u ? 112u << 23 : 0u;  // inf and NaN keep an exponent of all ones
-  const uint32_t small = 0u - static_cast<uint32_t>(magnitude < 0x400u);
-  bits = (__builtin_bit_cast(uint32_t, tiny) & small) | (bits & ~small);
-  return __builtin_bit_cast(float, bits | (x.bits & 0x8000u) << 16);
-}
-
-ADAPTIVE_INLINE float bias_of(const SkinnyLinearArgs& args, int64_t feature) {
-  switch (args.dtype) {
-    case DType::kFloat32: return widen_one(static_cast<const Float32*>(args.bias)[feature]);
-    case DType::kFloat16: return widen_one(static_cast<const Float16*>(args.bias)[feature]);
-    default: return widen_one(static_cast<const Bfloat16*>(args.bias)[feature]);
-  }
-}
 
 template <class E>
 constexpr bool kScaled = false;
@@ -81,7 +59,8 @@ class LinearFeatures {
 
  private:
   using Vec = typename S::Vec;
-  static constexpr int kUnit = 2 * S::kWidth;  // elements of one load_pair
+  using Unit = LinearUnit<S, E, kEnds || !DotsPairs<S, E>>;  // rows that end early are floats
+  static constexpr int kUnit = Unit::kElements;
   static constexpr int N = kLinearFeatures;
   static constexpr int64_t kAheadUnits = kAheadBytes / (kUnit * sizeof(E));
 
@@ -112,21 +91,19 @@ class LinearFeatures {
     const int64_t columns = kEnds ? (ends_[row] + 7) / 8 * 8 : args_.in_features;
     const int64_t units = columns / kUnit;
     const int tail = static_cast<int>(columns % kUnit);
-    const int64_t ahead = kAheadUnits < units ? kAheadUnits : units;
-    const int64_t turn = kFetch ? units - ahead : 0;
     int64_t unit = 0;
     if constexpr (kEnds) {
       const auto end = [&](int r) {
         const int64_t own = (ends_[row + r] + kUnit - 1) / kUnit;
         return own < units ? own : units;
       };
-      if constexpr (R > 2) add_units<4, kFetch>(f, ahead, turn, input, end(3), unit, sum);
-      if constexpr (R > 2) add_units<3, kFetch>(f, ahead, turn, input, end(2), unit, sum);
-      if constexpr (R > 1) add_units<2, kFetch>(f, ahead, turn, input, end(1), unit, sum);
+      if constexpr (R > 2) add_units<4, kFetch>(f, input, units, end(3), unit, sum);
+      if constexpr (R > 2) add_units<3, kFetch>(f, input, units, end(2), unit, sum);
+      if constexpr (R > 1) add_units<2, kFetch>(f, input, units, end(1), unit, sum);
     }
-    add_units<kEnds ? 1 : R, kFetch>(f, ahead, turn, input, units, unit, sum);
+    add_units<kEnds ? 1 : R, kFetch>(f, input, units, units, unit, sum);
     if constexpr (!kScaled<E>) {
-      if (tail != 0) add_products<R, kFetch, true>(f, f.next, -turn, input, units, sum, tail);
+      if (tail != 0) add_products<R, true>(f, input, units, sum, tail);
     }
     float out[R * N];
 #pragma GCC unroll 8
@@ -143,45 +120,57 @@ class LinearFeatures {
     }
   }
 
-  // Adds units up to `end`; from unit `turn` on it fetches the weight rows that follow.
+  // Adds units up to `end`, of `units`, and fetches what comes after them.
   template <int R, bool kFetch>
-  ADAPTIVE_INLINE void add_units(const Features& f, int64_t ahead, int64_t turn, const float* input,
-                                 int64_t end, int64_t& unit, Vec* sum) const {
-    for (; unit < (turn < end ? turn : end); ++unit) {
-      add_products<R, kFetch, false>(f, f.row, ahead, input, unit, sum);
+  ADAPTIVE_INLINE void add_units(const Features& f, const float* input, int64_t units, int64_t end,
+                                 int64_t& unit, Vec* sum) const {
+    if constexpr (kFetch && S::kFetchesInOrder) {  // the rows that follow, one after another
+      for (int n = 0; n < N; ++n) {
+        const int64_t begin = n * units / N, own = (n + 1) * units / N,
+                      stop = own < end ? own : end;
+        for (; unit < stop; ++unit) {
+          prefetch<N * kUnit>(f.next[n] + (unit - begin) * N * kUnit);
+          add_products<R, false>(f, input, unit, sum);
+        }
+      }
+    } else {  // each row's own columns ahead, then the first ones of those that follow
+      const int64_t ahead = kAheadUnits < units ? kAheadUnits : units, turn = units - ahead;
+      for (; unit < (turn < end ? turn : end); ++unit) {
+        if constexpr (kFetch) fetch(f.row, unit + ahead);
+        add_products<R, false>(f, input, unit, sum);
+      }
+      for (; unit < end; ++unit) {
+        if constexpr (kFetch) fetch(f.next, unit - turn);
+        add_products<R, false>(f, input, unit, sum);
+      }
     }
-    for (; unit < end; ++unit) add_products<R, kFetch, false>(f, f.next, -turn, input, unit, sum);
+  }
+
+  static ADAPTIVE_INLINE void fetch(const E* const* rows, int64_t unit) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) prefetch<kUnit, 3>(rows[n] + unit * kUnit);
   }
 
   // sum[r * N + n] += input row r * weight row n, over one unit of elements.
-  template <int R, bool kFetch, bool kTail>
-  ADAPTIVE_INLINE void add_products(const Features& f, const E* const* fetch, int64_t ahead,
-                                    const float* input, int64_t unit, Vec* sum,
+  template <int R, bool kTail>
+  ADAPTIVE_INLINE void add_products(const Features& f, const float* input, int64_t unit, Vec* sum,
                                     [[maybe_unused]] int tail = 0) const {
-    Vec low[N], high[N];
+    Unit weight[N];
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
-      if constexpr (kFetch) prefetch<kUnit, 3>(fetch[n] + (unit + ahead) * kUnit);
       if constexpr (kTail) {
-        S::load_pair_tail(f.row[n] + unit * kUnit, tail, low[n], high[n]);
+        weight[n].load_tail(f.row[n] + unit * kUnit, tail);
       } else {
-        S::load_pair(f.row[n] + unit * kUnit, low[n], high[n]);
+        weight[n].load(f.row[n] + unit * kUnit);
       }
-      if constexpr (kScaled<E>) {
-        const Vec scale = S::set1(f.scales[n][unit >> units_of_group_]);
-        low[n] = S::mul(low[n], scale);
-        high[n] = S::mul(high[n], scale);
-      }
+      if constexpr (kScaled<E>) weight[n].scale(f.scales[n][unit >> units_of_group_]);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const Vec input_low = S::load(input + r * width_ + unit * kUnit);
-      const Vec input_high = S::load(input + r * width_ + unit * kUnit + S::kWidth);
+      Unit own;
+      own.load_input(input + r * width_ + unit * Unit::kInputFloats);
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) {
-        sum[r * N + n] = S::fma(input_low, low[n], sum[r * N + n]);
-        sum[r * N + n] = S::fma(input_high, high[n], sum[r * N + n]);
-      }
+      for (int n = 0; n < N; ++n) sum[r * N + n] = weight[n].add_product(own, sum[r * N + n]);
     }
   }
 

@@ -11,8 +11,8 @@
 
 namespace adaptive::cpu {
 
-/// Input rows as the kernels of one instruction set read them: float, each padded with zeros to
-/// `width`.
+/// Input rows as the kernels of one instruction set read them, each padded with zeros to `width`
+/// floats.
 struct LinearInput {
   AlignedFloats floats;
   int64_t width;

@@ -15,6 +15,7 @@ constexpr int64_t kStep = 8;  // output features: a thread's stretch starts at a
 
 const PrefixKernel& kernel_for(Level level) {
 #if defined(__x86_64__)
+  if (level == Level::kAvx512Bf16) return kPrefixAvx512Bf16;
   if (level == Level::kAvx512) return kPrefixAvx512;
   if (level == Level::kAvx2) return kPrefixAvx2;
 #endif

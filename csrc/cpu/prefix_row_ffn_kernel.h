@@ -32,6 +32,6 @@ struct PrefixKernel {
   void (*project)(const PrefixRowFfnArgs& args, const PrefixRows& rows, int64_t begin, int64_t end);
 };
 
-extern const PrefixKernel kPrefixBase, kPrefixAvx2, kPrefixAvx512;
+extern const PrefixKernel kPrefixBase, kPrefixAvx2, kPrefixAvx512, kPrefixAvx512Bf16;
 
 }  // namespace adaptive::cpu

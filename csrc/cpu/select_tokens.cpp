@@ -18,7 +18,7 @@ constexpr int64_t kBytesPerThread = int64_t{1} << 16;  // below, waking a thread
 
 const SelectKernel& kernel_for(Level level) {
 #if defined(__x86_64__)
-  if (level == Level::kAvx512) return kSelectAvx512;
+  if (level >= Level::kAvx512) return kSelectAvx512;
   if (level == Level::kAvx2) return kSelectAvx2;
 #endif
   (void)level;

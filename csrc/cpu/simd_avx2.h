@@ -14,6 +14,7 @@ struct SimdAvx2 {
   static constexpr int kWidth = 8;
   static constexpr int kAccumulators = 8;  // of 16 registers
   static constexpr int kScoredKeys = 2;
+  static constexpr bool kFetchesInOrder = false;
 
   static ADAPTIVE_INLINE Vec zero() { return _mm256_setzero_ps(); }
   static ADAPTIVE_INLINE Vec set1(float x) { return _mm256_set1_ps(x); }

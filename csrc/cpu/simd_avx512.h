@@ -17,6 +17,7 @@ struct SimdAvx512 {
   static constexpr int kWidth = 16;
   static constexpr int kAccumulators = 16;  // of 32 registers
   static constexpr int kScoredKeys = 4;
+  static constexpr bool kFetchesInOrder = false;
 
   static ADAPTIVE_INLINE Vec zero() { return _mm512_setzero_ps(); }
   static ADAPTIVE_INLINE Vec set1(float x) { return _mm512_set1_ps(x); }

@@ -13,6 +13,7 @@ struct SimdBase {
   static constexpr int kWidth = 4;
   static constexpr int kAccumulators = 8;  // of 16 registers
   static constexpr int kScoredKeys = 2;
+  static constexpr bool kFetchesInOrder = false;
 
   static ADAPTIVE_INLINE Vec zero() { return Vec{}; }
   static ADAPTIVE_INLINE Vec set1(float x) { return Vec{x, x, x, x}; }

@@ -17,6 +17,7 @@ constexpr int64_t kStep = 8;  // features: a thread's stretch starts at a multip
 
 const LinearKernel& kernel_for(Level level) {
 #if defined(__x86_64__)
+  if (level == Level::kAvx512Bf16) return kLinearAvx512Bf16;
   if (level == Level::kAvx512) return kLinearAvx512;
   if (level == Level::kAvx2) return kLinearAvx2;
 #endif
@@ -28,7 +29,8 @@ const LinearKernel& kernel_for(Level level) {
 
 LinearInput linear_input(const SkinnyLinearArgs& args, std::span<const int64_t> rows, Level level) {
   const LinearKernel& kernel = kernel_for(level);
-  const int64_t width = round_up(args.in_features, kLinearWidth);
+  const bool dots = kernel.dots && args.dtype == DType::kBfloat16 && args.weight_scales == nullptr;
+  const int64_t width = round_up(args.in_features, kLinearWidth) / (dots ? 2 : 1);  // in floats
   const auto count = static_cast<int64_t>(rows.size());
   LinearInput made{aligned_floats(linear_rows(count) * width), width};
   // A thread's share of this would cost less than the barrier behind it.

@@ -10,10 +10,23 @@
 namespace adaptive::cpu {
 namespace {
 
+/// Takes a row of the input as it is; whole units, as the kernel reads it.
+template <class E>
+void copy_row(const SkinnyLinearArgs& args, int64_t row, const E* from, E* to) {
+  const int64_t count = row < args.rows ? args.in_features : 0;
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+  for (int64_t i = count; i < (args.in_features + kLinearWidth - 1) / kLinearWidth * kLinearWidth;
+       ++i)
+    to[i] = {};
+}
+
 template <class S, class E>
 void widen_row(const SkinnyLinearArgs& args, int64_t row, float* to) {
   constexpr int kUnit = 2 * S::kWidth;
   const E* from = static_cast<const E*>(args.input) + row * args.input_stride;
+  if constexpr (DotsPairs<S, E>) {
+    if (args.weight_scales == nullptr) return copy_row(args, row, from, reinterpret_cast<E*>(to));
+  }
   typename S::Vec low, high;
   for (int64_t i = 0; i < args.in_features; i += kUnit) {
     if (row >= args.rows) {
@@ -66,7 +79,7 @@ void multiply_linear(const SkinnyLinearArgs& args, const float* input, int64_t w
 }
 
 template <class S>
-constexpr LinearKernel kLinear{&widen_linear<S>, &multiply_linear<S>};
+constexpr LinearKernel kLinear{&widen_linear<S>, &multiply_linear<S>, DotsPairs<S, Bfloat16>};
 
 }  // namespace
 }  // namespace adaptive::cpu

@@ -13,7 +13,7 @@ namespace {
 
 const SparseKernel& kernel_for(Level level) {
 #if defined(__x86_64__)
-  if (level == Level::kAvx512) return kSparseAvx512;
+  if (level >= Level::kAvx512) return kSparseAvx512;
   if (level == Level::kAvx2) return kSparseAvx2;
 #endif
   (void)level;

@@ -29,7 +29,7 @@ TOKENS = 6
 
 @pytest.fixture(autouse=True)
 def _same_on_every_processor(monkeypatch):
-    monkeypatch.setattr(hf_linear, "_MATRIX_UNITS", False)
+    monkeypatch.setattr(hf_linear, "SLOW_DTYPES", frozenset((torch.bfloat16, torch.float16)))
     if _native.best_cpu_level() == "baseline":
         pytest.skip("counts rows as AVX2 does")
 
@@ -130,8 +130,13 @@ def test_fewer_rows_where_computing_is_slow_or_stock_is_fast(monkeypatch):
     adaptive.set_cpu_level("baseline")
     assert most_rows(torch.float32) == most_rows(torch.bfloat16) == 4
     adaptive.set_cpu_level(None)
-    monkeypatch.setattr(hf_linear, "_MATRIX_UNITS", True)
-    assert (most_rows(torch.float32), most_rows(torch.bfloat16)) == (16, 4)
+    monkeypatch.setattr(hf_linear, "SLOW_DTYPES", frozenset())
+    for tiles in (True, False):
+        monkeypatch.setattr(hf_linear, "TILES", tiles)
+        dots = adaptive.cpu_level() == "avx512_bf16" and not tiles
+        assert most_rows(torch.bfloat16) == (16 if dots else 4)
+        assert (most_rows(torch.float32), most_rows(torch.float16)) == (16, 4)
+        assert most_rows(torch.bfloat16, widens=True) == 4
 
 
 def test_switched_off_it_is_stock_bit_for_bit():

@@ -51,7 +51,6 @@ def test_prompts_go_there_and_nothing_else_does(dtype, monkeypatch):
         calls.append(len(input))
         return widened_linear.widened_linear(input, weight, bias)
 
-    monkeypatch.setattr(hf_linear, "_MATRIX_UNITS", False)
     monkeypatch.setattr(hf_linear, "SLOW_DTYPES", frozenset(HALVES))
     monkeypatch.setattr(hf_linear, "widened_linear", watched)
     model = make("llama", dtype=dtype, **LARGE)

@@ -7,15 +7,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from instruction_sets import flags_of
 
 ROOT = Path(__file__).parents[2]
 CPU = ROOT / "csrc" / "cpu"
-ISA = {
-    "_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
-}
-BASELINE = [f for f in sorted(CPU.glob("*.cpp")) if not f.stem.endswith(tuple(ISA))]
-ABOVE = [f for f in sorted(CPU.glob("*.cpp")) if f.stem.endswith(tuple(ISA))]
+BASELINE = [f for f in sorted(CPU.glob("*.cpp")) if not flags_of(f)]
+ABOVE = [f for f in sorted(CPU.glob("*.cpp")) if flags_of(f)]
 
 # An AVX instruction starts with v (no SSE one does, but verr and verw) or names a wide register.
 AVX = re.compile(r"^\s+[0-9a-f]+:\s+(v(?!err|erw)\w+|.*%[yz]mm)", re.MULTILINE)
@@ -34,7 +31,7 @@ def run(*command):
 def compiled(request, tmp_path):
     """The object of a source. Hardly optimised: what is not inlined shows."""
     source = request.param
-    isa = next((flags for end, flags in ISA.items() if source.stem.endswith(end)), [])
+    isa = flags_of(source)
     made = tmp_path / f"{source.stem}.o"
     flags = ["-std=c++20", "-O1", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-w"]
     run("g++", *flags, f"-I{ROOT / 'csrc'}", *isa, "-c", source, "-o", made)

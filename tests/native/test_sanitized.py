@@ -7,12 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from instruction_sets import flags_of
 
 ROOT = Path(__file__).parents[2]
-ISA = {
-    "_avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "_avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
-}
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fopenmp", f"-I{ROOT / 'csrc'}"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
@@ -33,7 +30,7 @@ def drivers(tmp_path_factory):
         source, output = ROOT / f"tests/native/{name}.cpp", objects / f"{name}.o"
         commands.append(["g++", *FLAGS, "-c", source, "-o", output])
     for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
-        isa = next((flags for end, flags in ISA.items() if source.stem.endswith(end)), [])
+        isa = flags_of(source)
         if isa and platform.machine() != "x86_64":
             continue
         kernels.append(objects / f"{source.stem}.o")

@@ -1,14 +1,5 @@
 """Runs tests of kernels with each instruction set that this CPU has."""
 
-import pytest
-from levels import AVAILABLE
+from levels import AVAILABLE, set_for_a_test
 
-import adaptive
-
-
-@pytest.fixture(params=AVAILABLE)
-def level(request):
-    """The kernels are those of this level until the test ends."""
-    adaptive.set_cpu_level(request.param)
-    yield request.param
-    adaptive.set_cpu_level(None)
+level = set_for_a_test(AVAILABLE)

@@ -3,12 +3,30 @@
 import pytest
 import torch
 
+import adaptive
 from adaptive import _native
+from adaptive.cpu_level import LEVELS
 
-LEVELS = ("baseline", "avx2", "avx512")
-AVAILABLE = LEVELS[: LEVELS.index(_native.best_cpu_level()) + 1]
+EVERY = LEVELS[: LEVELS.index(_native.best_cpu_level()) + 1]
+"""Of this CPU."""
+
+AVAILABLE = tuple(level for level in EVERY if level != "avx512_bf16")
+"""Those at which every op has kernels of its own; the linear ones have them at EVERY level."""
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def set_for_a_test(levels):
+    """A fixture: the kernels are those of one of the levels, then of the next."""
+
+    @pytest.fixture(params=levels)
+    def level(request):
+        adaptive.set_cpu_level(request.param)
+        yield request.param
+        adaptive.set_cpu_level(None)
+
+    return level
 
 
 def of_each_number_of_threads(run):

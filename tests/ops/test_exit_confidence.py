@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from levels import DTYPES, every_dtype, far_apart
+from levels import DTYPES, EVERY, every_dtype, far_apart, set_for_a_test
 
 from adaptive.ops import exit_confidence, skinny_linear
 
 SLICE = 128  # of the vocabulary, on the CPU
+
+level = set_for_a_test(EVERY)
 
 
 def draw(rows, width, vocab, dtype, *, bias=True, scale=1.0, softcap=0.0, seed=0):

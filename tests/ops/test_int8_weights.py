@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from levels import DTYPES, every_dtype, of_each_number_of_threads
+from levels import DTYPES, EVERY, every_dtype, of_each_number_of_threads, set_for_a_test
 
 from adaptive.ops import exit_confidence, quantize_weight, skinny_linear
 from adaptive.ops.quantize_weight import dequantize_weight
@@ -13,6 +13,8 @@ from adaptive.ops.quantize_weight import dequantize_weight
 GROUPS = (32, 64, 128)
 
 every_group = pytest.mark.parametrize("group", GROUPS)
+
+level = set_for_a_test(EVERY)
 
 
 def draw(rows, in_features, out_features, dtype, group, bias=True, seed=0):

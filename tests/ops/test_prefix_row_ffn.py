@@ -4,25 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from levels import DTYPES, EVERY, every_dtype, set_for_a_test
 from torch.nn import functional
 
-import adaptive
-from adaptive import _native
 from adaptive.ops import prefix_row_ffn
 from adaptive.ops.prefix_row_ffn import ACTIVATIONS
 
-LEVELS = ("baseline", "avx2", "avx512")
-AVAILABLE = LEVELS[: LEVELS.index(_native.best_cpu_level()) + 1]
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-@pytest.fixture(params=AVAILABLE)
-def level(request):
-    adaptive.set_cpu_level(request.param)
-    yield request.param
-    adaptive.set_cpu_level(None)
+level = set_for_a_test(EVERY)
 
 
 def draw(widths, neurons, in_features=72, out_features=21, dtype=torch.float32, **options):

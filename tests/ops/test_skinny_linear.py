@@ -6,10 +6,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from levels import DTYPES, every_dtype, far_apart, of_each_number_of_threads
+from levels import DTYPES, EVERY, every_dtype, far_apart, of_each_number_of_threads, set_for_a_test
 
 from adaptive.ops import skinny_linear
 from adaptive.ops.skinny_linear import supports
+
+level = set_for_a_test(EVERY)
 
 
 def draw(rows, in_features, out_features, dtype, bias=True, seed=0):
@@ -108,6 +110,8 @@ def test_every_16_bit_value_passes_through(dtype, level):
     weight = torch.zeros(len(values), 32, dtype=dtype)
     weight[:, 5] = values
     made = skinny_linear(torch.ones(1, 32, dtype=dtype), weight)
+    if dtype == torch.bfloat16 and level == "avx512_bf16":  # its products take these for 0
+        values[values.abs() < torch.finfo(dtype).tiny] = 0
     torch.testing.assert_close(made[0], values, rtol=0, atol=0)
 
 
