@@ -10,6 +10,9 @@ from adaptive.layers.speculation_log import SpeculationLog
 from adaptive.layers.token_tree import WIDTH, Successors, Tree, TreeSize
 from adaptive.policy.self_speculative import MAX_DRAFT
 
+TRIED_ROWS = 16
+"""Tokens of a pass by which a batch first tries trees: few enough to be bound by the weights."""
+
 
 class TreeSteps(Steps):
     """Drafts by a table of successors; see `token_tree`."""
@@ -46,7 +49,8 @@ class TreeSteps(Steps):
         self.together = batch > 1 and (self.passes.windowed or not self.rows.refilled)
         new = TreeSize(most=MAX_DRAFT)
         if batch > 1:
-            new.trials = 2  # a tree for each of many rows costs too much to try for long
+            # Trees for each of many rows cost too much to try for long, or with many nodes.
+            new.trials, new.first = 2, max(1, TRIED_ROWS // batch - 1)
         self.size = self.learned.setdefault(batch, new)
 
     def turned_off(self) -> int:

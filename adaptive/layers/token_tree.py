@@ -148,6 +148,7 @@ class TreeSize:
     Attributes:
         most: The most nodes.
         trials: Steps with a tree before it is judged.
+        first: The most nodes in these.
         verify: Seconds of a pass over a number of rows.
         plain: Seconds of a step without a tree.
         gained: Tokens of a step with a tree.
@@ -157,6 +158,7 @@ class TreeSize:
 
     most: int
     trials: int = OFF_STEPS // 2
+    first: int | None = None
     verify: Line = field(default_factory=Line)
     plain: Average = field(default_factory=Average)
     gained: Average = field(default_factory=Average)
@@ -191,6 +193,8 @@ class TreeSize:
 
     def nodes(self, chances: Iterable[float]) -> int:
         """How many of the nodes, likeliest first, bring tokens faster than a plain step."""
+        if self.first is not None and self.gained.weight < self.trials:
+            return self.first
         if self.plain.value is None or self.verify.weight == 0:
             return self.most
         least = self.verify.slope / self.plain.value

@@ -102,3 +102,13 @@ def test_only_nodes_that_pay_are_checked():
     for rows in (2, 8, 16, 4, 12):
         size.verify.add(rows, 1.0 + 0.05 * rows)
     assert size.nodes([0.9, 0.1, 0.01, 0.001]) == 2
+
+
+def test_a_batch_tries_small_trees_first():
+    size = TreeSize(most=15, trials=2, first=1)
+    size.plain.add(1.0)
+    for _ in range(size.trials):
+        assert size.nodes([0.9, 0.1, 0.001]) == 1
+        size.verify.add(2, 1.2)
+        size.gained.add(1.8)
+    assert size.nodes([0.9, 0.1, 0.001]) == 3  # what more nodes cost is not known yet
