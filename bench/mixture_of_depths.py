@@ -268,14 +268,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="where the result goes")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--parts", nargs="+", default=["decoding", "prompts", "batches"])
+    parts = {"decoding": decoding, "prompts": prompts, "batches": batches}
+    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--budget", type=float, default=120.0, help="seconds of each part")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     settings = {"threads": chosen.threads, "budget_s": chosen.budget, "dtype": "bfloat16"}
     record = Recorder("mixture_of_depths", chosen.json, settings)
     model = build("routed", torch.bfloat16)
-    parts = {"decoding": decoding, "prompts": prompts, "batches": batches}
     for name in chosen.parts:
         parts[name](model, record, chosen.threads, chosen.budget)
     record.save()

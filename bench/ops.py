@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from adaptive import _native
+from adaptive.cpu_level import LEVELS
 from adaptive.ops import OPS, Op
 from bench.machine import last_level_cache_bytes, read_bandwidth
 from bench.overhead import call_overhead
@@ -28,7 +29,8 @@ from bench.record import Recorder
 from bench.stock import Sizes, Suite, first, suite_for
 from bench.timing import TOLERANCE, WrongResultError, cache_flusher, interleave, prove, speedup
 
-LEVELS = ("avx512", "avx2", "baseline")
+OWN_LEVELS = {"avx512_bf16": ("skinny_linear", "exit_confidence", "prefix_row_ffn")}
+"""Levels at which only some ops have kernels of their own."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,10 @@ class Bench:
     def _variants(
         self, cell: Cell, arguments: tuple[Any, ...], threads: int
     ) -> dict[str, Callable[[], Tensor]]:
-        best = _native.best_cpu_level()
-        levels = LEVELS[LEVELS.index(best) :] if threads == 1 else (best,)
+        best = LEVELS.index(_native.best_cpu_level())
+        name = cell.op.name
+        own = [n for n in LEVELS[: best + 1] if name in OWN_LEVELS.get(n, (name,))]
+        levels = own[::-1] if threads == 1 else own[-1:]
         pick = cell.suite.pick
         variants = {
             f"adaptive {level}": _at_level(cell.op, arguments, level, pick) for level in levels
