@@ -29,7 +29,12 @@ from bench.record import Recorder
 from bench.stock import Sizes, Suite, first, suite_for
 from bench.timing import TOLERANCE, WrongResultError, cache_flusher, interleave, prove, speedup
 
-OWN_LEVELS = {"avx512_bf16": ("skinny_linear", "exit_confidence", "prefix_row_ffn")}
+OWN_LEVELS = {
+    "avx512_bf16": (
+        *("skinny_linear", "exit_confidence", "prefix_row_ffn"),
+        *("decode_attention", "gather_attention", "scored_attention", "tree_attention"),
+    )
+}
 """Levels at which only some ops have kernels of their own."""
 
 

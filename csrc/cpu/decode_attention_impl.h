@@ -8,6 +8,7 @@
 
 #include "cpu/decode_attention_kernel.h"
 #include "cpu/decode_attention_keys.h"
+#include "cpu/linear_unit.h"
 #include "cpu/score_tokens_impl.h"
 #include "cpu/simd.h"
 
@@ -54,7 +55,8 @@ class DecodeItemKernel {
 
  private:
   using Vec = typename S::Vec;
-  static constexpr int kUnit = 2 * S::kWidth;  // elements of one load_pair
+  using Unit = LinearUnit<S, E>;
+  static constexpr int kUnit = Unit::kElements;
 
   template <int R>
   struct Tile {
@@ -77,7 +79,7 @@ class DecodeItemKernel {
     return item_.kv_head * (args_.heads / args_.kv_heads) + row / args_.query_tokens;
   }
 
-  // Queries as float, in the element order of load_pair, which the accumulators share.
+  // Queries as they are multiplied: float in the element order of load_pair, or as they lie there.
   void load_query() {
     const int64_t padded = (rows_ + kTileRows - 1) / kTileRows * kTileRows;
     for (int64_t i = 0; i < padded * width_; i += S::kWidth) {
@@ -88,15 +90,14 @@ class DecodeItemKernel {
       const E* from = static_cast<const E*>(args_.query) + item_.batch * args_.query_stride[0] +
                       head(row) * args_.query_stride[1] +
                       row % args_.query_tokens * args_.query_stride[2];
-      Vec a, b;
-      for (int i = 0; i < head_dim_; i += kUnit) {
-        if (i + kUnit <= head_dim_) {
-          S::load_pair(from + i, a, b);
-        } else {
-          S::load_pair_tail(from + i, tail_, a, b);
-        }
-        S::store(query(row) + i, a);
-        S::store(query(row) + i + S::kWidth, b);
+      Unit unit;
+      for (int i = 0; i < units_; ++i) {
+        unit.load(from + i * kUnit);
+        unit.store_input(query(row) + i * Unit::kInputFloats);
+      }
+      if (tail_ != 0) {
+        unit.load_tail(from + units_ * kUnit, tail_);
+        unit.store_input(query(row) + units_ * Unit::kInputFloats);
       }
       item_.max[row] = -kInfinity;
       item_.sum[row] = 0;
@@ -132,21 +133,22 @@ class DecodeItemKernel {
   template <int R, int N, bool kTail>
   ADAPTIVE_INLINE void add_products(const E* const* key, const E* const* ahead, int64_t row,
                                     int unit, Vec (&sum)[R * N]) const {
-    Vec low[N], high[N];
+    Unit keys[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       prefetch<kUnit>(ahead[n] + unit * kUnit);
-      load<kTail>(key[n] + unit * kUnit, low[n], high[n]);
+      if constexpr (kTail) {
+        keys[n].load_tail(key[n] + unit * kUnit, tail_);
+      } else {
+        keys[n].load(key[n] + unit * kUnit);
+      }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const Vec query_low = S::load(query(row + r) + unit * kUnit);
-      const Vec query_high = S::load(query(row + r) + unit * kUnit + S::kWidth);
+      Unit own;
+      own.load_input(query(row + r) + unit * Unit::kInputFloats);
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) {
-        sum[r * N + n] = S::fma(query_low, low[n], sum[r * N + n]);
-        sum[r * N + n] = S::fma(query_high, high[n], sum[r * N + n]);
-      }
+      for (int n = 0; n < N; ++n) sum[r * N + n] = keys[n].add_product(own, sum[r * N + n]);
     }
   }
 

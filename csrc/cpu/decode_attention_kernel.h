@@ -59,6 +59,8 @@ void decode_item_avx2(const DecodeAttentionArgs& args, const DecodeItem& item,
                       const DecodeScratch& scratch);
 void decode_item_avx512(const DecodeAttentionArgs& args, const DecodeItem& item,
                         const DecodeScratch& scratch);
+void decode_item_avx512bf16(const DecodeAttentionArgs& args, const DecodeItem& item,
+                            const DecodeScratch& scratch);
 
 /// Keys that a list names for a (batch row, KV head); those beyond the row's length count.
 static inline int64_t listed_keys(const GatherAttentionArgs& list, int64_t batch, int64_t kv_head) {

@@ -29,7 +29,12 @@ int useful_threads(int64_t pieces, int64_t bytes) {
   return static_cast<int>(std::clamp<int64_t>(useful, 1, omp_get_max_threads()));
 }
 
-DecodeKernel decode_kernel() { return ADAPTIVE_AT_LEVEL(decode_item); }
+DecodeKernel decode_kernel() {
+#if defined(__x86_64__)
+  if (level() == Level::kAvx512Bf16) return &decode_item_avx512bf16;
+#endif
+  return ADAPTIVE_AT_LEVEL(decode_item);
+}
 
 ReduceKernel reduce_kernel() { return ADAPTIVE_AT_LEVEL(reduce_item); }
 

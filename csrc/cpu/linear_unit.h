@@ -28,6 +28,10 @@ struct LinearUnit {
     low = S::load(p);
     high = S::load(p + S::kWidth);
   }
+  ADAPTIVE_INLINE void store_input(float* p) const {
+    S::store(p, low);
+    S::store(p + S::kWidth, high);
+  }
   ADAPTIVE_INLINE void scale(float factor) {
     low = S::mul(low, S::set1(factor));
     high = S::mul(high, S::set1(factor));
@@ -49,6 +53,7 @@ struct LinearUnit<S, E, false> {
   ADAPTIVE_INLINE void load(const E* p) { pairs = S::load_pairs(p); }
   ADAPTIVE_INLINE void load_tail(const E* p, int n) { pairs = S::load_pairs_tail(p, n); }
   ADAPTIVE_INLINE void load_input(const float* p) { load(reinterpret_cast<const E*>(p)); }
+  ADAPTIVE_INLINE void store_input(float* p) const { S::store(p, S::as_floats(pairs)); }
   ADAPTIVE_INLINE Vec add_product(const LinearUnit& input, Vec sum) const {
     return S::dot(sum, input.pairs, pairs);
   }

@@ -19,6 +19,7 @@ struct SimdAvx512Bf16 : SimdAvx512 {
   static ADAPTIVE_INLINE Pairs load_pairs_tail(const Bfloat16* p, int n) {
     return as_pairs(_mm512_maskz_loadu_epi16((1u << n) - 1, p));
   }
+  static ADAPTIVE_INLINE Vec as_floats(Pairs a) { return __builtin_bit_cast(Vec, a); }
   static ADAPTIVE_INLINE Vec dot(Vec sum, Pairs a, Pairs b) { return _mm512_dpbf16_ps(sum, a, b); }
 
  private:

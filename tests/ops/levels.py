@@ -11,7 +11,7 @@ EVERY = LEVELS[: LEVELS.index(_native.best_cpu_level()) + 1]
 """Of this CPU."""
 
 AVAILABLE = tuple(level for level in EVERY if level != "avx512_bf16")
-"""Those at which every op has kernels of its own; the linear ones have them at EVERY level."""
+"""Those at which every op has kernels of its own. Linear ones and decoding have them at EVERY."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -9,8 +9,11 @@ from choices import as_mask, chosen_keys, everything, gathered, lists
 from decode_cases import BF16, EDGES, F16, MASKS, Case
 from hypothesis import given
 from hypothesis import strategies as st
+from levels import EVERY, set_for_a_test
 
 from adaptive.ops import decode_attention, gather_attention
+
+level = set_for_a_test(EVERY)
 
 NAN = math.nan
 

@@ -7,8 +7,11 @@ import torch
 from decode_cases import BF16, EDGES, F16, MASKS, Case, seen_keys
 from hypothesis import given
 from hypothesis import strategies as st
+from levels import EVERY, set_for_a_test
 
 from adaptive.ops import decode_attention, score_tokens, scored_attention
+
+level = set_for_a_test(EVERY)
 
 NAN = math.nan
 

@@ -4,11 +4,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from levels import DTYPES
+from levels import DTYPES, EVERY, set_for_a_test
 from tree_cases import SHAPES, parents_of, seen_by_nodes
 
 from adaptive.ops import decode_attention, tree_attention
 from adaptive.ops.tree_attention import ancestors
+
+level = set_for_a_test(EVERY)
 
 
 @pytest.fixture(autouse=True)
