@@ -17,7 +17,7 @@ NATIVE := setup.py pyproject.toml $(shell find csrc -name '*.h' -o -name '*.cpp'
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test lint compile-checks bench docs-check setup clean
+.PHONY: help demo test timm-check lint compile-checks bench docs-check setup clean
 .DELETE_ON_ERROR:
 
 help: ## Say what each command does
@@ -34,6 +34,10 @@ lint: $(VENV)/.dev ## Check style, types and C++ formatting
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+
+timm-check: $(VENV)/.dev ## Run the tests of timm's models on timm itself
+	$(PIP) install -q --no-deps --upgrade --target $(VENV)/timm 'timm>=1.0.16'
+	PYTHONPATH=$(VENV)/timm OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_timm*.py
 
 compile-checks: ## CUDA for sm_80 and sm_90a if nvcc is found; baseline objects without AVX
 	.ci/compile-checks $(NVCC)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from adaptive.layers import hf_ffn_experts, hf_head_routing, hf_width
+from adaptive.layers import hf_ffn_experts, hf_head_routing, hf_width, token_reduction_passes
 from adaptive.layers.changes import own_forward
 from adaptive.layers.head_copy import can_copy
 from adaptive.layers.hf_windows import sees_chunks
@@ -70,7 +70,8 @@ def generation_problems(
     """Why the model cannot generate as the policies say."""
     found = []
     every = [p for each in policies for p in (each.policies if isinstance(each, Plan) else (each,))]
-    if survey.exact_only and (names := [type(p).__name__ for p in every if type(p) is not Exact]):
+    fits = (Exact, *survey.fits)
+    if survey.exact_only and (names := [type(p).__name__ for p in every if type(p) not in fits]):
         return [f"{', '.join(names)} does not fit {survey.family}: {survey.exact_only}"]
     for policy in every:
         found += _layer_problems(root, survey, policy)
@@ -127,7 +128,7 @@ def _layer_problems(root: nn.Module, survey: Survey, policy: Policy) -> list[str
         return _routing_problems(root, survey, policy)
     name = type(policy).__name__
     if isinstance(policy, TokenMerging | TokenPruning):
-        return _encoder_problems(root, survey, name) or _reduction_problems(root, survey, policy)
+        return _encoder_problems(root, survey, name) or _reduction_problems(survey, policy)
     if isinstance(policy, EncoderExit):
         return _encoder_problems(root, survey, name) or _exit_problems(root, survey, policy)
     if getattr(policy, "tree", False) and sees_chunks(getattr(root, "config", None)):
@@ -197,27 +198,16 @@ def _routing_problems(root: nn.Module, survey: Survey, policy: MixtureOfDepths) 
     ][:1]
 
 
-def _reduction_problems(
-    root: nn.Module, survey: Survey, policy: TokenMerging | TokenPruning
-) -> list[str]:
+def _reduction_problems(survey: Survey, policy: TokenMerging | TokenPruning) -> list[str]:
     """Why tokens of the model cannot merge or go: layers must not ask where a token stands."""
-    merges = isinstance(policy, TokenMerging)
     if survey.family in ("modernbert", "dinov3_vit"):
+        merges = isinstance(policy, TokenMerging)
         those = "merged tokens have none" if merges else "tokens that stay move to others"
         return [
             f"{type(policy).__name__} does not fit: the layers of this family turn queries and "
             f"keys by their places, and {those}"
         ]
-    from adaptive.layers import hf_reduction_passes
-
-    if merges:
-        hf_reduction_passes.check_width(root, survey)
-    elif not hf_reduction_passes.has_class_token(root, survey):
-        return [
-            "TokenPruning does not fit: this model has no class token, whose attention chooses; "
-            "TokenMerging needs none"
-        ]
-    return []
+    return token_reduction_passes.problems(survey, policy)
 
 
 def _exit_problems(root: nn.Module, survey: Survey, policy: EncoderExit) -> list[str]:

@@ -119,18 +119,6 @@ def test_what_cannot_be_is_refused_by_name():
         assert torch.isfinite(run(model, given)).all()
 
 
-def test_models_of_timm_are_refused_with_the_way_out():
-    """By the name of the package, as its classes say it: it need not be installed."""
-    names = {"__module__": "timm.models.vision_transformer", "forward": lambda _, x: x}
-    model = type("VisionTransformer", (torch.nn.Module,), names)().eval()
-    for policy in (pruning(), adaptive.TokenMerging(r=1)):
-        with pytest.raises(adaptive.UnsupportedModel, match=r"timm's blocks.*of transformers"):
-            adaptive.patch(model, policy)
-        found = adaptive.check(model, policy)
-        assert any("timm's blocks" in line for line in found.advice)
-    assert not any("timm" in line for line in adaptive.check(torch.nn.Linear(2, 2)).advice)
-
-
 @NEEDS_5
 def test_padding_must_lie_behind():
     padded = inputs("bert", batch=2, side="left")

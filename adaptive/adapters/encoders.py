@@ -102,8 +102,8 @@ REFUSED.update(
             "Its relative positions change the scores, and it does not use AttentionInterface.",
         ),
         "timm_wrapper": (
-            "timm's blocks compute attention in code of their own; take the model of transformers "
-            "of that name (ViT, DeiT, DINOv2, CLIP, SigLIP)."
+            "It calls a model of timm, whose blocks do not use AttentionInterface: patch that one, "
+            "adaptive.patch(model.timm_model)."
         ),
         **dict.fromkeys(
             ("longformer", "big_bird"), "Its attention is sparse by itself, in code of its own."

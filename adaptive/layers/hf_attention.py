@@ -42,6 +42,7 @@ from adaptive.layers.hf_prefill import (
     with_stock_mask,
     without_mask,
 )
+from adaptive.layers.hf_reduced_attention import reduced_call
 from adaptive.layers.how import How
 from adaptive.layers.pattern import Pattern
 from adaptive.layers.sparse_attention import attend_whole
@@ -186,7 +187,7 @@ def _attend(call: Call) -> Attended:
 def _attend_both_ways(call: Call, state: LayerState) -> Attended:
     """As `_attend`, for an encoder."""
     if (reduction := state.record.token_reduction) is not None and reduction.active:
-        call = reduction.attend(call)
+        call = reduced_call(call, reduction)
     pattern = encoder.pattern_of(call)
     reason = "plan" if state.row[0] == STOCK else why_stock(call, state)
     reason = reason or encoder.why_stock_encoder(call, state, pattern)

@@ -15,6 +15,7 @@ from adaptive.layers import (
     hf_model,
     hf_reduction_passes,
     hf_width_pass,
+    token_reduction_passes,
 )
 from adaptive.layers.hf_config import ask_for
 from adaptive.layers.state import ENCODER, PatchRecord
@@ -52,11 +53,15 @@ def survey(
         )
     module: Any = root.get_submodule(base)
     config = module.config
+    protected = hf_reduction_passes.protected(config)
     seen = hf_model.survey(root, family, base, attention, (), config)
     return replace(
         seen,
         sites=tuple(replace(site, kind=ENCODER) for site in seen.sites),
         shape=replace(seen.shape, windows=_own_windows(modules.values())),
+        width=getattr(config, "hidden_size", 0),
+        protect=protected,
+        class_token=protected > 0,
     )
 
 
@@ -71,7 +76,7 @@ def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
     base: Any = root.get_submodule(survey.base)
     ask_for(root, record.log, hf_attention.NAMES[base.config._attn_implementation])
     hf_encoder_passes.install(root, survey, record)
-    hf_reduction_passes.install(root, survey, record)
+    token_reduction_passes.install(root, survey, record)
     record.log.set(root, survey.base, FORWARD, record)
     record.log.hook(root, survey.base, "_forward_pre_hooks", before_forward)
     record.log.hook(root, survey.base, "_forward_hooks", after_forward)

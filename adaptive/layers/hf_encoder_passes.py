@@ -2,18 +2,17 @@
 
 import functools
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adaptive.layers.encoder_exit_log import EncoderExitLog
+from adaptive.layers.encoder_passes import due, set_forwards, unsupported
 from adaptive.layers.hf_encoder_exit import EncoderExits, EncoderLayerForward
 from adaptive.layers.state import PatchRecord
 from adaptive.layers.survey import Survey
-from adaptive.layers.token_reduction_log import TokenReductionLog
-from adaptive.policy import EncoderExit, Policy, TokenMerging, TokenPruning
+from adaptive.policy import EncoderExit, Policy
 
 PER_TOKEN = 2
 """Axes of a mask that says of each token whether it is padding."""
@@ -43,17 +42,6 @@ def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
     record.encoder_exits = exits
     record.encoder_exit_log = EncoderExitLog(layers=exits.layers)
     set_forwards(root, survey, record, lambda layer, at: EncoderLayerForward(layer, at, exits))
-
-
-def set_forwards(
-    root: nn.Module,
-    survey: Survey,
-    record: PatchRecord,
-    make: Callable[[nn.Module, int], Callable[..., Any]],
-) -> None:
-    """Give each layer the forward that ``make`` makes of it and its number, undoably."""
-    for index, name in enumerate(survey.layers):
-        record.log.set(root, name, "forward", make(root.get_submodule(name), index))
 
 
 def begin(
@@ -109,19 +97,6 @@ def end(
     if due(log, exits.policy):
         full = functools.partial(base.forward, *args, **kwargs)
         log.audit(output[0], full, mask, exits.policy.pool, record.timed)
-
-
-def due(
-    log: EncoderExitLog | TokenReductionLog, policy: EncoderExit | TokenMerging | TokenPruning
-) -> bool:
-    """Whether the pass that was just counted is one to audit."""
-    return policy.audit_every is not None and (log.calls - 1) % policy.audit_every == 0
-
-
-def unsupported(name: str, policy: Policy, why: str) -> NotImplementedError:
-    """The error of a pass that asks for what the policy cannot give."""
-    kind = type(policy).__name__
-    return NotImplementedError(f"adaptive: {name} is not supported with {kind}: {why}")
 
 
 def runs_again(base: nn.Module) -> bool:

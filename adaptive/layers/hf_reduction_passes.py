@@ -1,4 +1,4 @@
-"""Whole passes of an encoder in which tokens merge or go: before, after, and the audits."""
+"""Whole passes of an encoder of transformers in which tokens merge or go: before and after."""
 
 import functools
 from typing import Any
@@ -6,61 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaptive.layers.encoder_passes import unsupported
 from adaptive.layers.hf_encoder_passes import (
     PER_TOKEN,
     argument,
-    due,
     not_per_token,
     runs_again,
-    set_forwards,
-    unsupported,
 )
-from adaptive.layers.hf_token_merging import TokenMerges
-from adaptive.layers.hf_token_pruning import TokenPrunes
-from adaptive.layers.hf_token_reduction import ReducingLayerForward, TokenReduction
 from adaptive.layers.state import PatchRecord
-from adaptive.layers.survey import Survey
-from adaptive.layers.token_reduction_log import TokenReductionLog
-from adaptive.policy import Policy, TokenMerging, TokenPruning
-
-_FEATURES = 8
-
-
-def check_width(root: nn.Module, survey: Survey) -> None:
-    """Look, before anything is changed, whether tokens of this model can merge.
-
-    Raises:
-        ValueError: The width of the model is no multiple of 8.
-    """
-    config: Any = root.get_submodule(survey.base).config
-    if config.hidden_size % _FEATURES:
-        raise ValueError(
-            f"adaptive: TokenMerging needs a hidden size that is a multiple of {_FEATURES}, got "
-            f"{config.hidden_size}"
-        )
-
-
-def has_class_token(root: nn.Module, survey: Survey) -> bool:
-    """Whether the first token of the model stands for all of them."""
-    return _protected(root.get_submodule(survey.base).config) > 0
-
-
-def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
-    """Give each layer a ReducingLayerForward, undoably, if a policy lets tokens go."""
-    kinds = TokenMerging | TokenPruning
-    policy = next((p for p in record.policies if isinstance(p, kinds)), None)
-    if policy is None:
-        return
-    config: Any = root.get_submodule(survey.base).config
-    rest = len(survey.layers), _protected(config), record.switch
-    reduction: TokenReduction
-    if isinstance(policy, TokenMerging):
-        reduction = TokenMerges(policy, *rest)
-    else:
-        reduction = TokenPrunes(policy, *rest)
-    record.token_reduction = reduction
-    record.token_reduction_log = TokenReductionLog(verb=reduction.verb)
-    set_forwards(root, survey, record, lambda layer, at: ReducingLayerForward(layer, at, reduction))
+from adaptive.layers.token_reduction import TokenReduction
+from adaptive.layers.token_reduction_passes import finish, refuse_tracing
+from adaptive.policy import Policy
 
 
 def begin(
@@ -81,11 +37,7 @@ def begin(
         reduction.in_graph = True
         return
     policy = reduction.policy
-    if torch._C._is_tracing():
-        raise NotImplementedError(
-            f"adaptive: {type(policy).__name__} cannot run under torch.jit.trace: which tokens are "
-            f"{reduction.verb}d depends on what they hold"
-        )
+    refuse_tracing(reduction)
     wanted = argument(base, "output_hidden_states", args, kwargs)
     config: Any = base.config
     states = config.output_hidden_states if wanted is None else wanted
@@ -112,19 +64,11 @@ def end(
     seconds: float,
 ) -> None:
     """After a pass of the base module: count it, and audit it if it is its turn."""
-    reduction: TokenReduction | None = record.token_reduction
-    log = record.token_reduction_log
-    if reduction is None or log is None or not reduction.active:
-        return
-    tokens, reduce_seconds = reduction.end()
-    if not tokens:
-        return
-    log.count(tokens, seconds, reduce_seconds)
-    if not due(log, reduction.policy) or base.training:  # dropout would differ
+    if record.token_reduction is None or not record.token_reduction.active:
         return
     full = functools.partial(base.forward, *args, **kwargs)
     mask = argument(base, "attention_mask", args, kwargs)
-    log.audit(output[0], full, mask, reduction.policy.pool, record.timed)
+    finish(base, record, output[0], full, mask, seconds)
 
 
 def _lengths(mask: Any, policy: Policy) -> Tensor | None:
@@ -149,7 +93,7 @@ def _lengths(mask: Any, policy: Policy) -> Tensor | None:
     return lengths
 
 
-def _protected(config: Any) -> int:
+def protected(config: Any) -> int:
     """Tokens at the start of a sequence that heads read by their place, and that always stay."""
     kind = config.model_type
     if kind.startswith("siglip"):

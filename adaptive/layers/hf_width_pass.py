@@ -5,7 +5,8 @@ from typing import Any
 from torch import nn
 from transformers.cache_utils import Cache
 
-from adaptive.layers.hf_encoder_passes import argument, runs_again, unsupported
+from adaptive.layers.encoder_passes import unsupported
+from adaptive.layers.hf_encoder_passes import argument, runs_again
 from adaptive.layers.state import PatchRecord
 from adaptive.policy import FeedForwardExperts, HeadRouting
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from adaptive.policy import ModelShape
+from adaptive.policy import ModelShape, Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,11 @@ class Survey:
         layers: Names of the modules that hold a layer each, in execution order.
         mlps: Names of the layers' feed-forward modules; fewer if some layers have none.
         exact_only: Why policies that are not exact do not fit the family; "": they do.
+        fits: Policies that do nevertheless.
         norms: Names of the norms that the layers' first modules read through; "" for none.
+        width: Of an encoder's states.
+        protect: Tokens at the start of its sequences that heads read by their places.
+        class_token: Whether the first of them stands for all of the sequence.
     """
 
     family: str
@@ -59,4 +63,8 @@ class Survey:
     layers: tuple[str, ...] = ()
     mlps: tuple[str, ...] = ()
     exact_only: str = ""
+    fits: tuple[type[Policy], ...] = ()
     norms: tuple[str, ...] = ()
+    width: int = 0
+    protect: int = 0
+    class_token: bool = False

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from adaptive.layers import timm_vit
 from adaptive.layers.state import RECORD, PatchRecord
 from adaptive.layers.survey import Site, Survey
 from adaptive.layers.torch_mha import mha_forward
@@ -81,13 +82,6 @@ def register_attention(
         )
 
 
-TIMM = (
-    "what needs queries and keys of a layer, as TokenMerging, TokenPruning and EncoderExit do of "
-    "encoders, cannot have them of timm's blocks, which compute them in code of their own; take "
-    "the model of transformers of that name (ViT, DeiT, DINOv2, CLIP, SigLIP)"
-)
-
-
 def survey(root: nn.Module) -> Survey:
     """Find the attention modules that can be helped. Changes nothing."""
     left = _left_alone(root)
@@ -104,6 +98,8 @@ def survey(root: nn.Module) -> Survey:
             sites.append(_site(name, module, attributes, layer=len(sites)))
         except (AttributeError, TypeError) as error:
             problems.append(f"{where} ({type(module).__name__}) does not say its sizes: {error}")
+    if not sites and not problems and (models := timm_vit.inside(root)):
+        return timm_vit.survey(root, models)
     advice = []
     if not sites and not problems:
         problems.append("no attention module was found that patch() can help")
@@ -112,8 +108,7 @@ def survey(root: nn.Module) -> Survey:
             "if a module calls F.scaled_dot_product_attention, name its class: "
             "adaptive.register_attention(ThatClass)"
         )
-    if of_timm(root):
-        advice.append(TIMM)
+    advice += timm_vit.advice(root)
     kinds = [site.kind for site in sites]
     have = [
         f"attention: {kinds.count('mha')} nn.MultiheadAttention, {kinds.count('sdpa')} modules "
@@ -135,13 +130,11 @@ def survey(root: nn.Module) -> Survey:
     )
 
 
-def of_timm(root: nn.Module) -> bool:
-    """Whether the model, or one inside it, is one of timm's."""
-    return any(type(module).__module__.split(".")[0] == "timm" for module in root.modules())
-
-
 def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
     """Give each site its forward, and the model two hooks that count its passes."""
+    if survey.layers:
+        timm_vit.install(root, survey, record)
+        return
     for site in survey.sites:
         forward = MethodType(_FORWARDS[site.kind], root.get_submodule(site.name))
         record.log.set(root, site.name, "forward", forward)

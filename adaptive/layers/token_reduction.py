@@ -1,10 +1,9 @@
 """Runs the layers of an encoder on fewer tokens than it was given; the layers run as they are.
 
-Every layer of a patched encoder gets a `ReducingLayerForward`. While its own forward runs, the
-attention function shows each call to the `TokenReduction`, which may change the mask of it.
+Every layer of a patched encoder gets a `ReducingLayerForward`. While its own forward runs, its
+attention shows queries and keys to the `TokenReduction`, and adds what that says to the scores.
 """
 
-import weakref
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, ClassVar
@@ -12,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from adaptive.layers.hf_call import Call
+from adaptive.layers.instance_method import InstanceMethod
 from adaptive.layers.switch import Switch
 from adaptive.policy import TokenMerging, TokenPruning
 
@@ -32,10 +31,12 @@ class TokenReduction:
         active: Whether a pass is running in which tokens may go.
         in_graph: Whether torch.compile is at work on it.
         lengths: Real tokens of each row before the next reduction, ``[batch]``; None: all.
+        bias: Added to the scores of each key, ``[batch, 1, 1, tokens]``, float32; None: nothing.
         groups: Which token each original one is part of now, ``[batch, all tokens]``; -1: of none.
             None: itself.
         tokens: Real tokens that went through each layer so far.
         seconds: Time spent on choosing and reducing.
+        query: Queries of the layer now running whose keys are not there yet.
     """
 
     verb: ClassVar[str]
@@ -49,9 +50,11 @@ class TokenReduction:
     active: bool = False
     in_graph: bool = False
     lengths: Tensor | None = None
+    bias: Tensor | None = None
     groups: Tensor | None = None
     tokens: list[int] = field(default_factory=list)
     seconds: float = 0.0
+    query: Tensor | None = None
     _real: list[int] | None = None  # of each row; None: all
     _wanted: bool = False
 
@@ -109,10 +112,16 @@ class TokenReduction:
 
     def forget(self) -> None:
         """Drop what tensors the pass left."""
-        self.groups = None
+        self.groups = self.bias = self.query = None
 
-    def attend(self, call: Call) -> Call:
-        """See a call of attention; return it as it is to be answered."""
+    def see(self, query: Tensor, key: Tensor, scale: float | None) -> None:
+        """Take from the attention of the layer now running what is needed after it.
+
+        Args:
+            query: ``[batch, heads, tokens, head_dim]``.
+            key: Likewise.
+            scale: Of the scores; None: ``1 / sqrt(head_dim)``.
+        """
         raise NotImplementedError
 
     def reduce(self, index: int, states: Tensor) -> Tensor:
@@ -124,8 +133,8 @@ class TokenReduction:
         raise NotImplementedError
 
 
-class ReducingLayerForward:
-    """The forward of one layer, set on the instance; as `LinearForward`, no strong reference.
+class ReducingLayerForward(InstanceMethod):
+    """The forward of one layer.
 
     Attributes:
         index: Number of the layer.
@@ -134,21 +143,13 @@ class ReducingLayerForward:
 
     def __init__(self, layer: nn.Module, index: int, reduction: TokenReduction) -> None:
         """Know the layer, its number, and what tells which tokens stay."""
-        self._layer = weakref.ref(layer)
+        super().__init__(layer)
         self.index = index
         self.reduction = reduction
 
-    def __getstate__(self) -> tuple[nn.Module | None, int, TokenReduction]:
-        """Let copies and pickles arrive with the copy of the layer."""
-        return self._layer(), self.index, self.reduction
-
-    def __setstate__(self, state: tuple[nn.Module, int, TokenReduction]) -> None:
-        self.__init__(*state)  # type: ignore[misc]
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer on the tokens that there are, and let some of them go."""
-        layer, reduction = self._layer(), self.reduction
-        assert layer is not None  # it is what calls
+        layer, reduction = self.module, self.reduction
         forward = type(layer).forward
         if reduction.in_graph and reduction.switch.on:
             name = type(reduction.policy).__name__

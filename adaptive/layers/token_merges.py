@@ -1,7 +1,6 @@
 """Merges the tokens of an encoder between its layers.
 
-The attention function leaves the keys of a layer here, and takes the logarithm of the tokens' sizes
-from here.
+Attention shows the keys of a layer here, and takes the logarithm of the tokens' sizes from here.
 """
 
 from dataclasses import dataclass
@@ -10,8 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from adaptive.layers.hf_call import Call
-from adaptive.layers.hf_token_reduction import TokenReduction, learns
+from adaptive.layers.token_reduction import TokenReduction, learns
 from adaptive.ops import merge_tokens, unmerge_tokens
 from adaptive.policy import TokenMerging
 
@@ -26,7 +24,6 @@ class TokenMerges(TokenReduction):
     Attributes:
         policy: How many merge where.
         sizes: Original tokens that each token stands for, ``[batch, tokens]``; None: one each.
-        bias: Added to the scores of each key, ``[batch, 1, 1, tokens]``; None: nothing.
     """
 
     verb: ClassVar[str] = "merge"
@@ -34,30 +31,22 @@ class TokenMerges(TokenReduction):
 
     policy: TokenMerging
     sizes: Tensor | None = None
-    bias: Tensor | None = None
     _metric: Tensor | None = None
 
     def forget(self) -> None:
         """Drop what tensors the pass left."""
         super().forget()
-        self.sizes = self.bias = self._metric = None
+        self.sizes = self._metric = None
 
     def before(self, index: int, states: Tensor) -> None:
         """Note that layer ``index`` now runs on ``states``."""
         super().before(index, states)
         self._metric = None
 
-    def attend(self, call: Call) -> Call:
-        """Take the keys of a call; return it with the sizes of the tokens as its mask."""
+    def see(self, query: Tensor, key: Tensor, scale: float | None) -> None:
+        """Take the keys of a layer after which tokens merge."""
         if self._wanted:
-            self._metric = call.key.detach().float().mean(1)
-        if self.bias is None:
-            return call
-        # Rounded to 16 bits the logarithm would be off by up to half a percent of a weight; kernels
-        # of CUDA take no other dtype than the query's.
-        bias = self.bias if call.query.is_cpu else self.bias.to(call.query)
-        # Always by SDPA: some eager functions of transformers 4 multiply with what they get.
-        return call._replace(mask=bias, eager=False)
+            self._metric = key.detach().float().mean(1)
 
     def restore(self, states: Tensor) -> Tensor:
         """Give each original token the state of the one that it became part of."""

@@ -1,19 +1,14 @@
 """Drops tokens of an encoder between its layers, and gives what follows them all tokens again.
 
-The attention function leaves the class token's attention here, and takes masks for the tokens that
-are left from here.
+Attention shows here what the class token looks at.
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from adaptive.layers.hf_call import Call
-from adaptive.layers.hf_mask import LazyMask
-from adaptive.layers.hf_token_reduction import TokenReduction
-from adaptive.layers.pattern import Pattern
 from adaptive.layers.token_choice import (
     best_tokens,
     class_attention,
@@ -21,6 +16,7 @@ from adaptive.layers.token_choice import (
     gathered,
     redundancy,
 )
+from adaptive.layers.token_reduction import TokenReduction
 from adaptive.ops import unmerge_tokens
 from adaptive.policy import TokenPruning
 
@@ -33,6 +29,8 @@ class TokenPrunes(TokenReduction):
         policy: How many go where.
         whole: States of all original tokens, of those that went as they went, ``[batch, all
             tokens, width]``; None before any did, and where they are not kept.
+        pruned: Whether any token went, so that the model's own masks fit no more.
+        masks: Those made for the tokens that are left, for both forms of attention.
     """
 
     verb: ClassVar[str] = "prune"
@@ -40,16 +38,16 @@ class TokenPrunes(TokenReduction):
 
     policy: TokenPruning
     whole: Tensor | None = None
+    pruned: bool = False
+    masks: dict[bool, Any] = field(default_factory=dict)
     _weights: Tensor | None = None
     _scores: Tensor | None = None
-    _pruned: bool = False
-    _masks: dict[bool, LazyMask] = field(default_factory=dict)
 
     def forget(self) -> None:
         """Drop what tensors the pass left."""
         super().forget()
         self.whole = self._weights = self._scores = None
-        self._pruned, self._masks = False, {}
+        self.pruned, self.masks = False, {}
 
     def before(self, index: int, states: Tensor) -> None:
         """Note that layer ``index`` now runs on ``states``."""
@@ -59,19 +57,17 @@ class TokenPrunes(TokenReduction):
         if not any(self.policy.removed(length, self.protect) for length in real):
             self._wanted = False
 
-    def attend(self, call: Call) -> Call:
-        """Take the class token's attention; return the call with the mask of what is left."""
-        if self._wanted:
-            weights = class_attention(call.query, call.key, self.lengths, call.scaling)
-            self._weights = self._scores = weights
-            if self.policy.rule == "information":
-                # Attention in units of its mean, which is one over the number of tokens.
-                tokens = call.key.shape[2] if self.lengths is None else self.lengths[:, None]
-                level = self.policy.balance * weights.detach() * tokens
-                self._scores = level - redundancy(call.key, self.protect)
-        if not self._pruned:
-            return call
-        return call._replace(mask=None if self.lengths is None else self._mask(call))
+    def see(self, query: Tensor, key: Tensor, scale: float | None) -> None:
+        """Take the class token's attention in a layer after which tokens go."""
+        if not self._wanted:
+            return
+        weights = class_attention(query, key, self.lengths, scale)
+        self._weights = self._scores = weights
+        if self.policy.rule == "information":
+            # Attention in units of its mean, which is one over the number of tokens.
+            tokens = key.shape[2] if self.lengths is None else self.lengths[:, None]
+            level = self.policy.balance * weights.detach() * tokens
+            self._scores = level - redundancy(key, self.protect)
 
     def reduce(self, index: int, states: Tensor) -> Tensor:
         """Return what layer ``index`` made without the tokens that go."""
@@ -104,7 +100,7 @@ class TokenPrunes(TokenReduction):
         self.follow(groups)
         if self._real is not None:
             self.set_lengths([self.policy.left(length, self.protect) for length in rows], states)
-        self._pruned, self._masks = True, {}
+        self.pruned, self.masks = True, {}
         return made
 
     def restore(self, states: Tensor) -> Tensor:
@@ -137,29 +133,3 @@ class TokenPrunes(TokenReduction):
         assert self.whole is not None
         index = self.groups.clamp(min=0)[..., None].expand(-1, -1, states.shape[2])
         return torch.where(self.groups[..., None] < 0, self.whole, states.gather(1, index))
-
-    def _mask(self, call: Call) -> LazyMask:
-        """What tells padding from the tokens that are left; dense if someone looks at it."""
-        known = self._masks.get(call.eager)
-        if known is not None:
-            return known
-        assert self.lengths is not None
-        batch, _, tokens, _ = call.query.shape
-        offsets = torch.nn.functional.pad(self.lengths[:, None], (1, 0))
-        dtype = call.query.dtype if call.eager else torch.bool
-        given = {"lengths": self.lengths, "tokens": tokens, "dtype": dtype}
-        pattern = Pattern(tokens, offsets=offsets, causal=False)
-        shape = (batch, 1, tokens, tokens)
-        made = LazyMask(shape, dtype, call.query.device, _dense_mask, given, pattern)
-        self._masks[call.eager] = made
-        return made
-
-
-def _dense_mask(lengths: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
-    """The same as stock attention takes it, ``[batch, 1, tokens, tokens]``."""
-    seen = torch.arange(tokens, device=lengths.device) < lengths[:, None]
-    seen = seen | (lengths == 0)[:, None]  # softmax of nothing would be NaN
-    if dtype != torch.bool:
-        zero = torch.zeros((), dtype=dtype, device=lengths.device)
-        seen = torch.where(seen, zero, torch.finfo(dtype).min)
-    return seen[:, None, None].expand(-1, -1, tokens, -1)
