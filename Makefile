@@ -36,7 +36,7 @@ lint: $(VENV)/.dev ## Check style, types and C++ formatting
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
 timm-check: $(VENV)/.dev ## Run the tests of timm's models on timm itself
-	$(PIP) install -q --no-deps --upgrade --target $(VENV)/timm 'timm>=1.0.16'
+	$(PIP) install -q --no-deps --upgrade --target $(VENV)/timm 'timm==1.0.31'
 	PYTHONPATH=$(VENV)/timm OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_timm*.py
 
 compile-checks: ## CUDA for sm_80 and sm_90a if nvcc is found; baseline objects without AVX
