@@ -5,7 +5,8 @@ python -m bench.depths_quality --work DIR --json RESULT.json [--picture PNG]
 Part "scratch": the small model that was trained to route, as it looks ahead, and decoding by the
 threshold and by the predictor, beside the dense model of as many operations. Part "tuned": the lab
 model with MindSkip's routers after tuning, beside routers that nobody trained, and the same layers,
-or those that change states least, left out for all.
+or those that change states least, left out for all. Part "fitted": the same with routers that were
+fitted without a gradient, for several shares.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from transformers import DynamicCache
 
 import adaptive
 from adaptive import MixtureOfDepths, RouterWeights
-from adaptive.train import layer_similarity, least_changing, tune_router
+from adaptive.train import fit_router, layer_similarity, least_changing, tune_router
 from bench.lab import depths
 from bench.lab.evaluate import load as load_lab
 from bench.record import Recorder, load
@@ -33,8 +34,13 @@ WINDOW = 256
 WINDOWS = 64
 ROWS = 8
 """Windows of a batch."""
+PARTS = ["scratch", "tuned", "fitted"]
 TARGETS = (0.25, 0.5, 0.75)
 STEPS = 30
+CAPACITIES = (0.2, 0.4, 0.6, 0.8)
+CALIBRATION = 128
+"""Windows that routers are fitted to."""
+SEEDS = 2
 TUNED = (3, 4, 5, 6, 7)
 """Layers of the lab model with a router: those behind its heads that find things again."""
 LAB = depths.HERE / "model"
@@ -99,49 +105,80 @@ def add(record: Recorder, row: dict[str, Any], lost: float, tokens_per_byte: flo
     print(record.document["rows"][-1], flush=True)
 
 
-def policies(model: Any, train: list[Tensor]) -> dict[tuple[str, float], MixtureOfDepths]:
-    """All policies on the lab model's attention, by name and setting."""
-    found: dict[tuple[str, float], MixtureOfDepths] = {("dense", 0): MixtureOfDepths.drop((7,))}
-    width = model.config.hidden_size
-    similarity = layer_similarity(model, train[:4], unit="attention")
-    spared = [layer for layer in range(len(similarity)) if layer not in TUNED]
+Policies = dict[tuple[str, float], MixtureOfDepths]
+"""By name and setting."""
+
+
+def tuned_policies(model: Any, corpus: np.ndarray) -> Policies:
+    """All policies of the part "tuned" on the lab model's attention."""
+    train = [ids[:, :-1] for ids in windows(corpus, STEPS * 4, 4)]
+    found: Policies = {}
     for target in TARGETS:
         tuned = tune_router(
             model, train, steps=STEPS, layers=TUNED, target=target, strength=8.0, progress=False
         )
         print(tuned, flush=True)
         found["tuned", target] = tuned.policy
+    found |= left_out(model, train[:4])
     for count in range(1, len(TUNED)):
-        layers = least_changing(similarity, count, spared)
-        found["least changing", count] = MixtureOfDepths.drop(layers, unit="attention")
         found["last", count] = MixtureOfDepths.drop(TUNED[-count:], unit="attention")
     for seed in range(3):
-        router = RouterWeights.random(TUNED, width, seed=seed)
+        router = RouterWeights.random(TUNED, model.config.hidden_size, seed=seed)
         found["random", seed] = MixtureOfDepths.mindskip(router)
-    return {key: dataclasses.replace(policy, audit_every=None) for key, policy in found.items()}
+    return found
 
 
-def tuned(record: Recorder, work: Path) -> None:
-    """The lab model with routers: bits per byte, and time saved of a pass of one window."""
+def fitted_policies(model: Any, corpus: np.ndarray) -> Policies:
+    """All policies of the part "fitted": routers whose thresholds are for the same shares."""
+    train = [ids[:, :-1] for ids in windows(corpus, CALIBRATION, ROWS)]
+    found = left_out(model, train)
+    for capacity in CAPACITIES:
+        common: dict[str, Any] = {"capacity": capacity, "unit": "attention"}
+        fit = fit_router(model, train, layers=TUNED, **common)
+        print(fit, flush=True)
+        found["fitted", capacity] = fit.policy
+        fit = fit_router(model, train, layers=TUNED, per_layer=True, **common)
+        found["fitted per layer", capacity] = fit.policy
+        for seed in range(SEEDS):
+            router = RouterWeights.random(TUNED, model.config.hidden_size, seed=seed)
+            fit = fit_router(model, train, router=router, per_layer=True, **common)
+            found[f"random per layer, seed {seed}", capacity] = fit.policy
+    return found
+
+
+def left_out(model: Any, train: list[Tensor]) -> Policies:
+    """The layers whose attention changes least, left out for all."""
+    similarity = layer_similarity(model, train, unit="attention")
+    spared = [layer for layer in range(len(similarity)) if layer not in TUNED]
+    return {
+        ("least changing", count): MixtureOfDepths.drop(
+            least_changing(similarity, count, spared), unit="attention"
+        )
+        for count in range(1, len(TUNED))
+    }
+
+
+def compared(record: Recorder, work: Path, part: str) -> None:
+    """The lab model with the policies of a part: bits per byte, and time saved of a pass."""
     batches, tokens_per_byte = held_out(work)
     model, _ = load_lab(LAB)
     corpus, _ = depths.corpus("train", work)
-    train = [ids[:, :-1] for ids in windows(corpus, STEPS * 4, 4)]
     one = [ids[row : row + 1, :-1] for ids in batches[:2] for row in range(0, ROWS, 2)]
-    for (name, setting), policy in policies(model, train).items():
+    made = {"tuned": tuned_policies, "fitted": fitted_policies}[part](model, corpus)
+    for (name, setting), policy in {("dense", 0): None, **made}.items():
         twin = copy.deepcopy(model)
-        off = adaptive.Exact() if name == "dense" else policy
-        with adaptive.patch(model), adaptive.patch(twin, off) as patched:
+        ours = policy and dataclasses.replace(policy, audit_every=None)
+        with adaptive.patch(model), adaptive.patch(twin, ours or adaptive.Exact()) as patched:
             lost = nats(twin, batches)
             log = patched.report().routing
             timings = interleave(
                 {"dense": _pass(model, one), "ours": _pass(twin, one)},
                 threads=1,
-                repetitions=7,
+                repetitions=7 if part == "tuned" else 5,
                 budget_s=20,
             )
         row = {
-            "part": "tuned",
+            "part": part,
             "policy": name,
             "setting": setting,
             "share": None if log is None else log.share,
@@ -174,14 +211,23 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where encoded text is cached")
     parser.add_argument("--json", type=Path, help="where the result goes")
     parser.add_argument("--picture", type=Path, help="where the picture goes; alone: of --json")
-    parser.add_argument("--parts", nargs="*", default=["scratch", "tuned"])
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     if chosen.parts and chosen.work:
-        settings = {"threads": 1, "window": WINDOW, "windows": WINDOWS, "steps": STEPS}
+        settings = {
+            "threads": 1,
+            "window": WINDOW,
+            "windows": WINDOWS,
+            "steps": STEPS,
+            "calibration": CALIBRATION,
+        }
         record = Recorder("depths_quality", chosen.json, settings)
         for part in chosen.parts:
-            {"scratch": scratch, "tuned": tuned}[part](record, chosen.work)
+            if part == "scratch":
+                scratch(record, chosen.work)
+            else:
+                compared(record, chosen.work, part)
         record.save()
     if chosen.picture:
         draw(load(chosen.json), chosen.picture)

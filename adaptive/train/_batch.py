@@ -81,11 +81,7 @@ def read_batches(
     batches: Iterable[Tensor | Mapping[str, Any]], steps: int, device: torch.device
 ) -> Iterator[Batch]:
     """Yield ``steps`` batches, read when they are asked for."""
-    if isinstance(batches, Tensor | Mapping) or not isinstance(batches, Iterable):
-        raise TypeError(
-            f"adaptive: batches must be an iterable of batches, got {type(batches).__name__}"
-        )
-    given = iter(batches)
+    given = _iterate(batches)
     for step in range(steps):
         try:
             batch = next(given)
@@ -95,6 +91,26 @@ def read_batches(
                 "trained on, and no more"
             ) from None
         yield read_batch(batch, device)
+
+
+def read_all(
+    batches: Iterable[Tensor | Mapping[str, Any]], device: torch.device
+) -> Iterator[Batch]:
+    """Yield every batch, read when it is asked for; without one there is a ValueError."""
+    none = True
+    for batch in _iterate(batches):
+        none = False
+        yield read_batch(batch, device)
+    if none:
+        raise ValueError("adaptive: batches must hold a batch, got none")
+
+
+def _iterate(batches: object) -> Iterator[Any]:
+    if isinstance(batches, Tensor | Mapping) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"adaptive: batches must be an iterable of batches, got {type(batches).__name__}"
+        )
+    return iter(batches)
 
 
 def _check(name: str, value: object, ids: object) -> None:

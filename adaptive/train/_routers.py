@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,11 +17,12 @@ from torch.nn import functional
 from adaptive.adapters import Family
 from adaptive.errors import UnsupportedModel
 from adaptive.layers.changes import own_forward
+from adaptive.layers.hf_windows import own_windows
 from adaptive.layers.pooling import pool_weights, pooled
 from adaptive.layers.routed_tokens import best_tokens
-from adaptive.policy.mixture_of_depths import THRESHOLD
+from adaptive.policy.mixture_of_depths import THRESHOLD, always_run
 from adaptive.policy.router_predictor import predict
-from adaptive.train._learning import still
+from adaptive.train._learning import check_last, still
 
 
 @dataclass
@@ -39,7 +40,6 @@ class Gates:
         predictor: Its weights, for each layer the four of `RouterPredictor`; None: none learns.
         guesses: Of each layer in the pass, the loss of its predictor, and the share of tokens that
             it guessed right.
-        similarity: If not None: cosines of states before and after the unit are added up here.
     """
 
     layers: tuple[int, ...]
@@ -51,7 +51,6 @@ class Gates:
     capacity: float | None = None
     predictor: tuple[list[Tensor], ...] | None = None
     guesses: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    similarity: dict[int, list[Tensor]] | None = None
 
     def decide_on(self, index: int, states: Tensor) -> Tensor:
         """Return 1 for what runs layer ``index``, else 0, ``[batch, tokens or 1]``, and count it.
@@ -101,21 +100,10 @@ class GateForward:
         out = type(module).forward(module, *args, **kwargs)
         made = out[0] if isinstance(out, tuple) else out
         norm = None if self._norm is None else self._norm()
-        if gates.similarity is not None:
-            self._compare(hidden, made)
-            return out
         runs = gates.decide_on(self.index, hidden if norm is None else norm(hidden))
         runs = runs[..., None].to(made.dtype)
         made = hidden + runs * (made - hidden) if gates.unit == "block" else runs * made
         return (made, *out[1:]) if isinstance(out, tuple) else made
-
-    def _compare(self, hidden: Tensor, made: Tensor) -> None:
-        gates = self.gates
-        assert gates.similarity is not None
-        after = made if gates.unit == "block" else hidden + made
-        real = pool_weights(hidden, gates.mask, "mean") > 0
-        cosines = torch.cosine_similarity(hidden.float(), after.float(), dim=-1)
-        gates.similarity.setdefault(self.index, []).append(cosines[real])
 
 
 def modules_of(
@@ -151,6 +139,33 @@ def gated(root: nn.Module, family: Family, gates: Gates) -> Iterator[None]:
     }
     with still(root, forwards):
         yield
+
+
+def routed_layers(
+    layers: Sequence[int] | None, root: nn.Module, family: Family, unit: str
+) -> tuple[int, ...]:
+    """Return the layers that get a router; None: the deeper half of those that may, but the last.
+
+    Raises:
+        ValueError: They are not ascending, not there, or such as always run.
+    """
+    total = len(family.layer_names(root))
+    config: Any = root.get_submodule(family.base_name(root)).config
+    first = always_run(unit, own_windows(config, total))
+    if layers is None:
+        layers = [layer for layer in range(total // 2, total - 1) if layer not in first]
+    chosen = tuple(layers)
+    whole = all(type(layer) is int for layer in chosen)
+    if not chosen or not whole or list(chosen) != sorted(set(chosen)) or chosen[0] < 0:
+        raise ValueError(f"adaptive: layers must be ascending numbers from 0 on, got {layers!r}")
+    check_last(chosen[-1], total)
+    for layer in chosen:
+        if layer in first:
+            raise ValueError(
+                "adaptive: layers must leave out the first layer, and the first with each window, "
+                f"which MixtureOfDepths always runs, got {layer}"
+            )
+    return chosen
 
 
 def new_predictor(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive.layers.evaluating import evaluating
-from adaptive.train._batch import read_batches
+from adaptive.train._batch import read_all
 from adaptive.train._checks import causal_lm
 from adaptive.train.layer_similarity import least_changing
 
@@ -40,17 +40,14 @@ def attention_rank(
     Raises:
         UnknownFamily, UnsupportedModel, PatchConflict, TypeError, ValueError: As `tune_router`.
     """
-    given = list(batches) if isinstance(batches, Iterable) else batches
     number = isinstance(tolerance, int | float) and not isinstance(tolerance, bool)
     if tolerance is not None and not (number and 0 < tolerance < 1):
         raise ValueError(f"adaptive: tolerance must be in (0, 1), or None, got {tolerance!r}")
-    if isinstance(given, list) and not given:
-        raise ValueError("adaptive: batches must hold a batch, got none")
     root, _, layers = causal_lm(model, 0.0)
     device = next(root.parameters()).device
     shares: list[list[Tensor]] = [[] for _ in range(layers)]
     with _eager(root), torch.no_grad():
-        for batch in read_batches(given, len(given), device):
+        for batch in read_all(batches, device):
             out: Any = root(**batch.inputs, use_cache=False, output_attentions=True)
             mask = batch.inputs.get("attention_mask")
             for layer, maps in enumerate(out.attentions):

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from adaptive.policy.mixture_of_depths import UNITS
-from adaptive.train._batch import read_batches
 from adaptive.train._checks import causal_lm
-from adaptive.train._routers import Gates, gated
+from adaptive.train._layer_changes import watch_layers
 
 
 def layer_similarity(
@@ -22,7 +21,9 @@ def layer_similarity(
 ) -> tuple[float, ...]:
     """Measure how little each layer, or its attention or MLP, changes the states it gets.
 
-    Layers with the highest cosine between states before and after are those to leave out first:
+    Of a block the cosine is between the states that it gets and those that it puts out (Men et al.
+    2024, arXiv:2403.03853); of its attention or MLP between what the layer puts out with and
+    without it. Those with the highest are to be left out first:
     ``adaptive.MixtureOfDepths.drop(adaptive.train.least_changing(similarity, 4), unit=unit)``.
 
     Args:
@@ -36,20 +37,16 @@ def layer_similarity(
     Raises:
         UnknownFamily, UnsupportedModel, PatchConflict, TypeError, ValueError: As `tune_router`.
     """
-    given = list(batches) if isinstance(batches, Iterable) else batches
     if unit not in UNITS:
         raise ValueError(f"adaptive: unit must be one of {', '.join(UNITS)}, got {unit!r}")
-    if isinstance(given, list) and not given:
-        raise ValueError("adaptive: batches must hold a batch, got none")
     root, family, total = causal_lm(model, 0.0)
-    device = next(root.parameters()).device
-    gates = Gates(tuple(range(total)), unit, "token", torch.zeros(total, 1), similarity={})
-    with gated(root, family, gates), torch.no_grad():
-        for batch in read_batches(given, len(given), device):
-            gates.mask = batch.inputs.get("attention_mask")
-            root(**batch.inputs, use_cache=False)
-    assert gates.similarity is not None
-    return tuple(float(torch.cat(gates.similarity[i]).mean()) for i in range(total))
+    found: list[list[Tensor]] = [[] for _ in range(total)]
+
+    def see(index: int, reads: Tensor, cosines: Tensor, weights: Tensor) -> None:
+        found[index].append(cosines[weights > 0])
+
+    watch_layers(root, family, batches, unit=unit, layers=range(total), see=see)
+    return tuple(float(torch.cat(cosines).mean()) for cosines in found)
 
 
 def least_changing(

@@ -11,16 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adaptive.layers.hf_windows import own_windows
 from adaptive.policy import MixtureOfDepths, RouterWeights, TokenRouting
 from adaptive.policy._fields import is_share
-from adaptive.policy.mixture_of_depths import DECODES, UNITS, always_run
+from adaptive.policy.mixture_of_depths import DECODES, UNITS
 from adaptive.policy.router_predictor import PARTS, RouterPredictor
 from adaptive.progress import ProgressBar
 from adaptive.train._batch import Batch, read_batches
 from adaptive.train._checks import causal_lm
 from adaptive.train._learning import (
-    check_last,
     check_number,
     check_rate,
     check_steps,
@@ -28,7 +26,14 @@ from adaptive.train._learning import (
     descend,
     next_token_loss,
 )
-from adaptive.train._routers import Gates, gated, modules_of, new_predictor, step_of
+from adaptive.train._routers import (
+    Gates,
+    gated,
+    modules_of,
+    new_predictor,
+    routed_layers,
+    step_of,
+)
 
 PREDICTOR_RATE = 1e-2
 """Adam's learning rate of the predictors: a loss of their own, whatever the model's width."""
@@ -145,10 +150,9 @@ def tune_router(  # noqa: PLR0913
     check_strength(strength)
     check_rate(learning_rate)
     _check_capacity(capacity, decide, predictor_width)
-    root, family, total = causal_lm(model, 0.0)
+    root, family, _ = causal_lm(model, 0.0)
     names, _ = modules_of(root, family, unit)
-    config: Any = root.get_submodule(family.base_name(root)).config
-    chosen = _chosen(layers, total, always_run(unit, own_windows(config, total)))
+    chosen = routed_layers(layers, root, family, unit)
     width: int = root.config.hidden_size  # type: ignore[union-attr, assignment]
     start = RouterWeights.random(chosen, width, seed=seed)
     device = root.get_submodule(names[chosen[0]]).parameters().__next__().device
@@ -208,24 +212,6 @@ def _predictor(gates: Gates) -> RouterPredictor | None:
         return None
     named = [dict(zip(PARTS, weights, strict=True)) for weights in gates.predictor]
     return RouterPredictor.from_tensors(named)
-
-
-def _chosen(layers: Sequence[int] | None, total: int, first: set[int]) -> tuple[int, ...]:
-    """The layers that get a router, none of which may be among the ``first``."""
-    if layers is None:
-        layers = [layer for layer in range(total // 2, total - 1) if layer not in first]
-    chosen = tuple(layers)
-    whole = all(type(layer) is int for layer in chosen)
-    if not chosen or not whole or list(chosen) != sorted(set(chosen)) or chosen[0] < 0:
-        raise ValueError(f"adaptive: layers must be ascending numbers from 0 on, got {layers!r}")
-    check_last(chosen[-1], total)
-    for layer in chosen:
-        if layer in first:
-            raise ValueError(
-                "adaptive: layers must leave out the first layer, and the first with each window, "
-                f"which MixtureOfDepths always runs, got {layer}"
-            )
-    return chosen
 
 
 def _losses(root: nn.Module, gates: Gates, batch: Batch) -> tuple[Tensor, Tensor]:
