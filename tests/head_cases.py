@@ -68,7 +68,8 @@ class Masked:
             gates[..., list(policy.heads_of(layer))] = 1
         else:
             weight, bias = policy.router.of(layer, states.device)
-            scores = states.detach().float() @ weight.T + bias
+            with torch.autocast("cpu", enabled=False):
+                scores = states.detach().float() @ weight.T + bias
             best = scores.topk(policy.top_k, -1)
             ones = torch.ones_like(best.values)
             scales = policy.top_k * best.values.softmax(-1) if policy.weighted else ones
