@@ -259,3 +259,27 @@ def test_an_interrupted_call_leaves_nothing_behind():
             assert torch.equal(one(ids).logits, wanted)
         assert patched.report().heads.layers[1].calls == 2
     torch.testing.assert_close(model(ids[:, :5]).logits, stock, rtol=0, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", [{"top_k": 2}, {"top_k": 3, "weighted": True}], ids=str)
+@pytest.mark.parametrize("case", ["llama", "qwen3"])
+def test_autocast_runs_the_heads_that_float32_scores_choose(case, variant):
+    """In the first layer, whose states have no rounding behind them that could decide near ties."""
+    rng = torch.Generator().manual_seed(3)
+    alike = torch.randn(1, 128, generator=rng) + 0.01 * torch.randn(4, 128, generator=rng)
+    router = ExpertRouterWeights.from_tensors({0: alike})  # what 16 bits cannot tell apart
+    policy, ids = routed(router=router, **variant), token_ids(tokens=40)
+    model = make(case, **FOUR)
+    with adaptive.patch(model, policy) as patched:
+        model(ids)
+        outside = patched.report().heads.layers[0].runs
+        for tokens in (40, 9, 1):
+            reference = Masked(model, policy)
+            patched.reset_stats()
+            with torch.autocast("cpu", torch.bfloat16):
+                wanted, made = reference(ids[:, :tokens]).logits, model(ids[:, :tokens]).logits
+            assert made.dtype == wanted.dtype
+            assert patched.report().heads.layers[0].runs == reference.runs[0]
+            torch.testing.assert_close(made, wanted, rtol=0, atol=0.1)
+            assert tokens < 40 or reference.runs[0] == outside
