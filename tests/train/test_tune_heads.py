@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from head_cases import FOUR
+from head_cases import FOUR, query_of
 from models import make, token_ids
 
 import adaptive
@@ -22,7 +22,7 @@ def norms_by_hand(model, layer, batch):
     attention, seen = model.model.layers[layer].self_attn, {}
     handles = [
         module.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
-        for name, module in (("q", attention.q_proj), ("o", attention.o_proj))
+        for name, module in (("q", query_of(attention)), ("o", attention.o_proj))
     ]
     model(**batch) if isinstance(batch, dict) else model(batch)
     for handle in handles:
@@ -36,8 +36,9 @@ def norms_by_hand(model, layer, batch):
     return seen["q"].flatten(0, 1), torch.stack(parts, 1)
 
 
-def test_routers_are_the_least_squares_of_what_heads_add():
-    model, given = make("qwen2", **FOUR), batches(12)
+@pytest.mark.parametrize("case", ["qwen2", "phi3"])
+def test_routers_are_the_least_squares_of_what_heads_add(case):
+    model, given = make(case, **FOUR), batches(12)
     before = copy.deepcopy(model.state_dict())
     found = tune_heads(model, given, steps=12, top_k=2, layers=(1,), ridge=1e-9)
     pairs = [norms_by_hand(model, 1, ids) for ids in given]
@@ -111,7 +112,7 @@ def test_bad_settings_leave_the_model_as_it_was(name):
 
 def test_models_it_cannot_tune():
     with pytest.raises(adaptive.UnsupportedModel, match="layer 0 has no 'q_proj' that is a plain"):
-        tune_heads(make("phi3"), batches(1), steps=1, top_k=1)
+        tune_heads(make("gpt2"), batches(1), steps=1, top_k=1)
     model = make("llama", **FOUR)
     with adaptive.patch(model), pytest.raises(adaptive.PatchConflict, match="is patched"):
         tune_heads(model, batches(1), steps=1, top_k=1)
