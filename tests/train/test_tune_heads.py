@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from head_cases import FOUR, query_of
+from head_cases import FOUR, Masked, query_of
 from models import make, token_ids
 
 import adaptive
@@ -76,6 +76,22 @@ def test_policies_run_and_choose_better_than_others():
     values = json.loads(json.dumps(tokenwise.to_dict()))
     assert adaptive.Policy.from_dict(values["policy"]) == tokenwise.policy
     assert "480 tokens" in str(tokenwise)
+
+
+@torch.no_grad()
+def test_heads_chosen_by_a_prompt_decode_its_cache():
+    model, ids = make("llama", **FOUR), token_ids(1, 30)
+    caches = [model(ids[:, :20], use_cache=True).past_key_values for _ in range(2)]
+    found = tune_heads(model, [ids[:, :20]], steps=1, top_k=2, decide="layer")
+    reference, stock = Masked(model, found.policy), model(ids).logits
+    with adaptive.patch(model, found.policy):
+        for part in ids[:, 20:].split([1, 1, 8], 1):
+            made, wanted = (
+                which(part, past_key_values=cache).logits
+                for which, cache in zip((model, reference), caches, strict=True)
+            )
+            torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(made, stock[:, 22:], atol=1e-2)
 
 
 def test_padding_teaches_nothing():
