@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from adaptive.layers.autocast import in_own_dtype
 from adaptive.policy.token_routing import TokenRouting, neurons_of
 from adaptive.policy.width_router import WidthRouter
 
@@ -92,7 +93,7 @@ def chosen_neurons(
     neurons = [neurons_of(share, total) for share in policy.choices]
     if now.forced is not None and layer in now.forced:
         return torch.tensor(neurons, device=rows.device)[now.forced[layer].to(rows.device)]
-    with torch.no_grad():
+    with torch.no_grad(), in_own_dtype(rows.device):
         logits = _logits(policy, layer, rows.detach())
     if len(rows) == 1 and real is None:  # decoding: numbers are sooner compared than tensors
         values: list[float] = logits[0].tolist()
