@@ -116,10 +116,11 @@ def end(
     log = record.token_reduction_log
     if reduction is None or log is None or not reduction.active:
         return
+    nan = reduction.nan
     tokens, reduce_seconds = reduction.end()
     if not tokens:
         return
-    log.count(tokens, seconds, reduce_seconds)
+    log.count(tokens, seconds, reduce_seconds, nan)
     if not due(log, reduction.policy) or base.training:  # dropout would differ
         return
     full = functools.partial(base.forward, *args, **kwargs)

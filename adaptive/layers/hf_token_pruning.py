@@ -78,12 +78,7 @@ class TokenPrunes(TokenReduction):
         weights, scores = self._weights, self._scores
         if weights is None or scores is None:
             raise RuntimeError("adaptive: TokenPruning saw no attention in a layer")
-        # On CUDA the question would stop the device in every layer that reduces: NaN goes first.
-        if scores.is_cpu and bool(scores.isnan().any()):
-            raise ValueError(
-                f"adaptive: the class token's attention in layer {index} must be numbers for "
-                "TokenPruning to choose by, got NaN"
-            )
+        self._look(index, scores)
         if self.policy.restore == "cached":
             self.whole = states if self.groups is None else self._all(states)
         batch, tokens, _ = states.shape
@@ -106,6 +101,17 @@ class TokenPrunes(TokenReduction):
             self.set_lengths([self.policy.left(length, self.protect) for length in rows], states)
         self._pruned, self._masks = True, {}
         return made
+
+    def _look(self, index: int, scores: Tensor) -> None:
+        """Raise if scores are NaN; where the question would stop the device, note the answer."""
+        nan = scores.detach().isnan().any()
+        if not _answers_at_once(scores):
+            self.nan = nan if self.nan is None else self.nan | nan
+        elif bool(nan):
+            raise ValueError(
+                f"adaptive: the class token's attention in layer {index} must be numbers for "
+                "TokenPruning to choose by, got NaN"
+            )
 
     def restore(self, states: Tensor) -> Tensor:
         """Give each original token its state, or that in which it went, or the fused one."""
@@ -153,6 +159,10 @@ class TokenPrunes(TokenReduction):
         made = LazyMask(shape, dtype, call.query.device, _dense_mask, given, pattern)
         self._masks[call.eager] = made
         return made
+
+
+def _answers_at_once(scores: Tensor) -> bool:
+    return scores.is_cpu
 
 
 def _dense_mask(lengths: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:

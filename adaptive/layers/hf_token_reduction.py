@@ -36,6 +36,7 @@ class TokenReduction:
             None: itself.
         tokens: Real tokens that went through each layer so far.
         seconds: Time spent on choosing and reducing.
+        nan: Whether what chose was NaN in this pass, on the device; None: nobody looked there.
     """
 
     verb: ClassVar[str]
@@ -52,6 +53,7 @@ class TokenReduction:
     groups: Tensor | None = None
     tokens: list[int] = field(default_factory=list)
     seconds: float = 0.0
+    nan: Tensor | None = None
     _real: list[int] | None = None  # of each row; None: all
     _wanted: bool = False
 
@@ -109,7 +111,7 @@ class TokenReduction:
 
     def forget(self) -> None:
         """Drop what tensors the pass left."""
-        self.groups = None
+        self.groups = self.nan = None
 
     def attend(self, call: Call) -> Call:
         """See a call of attention; return it as it is to be answered."""
