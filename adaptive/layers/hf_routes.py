@@ -119,14 +119,17 @@ class Routes:
                 "depends on the tokens"
             )
         weight, bias = self.policy.router.of(index, states.device)
-        return self._numbers(index, states.float() @ weight + bias)
+        with torch.autocast(states.device.type, enabled=False):  # float32, or near ties would flip
+            return self._numbers(index, states.float() @ weight + bias)
 
     def _guesses(self, index: int, states: Tensor) -> Tensor:
         """As `logits`, of the router's predictor."""
         router = self.policy.router
         assert router is not None
         assert router.predictor is not None  # the policy checks
-        return self._numbers(index, router.predictor.logits(router.layers.index(index), states))
+        with torch.autocast(states.device.type, enabled=False):
+            logits = router.predictor.logits(router.layers.index(index), states)
+        return self._numbers(index, logits)
 
     @staticmethod
     def _numbers(index: int, logits: Tensor) -> Tensor:
