@@ -28,8 +28,6 @@ class WidthPass(threading.local):
     """What FFNs of one model need to know of the pass now running; each thread has its own.
 
     Attributes:
-        in_graph: Whether torch.compile is at work on it. An error in the hook before the pass would
-            be swallowed, so the FFNs raise it.
         known: Which tokens of cache and pass are not padding, ``[batch, past + tokens]``; None:
             all, or nobody knows.
         past: Tokens of the cache before the pass.
@@ -38,7 +36,6 @@ class WidthPass(threading.local):
         reduces: What knows which rows and tokens of the pass are left; None: they all stay.
     """
 
-    in_graph: bool = False
     known: Tensor | None = None
     past: int = 0
     forced: dict[int, Tensor] | None = None
@@ -50,7 +47,7 @@ class WidthPass(threading.local):
 
     def begin(self, mask: Any, past: int, reduces: Reduces | None = None) -> None:
         """Note what a pass was given: its mask, the tokens of its cache, and what reduces it."""
-        self.in_graph, self.known, self.past, self.reduces = False, None, past, reduces
+        self.known, self.past, self.reduces = None, past, reduces
         if isinstance(mask, Tensor) and mask.dim() == _PER_TOKEN and not bool((mask != 0).all()):
             self.known = mask != 0
 
