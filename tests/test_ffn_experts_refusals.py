@@ -27,11 +27,14 @@ BAD = {
 }
 BAD_ROUTER = {
     "layers": ({"layers": ()}, "layers must be ascending layer numbers"),
-    "rank": ({"weight": ((1.0,),)}, "weight must hold numbers of 3 dimensions"),
-    "ragged": ({"weight": (((1.0,), (1.0, 2.0)),)}, "weight must hold numbers of 3 dimensions"),
-    "words": ({"weight": ((("a",),),)}, "weight must hold numbers of 3 dimensions"),
-    "NaN": ({"weight": (((float("nan"),),),)}, "weight must hold finite numbers"),
-    "one too many": ({"layers": (0, 1)}, "weight must have 2 matrices, one per layer, got 1"),
+    "rank": ({"weight": ((1.0,),)}, "weight of layer 0 must hold numbers of 2 dimensions"),
+    "ragged": (
+        {"weight": (((1.0,), (1.0, 2.0)),)},
+        "weight of layer 0 must hold numbers of 2 dimensions",
+    ),
+    "words": ({"weight": ((("a",),),)}, "weight of layer 0 must hold numbers of 2 dimensions"),
+    "NaN": ({"weight": (((float("nan"),),),)}, "weight of layer 0 must hold finite numbers"),
+    "one too many": ({"layers": (0, 1)}, "weight must have 2 entries, one per layer, got 1"),
     "bias": ({"bias": ((1.0,),)}, "bias must have shape [1, 2], got [1, 1]"),
     "twice": ({"order": ((0, 0),)}, "order must name each neuron of a layer once, got (0, 0)"),
     "odd": ({"order": ((2, 1, 0),)}, "order must have rows that 2 experts divide, got 3"),
@@ -58,7 +61,9 @@ def test_bad_routers(name):
 def test_bad_checkpoints():
     with pytest.raises(TypeError, match="weight of layer 3 must be a tensor, got list"):
         ExpertRouterWeights.from_tensors({3: [[1.0]]})
-    with pytest.raises(ValueError, match=r"bias must be for layers \(3,\), got \(2,\)"):
+    with pytest.raises(
+        ValueError, match=r"bias must be for layers \[3\] \(missing \[3\], unknown \[2\]\)"
+    ):
         ExpertRouterWeights.from_tensors({3: torch.ones(2, 4)}, {2: torch.ones(2)})
     with pytest.raises(ValueError, match="must have a field 'order'"):
         ExpertRouterWeights.from_dict({"layers": [0], "weight": [[[1.0]]], "bias": None})

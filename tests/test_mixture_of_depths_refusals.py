@@ -201,6 +201,8 @@ def test_caches_of_others(fields):
         static = StaticCache(config=model.config, max_cache_len=64)
         with pytest.raises(NotImplementedError, match="needs a DynamicCache"):
             model(token_ids(4), past_key_values=static)
+        with pytest.raises(NotImplementedError, match=r"needs a DynamicCache .*, got StaticCache"):
+            model.generate(token_ids(4), max_new_tokens=2, cache_implementation="static")
     kept = MixtureOfDepths(router=router(model), threshold=0.5, kv="kept")
     with adaptive.patch(model, kept), pytest.raises(NotImplementedError, match="use_cache must be"):
         model(token_ids(4), use_cache=False)

@@ -11,6 +11,7 @@ from encoder_models import IMAGES, OLD, SUPPORTED, TEXTS, inputs, run
 from pruning_reference import pruned_by_masks
 
 import adaptive
+from adaptive.layers import hf_token_pruning
 from adaptive.layers.cosine_audit import CosineAudits
 from adaptive.policy import Plan
 
@@ -225,3 +226,26 @@ def test_layers_that_prune_are_those_of_the_paper():
     assert pruning(keep=0.55, fused="none", restore="cached").removed(21, 1) == 9
     assert pruning(keep=0.9).removed(11, 1) == 0
     assert pruning(keep=0.9, fused="none", restore="cached").removed(11, 1) == 1
+
+
+@torch.no_grad()
+def test_nan_is_counted_where_asking_would_stop_the_device(monkeypatch):
+    """As on a GPU, whose answers come late: passes are counted, and the report says it."""
+    monkeypatch.setattr(hf_token_pruning, "_answers_at_once", lambda scores: False)
+    model, given = deep("vit"), inputs("vit", batch=2)
+    broken = {"pixel_values": given["pixel_values"].clone()}
+    broken["pixel_values"][1, 0, 0, 0] = torch.nan
+    with adaptive.patch(model, pruning()) as patched:
+        wanted = run(model, given)
+        assert patched.report().token_pruning.nan_calls == 0
+        assert "NaN" not in str(patched.report().token_pruning)
+        for _ in range(2):
+            made = run(model, broken)
+        assert torch.equal(made[0], wanted[0])
+        found = patched.report().token_pruning
+        assert found.to_dict()["nan_calls"] == found.nan_calls == 2
+        assert "NaN chose the tokens of 2 of 3 passes" in str(found)
+        run(model, given)
+        assert patched.report().token_pruning.nan_calls == 2
+        patched.reset_stats()
+        assert patched.report().token_pruning.nan_calls == 0

@@ -87,9 +87,10 @@ def finish(
     """
     reduction: TokenReduction = record.token_reduction
     log = record.token_reduction_log
+    nan = reduction.nan
     tokens, reduce_seconds = reduction.end()
     if log is None or not tokens:
         return
-    log.count(tokens, seconds, reduce_seconds)
+    log.count(tokens, seconds, reduce_seconds, nan)
     if due(log, reduction.policy) and not base.training:  # dropout would differ
         log.audit(made, full, mask, reduction.policy.pool, record.timed)
