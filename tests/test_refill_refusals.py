@@ -110,13 +110,6 @@ def test_unpatching_in_between_is_refused():
     assert not patched.active
 
 
-def test_torch_compile_is_refused():
-    with adaptive.patch(MODEL) as patched:
-        call = torch.compile(patched.generate_many, fullgraph=True, backend="eager")
-        with pytest.raises(torch._dynamo.exc.Unsupported):
-            call(PROMPTS, max_new_tokens=2)
-
-
 class Interrupt(LogitsProcessor):
     """Raises after some calls."""
 

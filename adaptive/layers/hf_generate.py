@@ -13,6 +13,7 @@ from transformers import StoppingCriteriaList, StopStringCriteria
 
 from adaptive.layers.depth import install as install_depth
 from adaptive.layers.exit_log import ExitLog
+from adaptive.layers.hf_compiled import refuse_graphs
 from adaptive.layers.hf_exit import exit_early
 from adaptive.layers.hf_speculate import speculate
 from adaptive.layers.hf_static import speculate_static
@@ -60,7 +61,8 @@ class Generate:
         """Generate as `transformers.GenerationMixin.generate` does, and return what it returns.
 
         Raises:
-            NotImplementedError: The call asks for what the policy cannot do, named.
+            NotImplementedError: The call asks for what the policy cannot do, named; or it, or what
+                holds attention, is compiled or traced.
             RuntimeError: Another thread is generating with the model.
         """
         model: Any = self._model()
@@ -68,6 +70,7 @@ class Generate:
         own = type(model).generate
         if not model.__dict__[_RECORD].enabled:
             return own(model, *args, **kwargs)
+        refuse_graphs(f"adaptive: {type(self.policy).__name__}: generate", model)
         kwargs = _by_name(own, model, args, kwargs)
         _refuse_modes(self.policy, model, kwargs)
         options = {name: kwargs[name] for name in _NOT_HANDED_ON if kwargs.get(name) is not None}

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from adaptive.errors import PatchConflict
+from adaptive.layers.hf_compiled import refuse_graphs
 from adaptive.layers.hf_generate import why_not_mode
 from adaptive.layers.hf_inputs import refuse_moving_angles
 from adaptive.layers.hf_refill import Refill
@@ -49,9 +50,8 @@ def generate_many(
     options: dict[str, Any],
 ) -> list[Tensor]:
     """See `Patched.generate_many`."""
-    if torch.compiler.is_compiling():
-        raise NotImplementedError(f"{_OP}: it cannot run under torch.compile")
     _check_model(model, record)
+    refuse_graphs(f"{_OP}: it", model)
     ids = _checked(prompts, batch_size, model)
     new = _new_tokens(max_new_tokens, len(ids))
     _check_options(model, options)

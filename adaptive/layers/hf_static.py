@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from adaptive.layers.cuda_graph import Ending, LateEnding
+from adaptive.layers.hf_compiled import is_compiled
 from adaptive.layers.hf_inputs import cache_and_mask
 from adaptive.layers.hf_passes import Passes
 from adaptive.layers.hf_static_step import StaticStep
@@ -182,9 +183,9 @@ def _refuse(
 
 
 def _why_not_model(model: Any) -> str | None:
-    compiled = any(module._compiled_call_impl is not None for module in model.modules())
-    if compiled or torch.compiler.is_compiling():
-        return "it cannot run under torch.compile"
+    compiled = next((name for name, module in model.named_modules() if is_compiled(module)), None)
+    if compiled is not None:
+        return f"no module can be compiled, got a compiled {compiled!r}"
     if torch.is_autocast_enabled(model.device.type):
         return "autocast casts weights anew in each step"
     devices = {str(parameter.device) for parameter in model.parameters()}
