@@ -8,6 +8,7 @@ import pytest
 import torch
 from early_exit_cases import SOME, model_of
 from models import greedy, make
+from refill_cases import same
 from speculation_cases import drafting
 from transformers import DynamicCache, LogitsProcessor
 
@@ -159,7 +160,7 @@ def test_an_interrupt_leaves_nothing(policies, at, monkeypatch):
         assert len(caches) >= 2
         assert not any(cache() for cache in caches)
         again = patched.generate_many(PROMPTS, batch_size=2, max_new_tokens=5)
-        assert all(torch.equal(*each) for each in zip(again, wanted, strict=True))
+        same(again, wanted)
         one = greedy(model, PROMPTS[0][None], 5)[0]
         assert torch.equal(one, wanted[0])
 
@@ -180,7 +181,7 @@ def test_a_copy_of_a_patched_model_fills_its_own_rows():
     wanted = patched.generate_many(PROMPTS, batch_size=2, max_new_tokens=5)
     twin = adaptive.patched(copy.deepcopy(model))
     made = twin.generate_many(PROMPTS, batch_size=2, max_new_tokens=5)
-    assert all(torch.equal(*each) for each in zip(made, wanted, strict=True))
+    same(made, wanted)
     assert patched.report().refill.calls == 1
     assert twin.report().refill.calls == 2  # copied with its counters
     stock = greedy(drafting("llama"), PROMPTS[0][None], 5)
@@ -203,7 +204,7 @@ def test_inference_mode_and_gradients_stay_as_they_were():
         assert torch.is_grad_enabled()
         with torch.inference_mode():
             made = patched.generate_many(PROMPTS, batch_size=2, max_new_tokens=4)
-    assert all(torch.equal(*each) for each in zip(made, wanted, strict=True))
+    same(made, wanted)
 
 
 @pytest.mark.parametrize("tokens", [3, 0, -2])
