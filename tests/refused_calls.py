@@ -1,10 +1,22 @@
-"""Calls that policies with a router refuse alike: compiled ones, and those with scores of NaN."""
+"""What tests of refusals share: calls that policies with a router refuse alike, and a module."""
 
 import pytest
 import torch
 from models import token_ids
+from torch import nn
 
 import adaptive
+
+
+class Logits(nn.Module):
+    """What a model says of tokens."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(ids, use_cache=False).logits
 
 
 def check_compiling_is_refused(model, policy, whole):

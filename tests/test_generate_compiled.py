@@ -8,8 +8,8 @@ import pytest
 import torch
 from early_exit_cases import SOME
 from models import greedy, token_ids
+from refused_calls import Logits
 from speculation_cases import drafting
-from torch import nn
 from transformers import DynamicCache
 
 import adaptive
@@ -28,17 +28,6 @@ EACH = {
 }
 each_policy = pytest.mark.parametrize("policy", EACH.values(), ids=EACH)
 whole_or_not = pytest.mark.parametrize("whole", [True, False], ids=["whole", "parts"])
-
-
-class Logits(nn.Module):
-    """What a model says of tokens."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids):
-        return self.model(ids, use_cache=False).logits
 
 
 class Tokens(Logits):
