@@ -7,6 +7,7 @@ import torch
 from encoder_models import make as make_encoder
 from head_cases import FOUR, ROUTER, fixed, routed
 from models import make, token_ids
+from refused_calls import check_compiling_is_refused, check_nan_is_named
 
 import adaptive
 from adaptive import ExpertRouterWeights, HeadRouting, PatchConflict, Plan
@@ -157,12 +158,7 @@ def test_calls_that_cannot_be_answered():
             with pytest.raises(adaptive.PatchConflict, match=f"'{name}', which someone hooked"):
                 model(ids)
             handle.remove()
-        nan = model.model.layers[1].input_layernorm.register_forward_hook(
-            lambda *call: call[-1] * float("nan")
-        )
-        with pytest.raises(ValueError, match="scores of layer 1 must be numbers, got NaN"):
-            model(ids)
-        nan.remove()
+        check_nan_is_named(model, model.model.layers[1].input_layernorm)
         with pytest.raises(NotImplementedError, match=r"under torch\.compile or torch\.jit"):
             torch.jit.trace(attention.q_proj, torch.randn(1, 1, 128))
         assert torch.equal(model(ids).logits, wanted)
@@ -199,12 +195,8 @@ def test_a_cache_that_another_policy_reduced():
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_compiling(whole):
-    model, ids = make("llama", num_hidden_layers=1, **FOUR), token_ids()
-    with adaptive.patch(model, fixed((0, 1))), torch.no_grad():
-        wanted = model(ids, use_cache=False).logits
-        with pytest.raises(Exception, match="HeadRouting cannot run under torch"):
-            torch.compile(model, backend="eager", fullgraph=whole)(ids, use_cache=False)
-        assert torch.equal(model(ids, use_cache=False).logits, wanted)
+    model = make("llama", num_hidden_layers=1, **FOUR)
+    check_compiling_is_refused(model, fixed((0, 1)), whole)
 
 
 def test_a_plan_that_was_edited_is_held_to_the_model(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from encoder_models import make as make_encoder
 from models import greedy, padded, token_ids
+from refused_calls import Logits
 from routed_models import ROUTED, deep, forward, router
 from torch import nn
 
@@ -140,14 +141,6 @@ def test_graphs(fields, whole):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("decide", ["sequence", "token"])
 def test_traces_would_keep_what_is_decided(decide):
-    class Logits(nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.model = model
-
-        def forward(self, ids):
-            return self.model(ids, use_cache=False).logits
-
     model = deep("llama")
     policy = MixtureOfDepths(router=router(model), decide=decide, audit_every=None)
     with adaptive.patch(model, policy), torch.no_grad():

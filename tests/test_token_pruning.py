@@ -6,8 +6,8 @@ import pickle
 
 import pytest
 import torch
-from encoder_exits import DEPTH, deep, layers_of
-from encoder_models import IMAGES, OLD, SUPPORTED, TEXTS, inputs, run
+from encoder_exits import DEPTH, deep, given_for, layers_of, seen
+from encoder_models import IMAGES, OLD, SUPPORTED, TEXTS, run
 from pruning_reference import pruned_by_masks
 
 import adaptive
@@ -27,28 +27,13 @@ FORMS = [
 ]
 
 
-def given_for(case, batch=3):
-    return inputs(case, batch=batch, side="right" if case in TEXTS else "")
-
-
 def pruning(**fields):
     return adaptive.TokenPruning(**{"keep": 0.6, "audit_every": None, **fields})
 
 
-def seen(model):
-    """Tokens that each layer gets, as hooks count them."""
-    counted = []
-    for layer in layers_of(model):
-        layer.register_forward_pre_hook(
-            lambda _, args, kwargs: counted.append((args or [kwargs["hidden_states"]])[0].shape[1]),
-            with_kwargs=True,
-        )
-    return counted
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_keeping_all_is_the_model_bit_for_bit(case):
-    model, given = deep(case), given_for(case)
+    model, given = deep(case), given_for(case, 3)
     stock = run(model, given)
     with adaptive.patch(model):
         exact = run(model, given)
@@ -63,7 +48,7 @@ def test_keeping_all_is_the_model_bit_for_bit(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_layers_get_fewer_tokens_and_outputs_keep_their_shape(case):
-    model, given = deep(case), given_for(case)
+    model, given = deep(case), given_for(case, 3)
     stock = run(model, given)
     counted = seen(model)
     with adaptive.patch(model, pruning()) as patched:
@@ -87,7 +72,7 @@ def test_layers_get_fewer_tokens_and_outputs_keep_their_shape(case):
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(form.values()))
 def test_what_is_left_equals_masks_on_all_tokens(form):
     """Every method against a dense pass in which nothing moves, and its gradients."""
-    model, given = copy.deepcopy(deep("bert")), given_for("bert")
+    model, given = copy.deepcopy(deep("bert")), given_for("bert", 3)
     policy = pruning(**form)
     real = given["attention_mask"].bool()
     with torch.no_grad():
@@ -112,7 +97,7 @@ def test_what_is_left_equals_masks_on_all_tokens(form):
 @pytest.mark.parametrize("case", PRUNED_TEXTS[:1] + PRUNED_TEXTS[-1:])
 @pytest.mark.parametrize("form", [FORMS[0], FORMS[4]], ids=lambda form: "-".join(form.values()))
 def test_rows_and_padding_do_not_matter_to_each_other(case, form):
-    model, given = deep(case), given_for(case)
+    model, given = deep(case), given_for(case, 3)
     with adaptive.patch(model, pruning(**form)):
         made = run(model, given)
         for row, length in enumerate(given["attention_mask"].sum(1).tolist()):
@@ -125,7 +110,7 @@ def test_rows_and_padding_do_not_matter_to_each_other(case, form):
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_stock_attention_gets_the_mask_of_what_is_left(implementation):
     """Where a gradient is wanted no kernel answers; a fully padded row stays finite."""
-    model, given = deep("bert", implementation=implementation), given_for("bert")
+    model, given = deep("bert", implementation=implementation), given_for("bert", 3)
     given["attention_mask"][2] = 0
     real = given["attention_mask"].bool()
     some = {name: values[:2] for name, values in given.items()}
@@ -153,7 +138,7 @@ def test_rows_of_few_tokens_and_empty_ones():
 
 
 def test_the_report_measures_the_error_of_the_pooled_output():
-    model, given = deep("vit"), given_for("vit")
+    model, given = deep("vit"), given_for("vit", 3)
     base = model.vit
     full = base(**given)[0][:, 0].detach()
     with adaptive.patch(model, pruning(audit_every=2)) as patched:
@@ -178,7 +163,7 @@ def test_outputs_that_are_no_numbers_are_the_worst():
 
 def test_the_class_token_s_attention_is_not_computed_for_all_tokens():
     """One query per head and pruning layer, by the kernel; nothing where nothing goes."""
-    model, given = deep("vit"), given_for("vit")
+    model, given = deep("vit"), given_for("vit", 3)
     for keep, calls in ((0.6, 2), (1, 0)):
         with adaptive.patch(model, pruning(keep=keep)) as patched:
             run(model, given)
@@ -186,7 +171,7 @@ def test_the_class_token_s_attention_is_not_computed_for_all_tokens():
 
 
 def test_an_interrupted_pass_leaves_nothing():
-    model, given = deep("vit"), given_for("vit")
+    model, given = deep("vit"), given_for("vit", 3)
     with adaptive.patch(model, pruning()) as patched:
         right = run(model, given)
 
@@ -203,7 +188,7 @@ def test_an_interrupted_pass_leaves_nothing():
 
 
 def test_copies_pickles_and_disabled():
-    model, given = deep("vit"), given_for("vit")
+    model, given = deep("vit"), given_for("vit", 3)
     stock = run(model, given)
     with adaptive.patch(model, pruning(rule="information")) as patched:
         left = run(model, given)
