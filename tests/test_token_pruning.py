@@ -11,7 +11,7 @@ from encoder_models import IMAGES, OLD, SUPPORTED, TEXTS, run
 from pruning_reference import pruned_by_masks
 
 import adaptive
-from adaptive.layers import hf_token_pruning
+from adaptive.layers import token_prunes
 from adaptive.layers.cosine_audit import CosineAudits
 from adaptive.policy import Plan
 
@@ -216,8 +216,8 @@ def test_layers_that_prune_are_those_of_the_paper():
 @torch.no_grad()
 def test_nan_is_counted_where_asking_would_stop_the_device(monkeypatch):
     """As on a GPU, whose answers come late: passes are counted, and the report says it."""
-    monkeypatch.setattr(hf_token_pruning, "_answers_at_once", lambda scores: False)
-    model, given = deep("vit"), inputs("vit", batch=2)
+    monkeypatch.setattr(token_prunes, "_answers_at_once", lambda scores: False)
+    model, given = deep("vit"), given_for("vit", 2)
     broken = {"pixel_values": given["pixel_values"].clone()}
     broken["pixel_values"][1, 0, 0, 0] = torch.nan
     with adaptive.patch(model, pruning()) as patched:
