@@ -1,4 +1,4 @@
-"""How many rows the kernel of linear layers takes: by what this processor multiplies, and PyTorch."""
+"""How many rows the kernel of linear layers takes: by what the processor multiplies itself."""
 
 import pytest
 import torch
