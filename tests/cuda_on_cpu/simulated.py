@@ -86,9 +86,10 @@ class Builder:
     def __init__(self, folder: Path):
         self.folder = folder
         self.compiler = shutil.which(os.environ.get("CXX") or "g++")
+        self.made: dict[tuple[Path, tuple[str, ...]], Path] = {}
 
     def objects(self, *sources: Path, flags: tuple[str, ...] = ()) -> list[Path]:
-        """Compiles each source, two at a time."""
+        """Compiles each source, two at a time; what a file says is looked at once per process."""
         with ThreadPoolExecutor(2) as pool:
             return list(pool.map(lambda source: self._object(source, flags), sources))
 
@@ -105,6 +106,8 @@ class Builder:
         return self._make(self.folder / name, *map(str, objects), *flags)
 
     def _object(self, source: Path, flags: tuple[str, ...]) -> Path:
+        if (source, flags) in self.made:
+            return self.made[source, flags]
         command = [*FLAGS, *flags, "-x", "c++", str(source)]
         text = subprocess.run(
             [self.compiler, *command, "-E"], capture_output=True, check=True
@@ -112,7 +115,8 @@ class Builder:
         # Copies of the sources lie in other folders each time; what they say is what counts.
         text = re.sub(rb'(?m)^# (\d+) ".*/([^/"]+)"', rb'# \1 "\2"', text)
         name = hashlib.sha256(text + repr(command[:-1]).encode()).hexdigest()[:24]
-        return self._make(self.folder / f"{name}.o", *command, "-c")
+        target = self._make(self.folder / f"{name}.o", *command, "-c")
+        return self.made.setdefault((source, flags), target)
 
     def _make(self, target: Path, *arguments: str) -> Path:
         """Compiles `target` unless it exists, once even where test processes run side by side."""
