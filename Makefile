@@ -27,7 +27,7 @@ demo: $(VENV)/.demo ## Stock against patched on a real model and a long real doc
 	$(BIN)/python -m adaptive demo $(DEMO_FLAGS)
 
 test: $(VENV)/.dev ## Run the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(TESTS)
 
 lint: $(VENV)/.dev ## Check style, types and C++ formatting
 	$(BIN)/ruff check .

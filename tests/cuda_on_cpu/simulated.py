@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
 SOURCES = [
     ROOT / "csrc/cuda/decode_attention_mma.cu",
     ROOT / "csrc/cuda/decode_attention.cu",
@@ -86,9 +87,11 @@ class Builder:
     def __init__(self, folder: Path):
         self.folder = folder
         self.compiler = shutil.which(os.environ.get("CXX") or "g++")
+        self.made: dict[tuple[Path, tuple[str, ...]], Path] = {}
+        self.standard: tuple[str, ...] = ()
 
     def objects(self, *sources: Path, flags: tuple[str, ...] = ()) -> list[Path]:
-        """Compiles each source, two at a time."""
+        """Compiles each source, two at a time; what a file says is looked at once per process."""
         with ThreadPoolExecutor(2) as pool:
             return list(pool.map(lambda source: self._object(source, flags), sources))
 
@@ -105,14 +108,31 @@ class Builder:
         return self._make(self.folder / name, *map(str, objects), *flags)
 
     def _object(self, source: Path, flags: tuple[str, ...]) -> Path:
-        command = [*FLAGS, *flags, "-x", "c++", str(source)]
+        if (source, flags) in self.made:
+            return self.made[source, flags]
+        standard = () if source.is_relative_to(ROOT) else self._standard()
+        command = [*FLAGS, *flags, *standard, "-x", "c++", str(source)]
+        target = self._make(self.folder / f"{self._digest(command)}.o", *command, "-c")
+        return self.made.setdefault((source, flags), target)
+
+    def _standard(self) -> tuple[str, ...]:
+        """Flags by which mutants, compiled once each, get the standard library in compiled form."""
+        if not self.standard:
+            command = [*FLAGS, "-x", "c++-header", str(HERE / "standard.h")]
+            folder = self.folder / self._digest(command)
+            folder.mkdir(exist_ok=True)
+            self._make(folder / "standard.h.gch", *command)
+            self.standard = (f"-I{folder}", f"-I{HERE}", "-Winvalid-pch", "-include", "standard.h")
+        return self.standard
+
+    def _digest(self, command: list[str]) -> str:
+        """Tells apart what the compiler sees; the last word of the command is the source."""
         text = subprocess.run(
             [self.compiler, *command, "-E"], capture_output=True, check=True
         ).stdout
         # Copies of the sources lie in other folders each time; what they say is what counts.
         text = re.sub(rb'(?m)^# (\d+) ".*/([^/"]+)"', rb'# \1 "\2"', text)
-        name = hashlib.sha256(text + repr(command[:-1]).encode()).hexdigest()[:24]
-        return self._make(self.folder / f"{name}.o", *command, "-c")
+        return hashlib.sha256(text + repr(command[:-1]).encode()).hexdigest()[:24]
 
     def _make(self, target: Path, *arguments: str) -> Path:
         """Compiles `target` unless it exists, once even where test processes run side by side."""

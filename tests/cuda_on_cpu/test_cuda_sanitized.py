@@ -22,7 +22,7 @@ PROGRAMS = {
 def test_random_inputs_are_right_and_clean(builder, sanitizers, name):
     sources, driver = PROGRAMS[name]
     kernels = [source for source in sources if source.suffix == ".cu"]
-    program = builder.program(*kernels, *driver, flags=("-g1", *sanitizers))
+    program = builder.program(*kernels, *driver, flags=("-g1", "-O0", *sanitizers))
     done = subprocess.run(
         [program, "1", "10"],
         env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "ADAPTIVE_SIMT_SEED": "1"},

@@ -113,9 +113,11 @@ def test_room_that_holds_no_token_is_not_resident(lazy_memory):
 )
 def test_huge_pages_are_asked_for_where_a_head_has_eight_mebibytes(lazy_memory):
     tokens = kv_memory.HUGE_STRIPE_BYTES // (2 * 128 * 4)  # as much room again
+    kept = []  # malloc may give a store's memory again, and the wish stays with the memory
     for count, wanted in ((tokens, True), (tokens - GRANULE, False)):
-        store, new = KVStore(), torch.ones(1, 5, count, 128)  # beyond what malloc recycles
+        store, new = KVStore(), torch.ones(1, 5, count, 128)
         store.append(new, new)
+        kept.append((store, new))
         for tensor in (store._keys, store._values):
             assert ("hg" in advice(tensor[0, 1, count // 2].data_ptr())) is wanted
             assert "hg" not in advice(tensor[0, 1, -1].data_ptr())

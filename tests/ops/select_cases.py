@@ -2,6 +2,19 @@
 
 import math
 from fractions import Fraction
+from functools import lru_cache
+
+
+@lru_cache(16)
+def parts(line):
+    """By position, the whole numbers that sums over the scores of ``line`` add up.
+
+    round() of a Fraction takes ties to even. A quotient in double precision is never nearer to a
+    tie than the exact one is, unless it is the tie.
+    """
+    seen = {i: Fraction(score) for i, score in enumerate(line) if score != -math.inf}
+    largest = max(seen.values())
+    return {i: round(Fraction(float(score / largest * 2**32))) for i, score in seen.items()}
 
 
 def chosen(line, budget, sinks=0, recent=0, mass=1.0):
@@ -15,12 +28,9 @@ def chosen(line, budget, sinks=0, recent=0, mass=1.0):
     wanted = others[: max(0, budget - len(forced))]
     if mass == 1:
         return sorted(forced + wanted)
-    largest = Fraction(max(line[i] for i in seen))
-    if largest == 0:
+    if max(line[i] for i in seen) == 0:
         return sorted(forced)
-    # round() of a Fraction takes ties to even. A quotient in double precision is never nearer to a
-    # tie than the exact one is, unless it is the tie.
-    part = {i: round(Fraction(float(Fraction(line[i]) / largest * 2**32))) for i in seen}
+    part = parts(tuple(line))
     need = mass * float(sum(part.values())) - float(sum(part[i] for i in forced))
     kept, held = list(forced), 0
     for i in wanted:
