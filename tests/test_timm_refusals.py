@@ -74,6 +74,17 @@ def test_methods_that_someone_replaced(source):
 
 
 @both_sources
+@pytest.mark.parametrize("part", ["", ".attn", ".attn.k_norm"])
+def test_modules_that_run_several_times(source, part):
+    model = make(source)
+    model.set_submodule(f"blocks.2{part}", model.get_submodule(f"blocks.1{part}"))
+    assert f"blocks.2{part} is blocks.1{part} once more" in refused(model, POLICIES["merging"])
+    model = make(source)
+    model.blocks[1].attn.k_norm = model.blocks[1].attn.q_norm
+    assert "k_norm is blocks.1.attn.q_norm once more" in refused(model, POLICIES["pruning"])
+
+
+@both_sources
 def test_classes_that_are_not_timm_s_own(source):
     def heir(name, **methods):
         model = make(source)
