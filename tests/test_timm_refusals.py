@@ -85,6 +85,21 @@ def test_modules_that_run_several_times(source, part):
 
 
 @both_sources
+@either_policy
+@torch.no_grad()
+def test_blocks_that_went_after_the_patch(source, policy):
+    model = make(source)
+    patched = adaptive.patch(model, policy)
+    whole = model.blocks
+    model.blocks = whole[:2]
+    with pytest.raises(RuntimeError, match=r"must see the last of 4 layers, .* and 2 layers ran"):
+        model(images())
+    model.blocks = whole
+    assert torch.isfinite(model(images())).all()
+    patched.unpatch()
+
+
+@both_sources
 def test_classes_that_are_not_timm_s_own(source):
     def heir(name, **methods):
         model = make(source)
