@@ -163,7 +163,7 @@ class Patched:
             For each prompt its tokens and the new ones, ``[tokens]``, in the order of the prompts.
 
         Raises:
-            ValueError, TypeError: A prompt, the batch size or the numbers of tokens are wrong.
+            ValueError, TypeError, IndexError: An argument is wrong; it is named, and nothing runs.
             NotImplementedError: The model, a policy, or an option cannot be used so; it is named.
             PatchConflict: The model is not patched any more, or this is inside `disabled()`.
         """

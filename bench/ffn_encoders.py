@@ -2,9 +2,9 @@
 
 python -m bench.ffn_encoders --minilm FOLDER --json RESULT.json
 
-The model is all-MiniLM-L6-v2, the sentences those of `bench.encoder_exit`, fewer of them, in padded
-batches. Routers are the mean of each expert's neurons, or random, to compare with; none is trained.
-"all" runs all experts: what routing costs, less the rows of padding, which run none.
+The model is all-MiniLM-L6-v2, the sentences are some of those of `bench.minilm`, in padded batches.
+Routers are the mean of each expert's neurons, or random, to compare with; none is trained. Clusters
+of which all run tell what routing costs, less the rows of padding, which run none.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import transformers
 
 import adaptive
 from adaptive import ExpertRouterWeights, FeedForwardExperts
-from bench.encoder_exit import BATCH, batches, embed, nearest
+from bench.minilm import BATCH, agreement, batches, embed
 from bench.record import Recorder
 from bench.timing import interleave, speedup
 
@@ -50,7 +50,6 @@ def measure(folder: Path, record: Recorder, budget_s: float) -> None:
     given = batches(tokenizer, sorted(pydoc_data.topics.topics)[::2], SENTENCES)
     chosen = policies(model.config.num_hidden_layers, model.config.hidden_size)
     full = embed(model, given)
-    near = nearest(full)
     made, logs = {}, {}
     for name, (_, _, policy) in chosen.items():
         with adaptive.patch(model, policy) as patched:
@@ -71,16 +70,14 @@ def measure(folder: Path, record: Recorder, budget_s: float) -> None:
     made["stock"], made["exact"] = full, embed(timed["exact"], given)
     for name in ("stock", "exact", *chosen):
         form, top, _ = chosen.get(name, (name, EXPERTS, None))
-        cosine, log, timing = (made[name] * full).sum(-1), logs.get(name), timings.get(name)
+        log, timing = logs.get(name), timings.get(name)
         row: dict[str, Any] = {
             "what": form,
             "experts": EXPERTS,
             "top_k": top,
             "share": 1.0 if log is None else log.share,
             "ffn_error_mean": None if log is None or log.error is None else round(log.error[0], 4),
-            "cosine_mean": round(float(cosine.mean()), 4),
-            "cosine_min": round(float(cosine.min()), 4),
-            "same_neighbour": round(float((nearest(made[name]) == near).float().mean()), 4),
+            **agreement(made[name], full),
             "ms": None,
             "time_saved": None,
         }

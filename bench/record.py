@@ -16,6 +16,7 @@ ROW_FIELDS: dict[str, frozenset[str]] = {
     "ffn_experts": frozenset({"model", "tokens", "dtype", "threads", "variants"}),
     "ffn_experts_quality": frozenset({"what", "top_k", "share", "bits_per_byte", "more_bits"}),
     "head_routing": frozenset({"model", "tokens", "past", "dtype", "threads", "variants"}),
+    "head_quality": frozenset({"what", "share", "layers", "bits_per_byte", "more_bits"}),
     "ffn_encoders": frozenset({"what", "top_k", "share", "ms", "time_saved", "cosine_mean"}),
     "sparse_ffn": frozenset({"model", "rows", "dtype", "threads", "active_share", "variants"}),
     "encoders": frozenset({"model", "layers", "tokens", "batch", "padded", "dtype", "threads"}),

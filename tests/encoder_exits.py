@@ -24,6 +24,17 @@ def layers_of(model):
     return [model.get_submodule(name) for name in family_for(model).layer_names(model)]
 
 
+def seen(model):
+    """Tokens that each layer gets, as hooks count them."""
+    counted = []
+    for layer in layers_of(model):
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs: counted.append((args or [kwargs["hidden_states"]])[0].shape[1]),
+            with_kwargs=True,
+        )
+    return counted
+
+
 def cut(model, depth):
     """A copy whose list of layers ends after ``depth`` of them."""
     shorter = copy.deepcopy(model)

@@ -34,6 +34,11 @@ VARIANTS = {
 }
 
 
+def query_of(attention):
+    """The projection that queries come from."""
+    return getattr(attention, "q_proj", None) or attention.qkv_proj
+
+
 class Masked:
     """A stock copy of a patched model that multiplies what heads give by 0, or by a weight."""
 
@@ -44,7 +49,7 @@ class Masked:
             adaptive.patched(self.model).unpatch()
         for layer in policy.layers:
             attention = self.model.model.layers[layer].self_attn
-            attention.q_proj.register_forward_pre_hook(self._choose(layer))
+            query_of(attention).register_forward_pre_hook(self._choose(layer))
             attention.o_proj.register_forward_pre_hook(self._mask(layer))
 
     def _choose(self, layer):
@@ -68,7 +73,8 @@ class Masked:
             gates[..., list(policy.heads_of(layer))] = 1
         else:
             weight, bias = policy.router.of(layer, states.device)
-            scores = states.detach().float() @ weight.T + bias
+            with torch.autocast("cpu", enabled=False):
+                scores = states.detach().float() @ weight.T + bias
             best = scores.topk(policy.top_k, -1)
             ones = torch.ones_like(best.values)
             scales = policy.top_k * best.values.softmax(-1) if policy.weighted else ones

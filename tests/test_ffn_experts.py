@@ -11,6 +11,7 @@ import adaptive
 from adaptive import ExpertRouterWeights, FeedForwardExperts
 from adaptive.layers.expert_log import ExpertLog
 from adaptive.layers.hf_ffn_experts import ExpertsForward
+from adaptive.layers.hf_linear import most_rows
 
 FAMILIES = ["qwen2", "gemma2", "granite", "olmo2"]
 BIAS = {"mlp_bias": True}
@@ -146,11 +147,12 @@ def test_native_products_and_rows_that_depend_on_nothing_else(split, dtype):
         x = torch.randn(60, 1024, dtype=dtype)
         wanted = masked(model).model.layers[0].mlp.float()(x.float())
         patched.reset_stats()
-        alone = torch.cat([ffn(row[None]) for row in x[:12]])
+        few = min(12, most_rows(dtype))  # beyond, PyTorch's products are faster, and not by row
+        alone = torch.cat([ffn(row[None]) for row in x[:few]])
         calls = patched.report().native_calls["skinny_linear:cpu"]
         products = 2 if split == "clusters" else 3  # a copy holds gate and up as one
-        assert calls == 12 * (1 + 2 * products)  # the scores, and two experts
-        assert torch.equal(ffn(x[:12]), alone)
+        assert calls == few * (1 + 2 * products)  # the scores, and two experts
+        assert torch.equal(ffn(x[:few]), alone)
         for rows in (1, 12, 25, 60):
             error = (ffn(x[:rows]).float() - wanted[:rows]).norm() / wanted[:rows].norm()
             assert error < (1e-5 if dtype == torch.float32 else 1e-2)

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from head_cases import FOUR, LARGE, VARIANTS, Masked, fixed, routed
+from head_cases import FOUR, LARGE, VARIANTS, Masked, fixed, query_of, routed
 from models import greedy, make, token_ids
 
 import adaptive
@@ -24,6 +24,9 @@ CASES = [
     *(("llama", variant, "eager") for variant in ("two", "fixed")),
     *((case, "two", "sdpa") for case in ("qwen3", "gemma3", "mistral_window", "qwen2", "mixtral")),
     ("gemma3", "fixed", "sdpa"),
+    ("phi3", "two", "sdpa"),
+    ("phi3", "weighted", "eager"),
+    ("phi3", "fixed", "sdpa"),
 ]
 
 
@@ -90,9 +93,11 @@ def test_a_prompt_and_steps_equal_steps_and_chunks(variant):
 
 @torch.no_grad()
 @pytest.mark.parametrize("tokens", [12, 30])
-@pytest.mark.parametrize("variant", ["two", "fixed"])
-def test_padding_runs_nothing_and_changes_nothing(variant, tokens):
-    model = make("llama", **FOUR)
+@pytest.mark.parametrize(
+    ("case", "variant"), [("llama", "two"), ("llama", "fixed"), ("phi3", "two")]
+)
+def test_padding_runs_nothing_and_changes_nothing(case, variant, tokens):
+    model = make(case, **FOUR)
     ids, mask = token_ids(2, tokens), torch.ones(2, tokens, dtype=torch.long)
     mask[1, :5] = 0
     places = (mask.cumsum(1) - 1).clamp(min=0)
@@ -115,15 +120,16 @@ def test_padding_runs_nothing_and_changes_nothing(variant, tokens):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_only_chosen_heads_are_read(dtype):
+@pytest.mark.parametrize("case", ["llama", "phi3"])
+def test_only_chosen_heads_are_read(case, dtype):
     """What is not chosen may hold anything: weights of NaN and keys of NaN change nothing."""
-    model = make("llama", dtype, **LARGE)
+    model = make(case, dtype, **LARGE)
     attention, policy = model.model.layers[0].self_attn, fixed((0, 1), (0, 3))
     reference = Masked(model, policy).model.float()
     ids = token_ids(1, 40)
     wanted = reference(ids).logits
     rest = [*range(256), *range(512, 768)]
-    attention.q_proj.weight[rest] = torch.nan
+    query_of(attention).weight[rest] = torch.nan
     attention.o_proj.weight[:, rest] = torch.nan
     for tokens in (1, 9, 40):
         with adaptive.patch(model, policy) as patched:
@@ -134,7 +140,10 @@ def test_only_chosen_heads_are_read(dtype):
         if tokens == 1:
             assert calls["decode_attention:cpu"] == 1
     key_rows = [*range(128), *range(256, 384)]
-    attention.k_proj.weight[key_rows] = torch.nan
+    if case == "phi3":
+        attention.qkv_proj.weight[[1024 + row for row in key_rows]] = torch.nan
+    else:
+        attention.k_proj.weight[key_rows] = torch.nan
     with adaptive.patch(model, policy):
         made = model(ids[:, :9]).logits.float()
     assert (made - wanted[:, :9]).norm() / wanted[:, :9].norm() < 2e-2
@@ -259,3 +268,27 @@ def test_an_interrupted_call_leaves_nothing_behind():
             assert torch.equal(one(ids).logits, wanted)
         assert patched.report().heads.layers[1].calls == 2
     torch.testing.assert_close(model(ids[:, :5]).logits, stock, rtol=0, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", [{"top_k": 2}, {"top_k": 3, "weighted": True}], ids=str)
+@pytest.mark.parametrize("case", ["llama", "qwen3"])
+def test_autocast_runs_the_heads_that_float32_scores_choose(case, variant):
+    """In the first layer, whose states have no rounding behind them that could decide near ties."""
+    rng = torch.Generator().manual_seed(3)
+    alike = torch.randn(1, 128, generator=rng) + 0.01 * torch.randn(4, 128, generator=rng)
+    router = ExpertRouterWeights.from_tensors({0: alike})  # what 16 bits cannot tell apart
+    policy, ids = routed(router=router, **variant), token_ids(tokens=40)
+    model = make(case, **FOUR)
+    with adaptive.patch(model, policy) as patched:
+        model(ids)
+        outside = patched.report().heads.layers[0].runs
+        for tokens in (40, 9, 1):
+            reference = Masked(model, policy)
+            patched.reset_stats()
+            with torch.autocast("cpu", torch.bfloat16):
+                wanted, made = reference(ids[:, :tokens]).logits, model(ids[:, :tokens]).logits
+            assert made.dtype == wanted.dtype
+            assert patched.report().heads.layers[0].runs == reference.runs[0]
+            torch.testing.assert_close(made, wanted, rtol=0, atol=0.1)
+            assert tokens < 40 or reference.runs[0] == outside

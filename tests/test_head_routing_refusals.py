@@ -7,9 +7,12 @@ import torch
 from encoder_models import make as make_encoder
 from head_cases import FOUR, ROUTER, fixed, routed
 from models import make, token_ids
+from refused_calls import check_compiling_is_refused, check_nan_is_named
 
 import adaptive
 from adaptive import ExpertRouterWeights, HeadRouting, PatchConflict, Plan
+from adaptive.layers.hf_head_routing import why_whole
+from adaptive.layers.survey import Site
 from adaptive.policy import Policy
 
 ORDERED = ExpertRouterWeights.from_tensors({0: torch.ones(4, 128)}, orders={0: torch.arange(8)})
@@ -80,8 +83,8 @@ def test_what_does_not_fit_the_model(policy, message):
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
-        ("phi3", "has no 'q_proj' that is a plain linear layer"),
-        ("gpt2", "has no 'q_proj' that is a plain linear layer"),
+        ("gpt_neox", r"has no 'q_proj' that is a plain linear layer \(it has query_key_value, d"),
+        ("gpt2", r"has no 'q_proj' that is a plain linear layer \(it has c_attn, c_proj, "),
         ("gemma2", "caps its scores"),
         ("olmo2", "normalises the queries of all heads together"),
     ],
@@ -90,6 +93,32 @@ def test_attention_of_another_kind(case, reason):
     model = make(case, implementation="eager")
     with pytest.raises(adaptive.UnsupportedModel, match=f"attention of layer 0 {reason}"):
         adaptive.patch(model, HeadRouting(heads=((0, 0),)))
+
+
+def test_packed_projections_that_are_not_known():
+    model = make("phi3")
+    attention = model.model.layers[0].self_attn
+
+    class Other(type(attention)):
+        def forward(self, hidden_states, *args, **kwargs):
+            qkv = self.qkv_proj(hidden_states)
+            return self.o_proj(qkv[..., : self.o_proj.in_features]), None
+
+    whole, kind = attention.qkv_proj, type(attention)
+    site = Site(name="", kind="hf", layer=0, heads=4, kv_heads=2, head_dim=32)
+    assert why_whole(attention, site) is None
+    attention.__class__ = Other
+    assert why_whole(attention, site) == "uses its projections in a way that is not known"
+    attention.__class__ = kind
+    attention.qkv_proj = torch.nn.Linear(128, 128)
+    with pytest.raises(adaptive.UnsupportedModel, match="'qkv_proj' that is not of 8 heads of 32"):
+        adaptive.patch(model, HeadRouting(heads=((0, 0),)))
+    attention.qkv_proj = whole
+    with adaptive.patch(model, HeadRouting(heads=((0, 0),))):
+        handle = whole.register_forward_hook(lambda *_: None)
+        with pytest.raises(PatchConflict, match="'qkv_proj', which someone hooked"):
+            model(token_ids())
+        handle.remove()
 
 
 def test_models_that_are_no_decoders():
@@ -129,12 +158,7 @@ def test_calls_that_cannot_be_answered():
             with pytest.raises(adaptive.PatchConflict, match=f"'{name}', which someone hooked"):
                 model(ids)
             handle.remove()
-        nan = model.model.layers[1].input_layernorm.register_forward_hook(
-            lambda *call: call[-1] * float("nan")
-        )
-        with pytest.raises(ValueError, match="scores of layer 1 must be numbers, got NaN"):
-            model(ids)
-        nan.remove()
+        check_nan_is_named(model, model.model.layers[1].input_layernorm)
         with pytest.raises(NotImplementedError, match=r"under torch\.compile or torch\.jit"):
             torch.jit.trace(attention.q_proj, torch.randn(1, 1, 128))
         assert torch.equal(model(ids).logits, wanted)
@@ -171,12 +195,8 @@ def test_a_cache_that_another_policy_reduced():
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_compiling(whole):
-    model, ids = make("llama", num_hidden_layers=1, **FOUR), token_ids()
-    with adaptive.patch(model, fixed((0, 1))), torch.no_grad():
-        wanted = model(ids, use_cache=False).logits
-        with pytest.raises(Exception, match="HeadRouting cannot run under torch"):
-            torch.compile(model, backend="eager", fullgraph=whole)(ids, use_cache=False)
-        assert torch.equal(model(ids, use_cache=False).logits, wanted)
+    model = make("llama", num_hidden_layers=1, **FOUR)
+    check_compiling_is_refused(model, fixed((0, 1)), whole)
 
 
 def test_a_plan_that_was_edited_is_held_to_the_model(tmp_path):

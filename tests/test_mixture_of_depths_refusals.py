@@ -7,6 +7,7 @@ import pytest
 import torch
 from encoder_models import make as make_encoder
 from models import greedy, padded, token_ids
+from refused_calls import Logits
 from routed_models import ROUTED, deep, forward, router
 from torch import nn
 
@@ -140,14 +141,6 @@ def test_graphs(fields, whole):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("decide", ["sequence", "token"])
 def test_traces_would_keep_what_is_decided(decide):
-    class Logits(nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.model = model
-
-        def forward(self, ids):
-            return self.model(ids, use_cache=False).logits
-
     model = deep("llama")
     policy = MixtureOfDepths(router=router(model), decide=decide, audit_every=None)
     with adaptive.patch(model, policy), torch.no_grad():
@@ -201,6 +194,8 @@ def test_caches_of_others(fields):
         static = StaticCache(config=model.config, max_cache_len=64)
         with pytest.raises(NotImplementedError, match="needs a DynamicCache"):
             model(token_ids(4), past_key_values=static)
+        with pytest.raises(NotImplementedError, match=r"needs a DynamicCache .*, got StaticCache"):
+            model.generate(token_ids(4), max_new_tokens=2, cache_implementation="static")
     kept = MixtureOfDepths(router=router(model), threshold=0.5, kv="kept")
     with adaptive.patch(model, kept), pytest.raises(NotImplementedError, match="use_cache must be"):
         model(token_ids(4), use_cache=False)

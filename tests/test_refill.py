@@ -9,22 +9,16 @@ from early_exit_cases import FILLS, SOME, model_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import greedy
+from refill_cases import LENGTHS, prompt_of, same, together
 from transformers import StoppingCriteria
 
 import adaptive
 from adaptive.layers import hf_refill, hf_sliding
 from adaptive.policy import BlockSparsePrefill
 
-LENGTHS = (3, 17, 1, 40, 8)
 NEW = (4, 12, 9, 1, 2)
 ALONE = {**SOME, "rows": "alone", "audit": None}
 CASES = ["llama", "gpt2", "mistral_window", "gemma3", "mixtral"]
-
-
-@functools.cache
-def prompt_of(length):
-    rng = torch.Generator().manual_seed(length)
-    return torch.randint(2, 128, (length,), generator=rng)
 
 
 def policies_of(kv):
@@ -42,16 +36,7 @@ def alone(case, length, new, kv=None):
 
 def many(case, lengths=LENGTHS, new=NEW, kv=None, **options):
     """What they get together, and the report."""
-    prompts = [prompt_of(length) for length in lengths]
-    with adaptive.patch(model_of(case), *policies_of(kv)) as patched:
-        made = patched.generate_many(prompts, max_new_tokens=new, **options)
-        return made, patched.report()
-
-
-def same(made, wanted):
-    assert len(made) == len(wanted)
-    for one, other in zip(made, wanted, strict=True):
-        assert torch.equal(one, other)
+    return together(model_of(case), policies_of(kv), lengths, new, **options)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from early_exit_cases import SOME, model_of
 from models import greedy, make
+from refill_cases import same
 from speculation_cases import drafting
 from transformers import DynamicCache, LogitsProcessor
 
@@ -39,11 +40,24 @@ DRAFTING = adaptive.SelfSpeculative(exit_layer=2, draft=2)
             r"prompts\[1\] must hold token ids from 0 to 127, got 128",
         ),
         ([[2, -1]], {}, IndexError, r"prompts\[0\] must hold token ids from 0 to 127, got -1"),
+        (None, {}, TypeError, "prompts must be a list of token ids .* got NoneType"),
+        (["ab"], {}, TypeError, r"prompts\[0\] must be token ids \[tokens\]: .*'str'"),
         ([torch.ones(3)], {}, TypeError, r"prompts\[0\] must be int32 or int64, got torch.float32"),
         (PROMPTS, {"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        (PROMPTS, {"batch_size": -1}, ValueError, "batch_size must be at least 1, got -1"),
         (PROMPTS, {"batch_size": 2.0}, TypeError, "batch_size must be an int, got float"),
         (PROMPTS, {"max_new_tokens": 0}, ValueError, "whole numbers from 1 on, got 0"),
         (PROMPTS, {"max_new_tokens": [2, 3]}, ValueError, "one each for 3, got 2"),
+        (PROMPTS, {"max_new_tokens": [2, -3, 2]}, ValueError, "whole numbers from 1 on, got -3"),
+        ([], {"max_new_tokens": 0}, ValueError, "whole numbers from 1 on, got 0"),
+        (PROMPTS, {"max_new_tokens": 2.5}, TypeError, "a list of them or None, got float"),
+        (PROMPTS, {"max_new_tokens": [2, True, 2]}, TypeError, "or None, got bool"),
+        (PROMPTS, {"max_new_tokens": "abc"}, TypeError, "a list of them or None, got str"),
+        (PROMPTS, {"on_result": 3}, TypeError, "on_result must be callable or None, got int"),
+        ([], {"on_result": 3}, TypeError, "on_result must be callable or None, got int"),
+        (PROMPTS, {"generation_config": 3}, TypeError, "must be a GenerationConfig, got int"),
+        (PROMPTS, {"logits_processor": [3]}, TypeError, r"list of callables, got \[3\]"),
+        (PROMPTS, {"stopping_criteria": len}, TypeError, "stopping_criteria must be a list"),
         (PROMPTS, {"attention_mask": PROMPTS[0]}, NotImplementedError, "attention_mask is not"),
         (PROMPTS, {"past_key_values": DynamicCache()}, NotImplementedError, "past_key_values is"),
         (PROMPTS, {"num_beams": 2}, NotImplementedError, "num_beams=2 is not supported"),
@@ -110,13 +124,6 @@ def test_unpatching_in_between_is_refused():
     assert not patched.active
 
 
-def test_torch_compile_is_refused():
-    with adaptive.patch(MODEL) as patched:
-        call = torch.compile(patched.generate_many, fullgraph=True, backend="eager")
-        with pytest.raises(torch._dynamo.exc.Unsupported):
-            call(PROMPTS, max_new_tokens=2)
-
-
 class Interrupt(LogitsProcessor):
     """Raises after some calls."""
 
@@ -153,7 +160,7 @@ def test_an_interrupt_leaves_nothing(policies, at, monkeypatch):
         assert len(caches) >= 2
         assert not any(cache() for cache in caches)
         again = patched.generate_many(PROMPTS, batch_size=2, max_new_tokens=5)
-        assert all(torch.equal(*each) for each in zip(again, wanted, strict=True))
+        same(again, wanted)
         one = greedy(model, PROMPTS[0][None], 5)[0]
         assert torch.equal(one, wanted[0])
 
@@ -174,7 +181,7 @@ def test_a_copy_of_a_patched_model_fills_its_own_rows():
     wanted = patched.generate_many(PROMPTS, batch_size=2, max_new_tokens=5)
     twin = adaptive.patched(copy.deepcopy(model))
     made = twin.generate_many(PROMPTS, batch_size=2, max_new_tokens=5)
-    assert all(torch.equal(*each) for each in zip(made, wanted, strict=True))
+    same(made, wanted)
     assert patched.report().refill.calls == 1
     assert twin.report().refill.calls == 2  # copied with its counters
     stock = greedy(drafting("llama"), PROMPTS[0][None], 5)
@@ -197,7 +204,7 @@ def test_inference_mode_and_gradients_stay_as_they_were():
         assert torch.is_grad_enabled()
         with torch.inference_mode():
             made = patched.generate_many(PROMPTS, batch_size=2, max_new_tokens=4)
-    assert all(torch.equal(*each) for each in zip(made, wanted, strict=True))
+    same(made, wanted)
 
 
 @pytest.mark.parametrize("tokens", [3, 0, -2])

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import greedy
+from refill_cases import LENGTHS, prompt_of, same, together
 from speculation_cases import FORMS, check_drawn_pairs, drafting, model_of
 from transformers import StoppingCriteria
 
@@ -15,15 +16,8 @@ import adaptive
 from adaptive.layers import hf_refill
 from adaptive.layers.hf_cache import AdaptiveCacheLayer
 
-LENGTHS = (3, 17, 1, 40, 8)
 NEW = (4, 12, 9, 1, 20)
 EACH = [*FORMS, {"exit_layer": 2}]
-
-
-@functools.cache
-def prompt_of(length):
-    rng = torch.Generator().manual_seed(length)
-    return torch.randint(2, 128, (length,), generator=rng)
 
 
 @functools.cache
@@ -35,16 +29,7 @@ def alone(case, length, new):
 
 def many(model, lengths, new, policy, **options):
     """What they get together, with drafts, and the report."""
-    with adaptive.patch(model, adaptive.SelfSpeculative(**policy)) as patched:
-        prompts = [prompt_of(length) for length in lengths]
-        made = patched.generate_many(prompts, max_new_tokens=new, **options)
-        return made, patched.report()
-
-
-def same(made, wanted):
-    assert len(made) == len(wanted)
-    for one, other in zip(made, wanted, strict=True):
-        assert torch.equal(one, other)
+    return together(model, [adaptive.SelfSpeculative(**policy)], lengths, new, **options)
 
 
 @pytest.mark.parametrize(

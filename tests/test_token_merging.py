@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from encoder_exits import DEPTH, deep, layers_of
+from encoder_exits import DEPTH, deep, given_for, layers_of, seen
 from encoder_models import IMAGES, OLD, SUPPORTED, TEXTS, inputs, run
 
 import adaptive
@@ -17,10 +17,6 @@ MERGING_TEXTS = [case for case in TEXTS if case not in PLACES]
 NEEDS_5 = pytest.mark.skipif(OLD, reason="text encoders do not use the interface before 5")
 
 
-def given_for(case, batch=3):
-    return inputs(case, batch=batch, side="right" if case in TEXTS else "")
-
-
 def real(case, given, made):
     """The rows of an output that belong to tokens, if it has a row per token."""
     if case in IMAGES or made.dim() != 3:
@@ -28,20 +24,9 @@ def real(case, given, made):
     return made[given["attention_mask"].bool()]
 
 
-def seen(model):
-    """Tokens that each layer gets, as hooks count them."""
-    counted = []
-    for layer in layers_of(model):
-        layer.register_forward_pre_hook(
-            lambda _, args, kwargs: counted.append((args or [kwargs["hidden_states"]])[0].shape[1]),
-            with_kwargs=True,
-        )
-    return counted
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_merging_nothing_is_the_model_bit_for_bit(case):
-    model, given = deep(case), given_for(case)
+    model, given = deep(case), given_for(case, 3)
     stock = run(model, given)
     with adaptive.patch(model):
         exact = run(model, given)
@@ -56,7 +41,7 @@ def test_merging_nothing_is_the_model_bit_for_bit(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_layers_get_fewer_tokens_and_outputs_keep_their_shape(case):
-    model, given = deep(case), given_for(case)
+    model, given = deep(case), given_for(case, 3)
     stock = run(model, given)
     counted = seen(model)
     with adaptive.patch(model, adaptive.TokenMerging(r=5, audit_every=None)) as patched:
@@ -82,7 +67,7 @@ def doubled(states):
 @pytest.mark.parametrize("case", ["vit", "siglip_vision", "clip_vision", *MERGING_TEXTS[:1]])
 def test_of_equal_tokens_nothing_is_lost(case, implementation):
     """The law of proportional attention: a token of size two counts as its two copies would."""
-    model, given = deep(case, implementation=implementation), given_for(case)
+    model, given = deep(case, implementation=implementation), given_for(case, 3)
     first = layers_of(model)[0]
 
     def put(_, args, kwargs):
@@ -112,7 +97,7 @@ def test_of_equal_tokens_nothing_is_lost(case, implementation):
 @NEEDS_5
 @pytest.mark.parametrize("case", MERGING_TEXTS)
 def test_rows_and_padding_do_not_matter_to_each_other(case):
-    model, given = deep(case), given_for(case)
+    model, given = deep(case), given_for(case, 3)
     policy = adaptive.TokenMerging(r=4, audit_every=None)
     with adaptive.patch(model, policy):
         made = run(model, given)
@@ -124,7 +109,7 @@ def test_rows_and_padding_do_not_matter_to_each_other(case):
 
 @NEEDS_5
 def test_a_share_is_each_sequence_s_own_and_empty_rows_stay_finite():
-    model, given = deep("bert"), given_for("bert")
+    model, given = deep("bert"), given_for("bert", 3)
     given["attention_mask"][2] = 0
     with adaptive.patch(model, adaptive.TokenMerging(keep=0.75, audit_every=1)) as patched:
         made = run(model, given)
@@ -135,7 +120,7 @@ def test_a_share_is_each_sequence_s_own_and_empty_rows_stay_finite():
 
 
 def test_the_report_measures_the_error_of_the_pooled_output():
-    model, given = deep("vit"), given_for("vit")
+    model, given = deep("vit"), given_for("vit", 3)
     base = model.vit
     full = base(**given)[0][:, 0].detach()
     policy = adaptive.TokenMerging(r=9, pool="first", audit_every=2)
@@ -150,7 +135,7 @@ def test_the_report_measures_the_error_of_the_pooled_output():
 
 
 def test_gradients_flow_through_a_merge():
-    model, given = deep("vit"), given_for("vit")
+    model, given = deep("vit"), given_for("vit", 3)
     with adaptive.patch(model, adaptive.TokenMerging(r=9)):
         model(**given).logits.sum().backward()
     gradients = [p.grad for p in layers_of(model)[0].parameters()]
@@ -160,7 +145,7 @@ def test_gradients_flow_through_a_merge():
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_layers_that_run_again_for_gradients_are_refused(reentrant):
     """They would run without sizes then, and gradients be those of another model."""
-    model, given = copy.deepcopy(deep("vit")).train(), given_for("vit")
+    model, given = copy.deepcopy(deep("vit")).train(), given_for("vit", 3)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     with adaptive.patch(model, adaptive.TokenMerging(r=9)):
         with pytest.raises(NotImplementedError, match="gradient checkpointing is not supported"):
@@ -177,7 +162,7 @@ def test_shares_are_rounded_up_as_numbers_of_the_page_are():
 
 
 def test_copies_pickles_and_disabled():
-    model, given = deep("vit"), given_for("vit")
+    model, given = deep("vit"), given_for("vit", 3)
     stock = run(model, given)
     with adaptive.patch(model, adaptive.TokenMerging(r=9)) as patched:
         merged = run(model, given)
@@ -223,7 +208,7 @@ def test_fields_are_checked(name):
 
 
 def test_what_cannot_be_is_refused_by_name():
-    model, given = deep("vit"), given_for("vit")
+    model, given = deep("vit"), given_for("vit", 3)
     with pytest.raises(ValueError, match=r"TokenMerging\.layers must be below 3, the last layer"):
         adaptive.patch(model, adaptive.TokenMerging(r=1, layers=(3,)))
     with pytest.raises(ValueError, match=r"TokenMerging and EncoderExit cannot be combined"):

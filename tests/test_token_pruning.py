@@ -6,11 +6,12 @@ import pickle
 
 import pytest
 import torch
-from encoder_exits import DEPTH, deep, layers_of
-from encoder_models import IMAGES, OLD, SUPPORTED, TEXTS, inputs, run
+from encoder_exits import DEPTH, deep, given_for, layers_of, seen
+from encoder_models import IMAGES, OLD, SUPPORTED, TEXTS, run
 from pruning_reference import pruned_by_masks
 
 import adaptive
+from adaptive.layers import token_prunes
 from adaptive.layers.cosine_audit import CosineAudits
 from adaptive.policy import Plan
 
@@ -26,28 +27,13 @@ FORMS = [
 ]
 
 
-def given_for(case, batch=3):
-    return inputs(case, batch=batch, side="right" if case in TEXTS else "")
-
-
 def pruning(**fields):
     return adaptive.TokenPruning(**{"keep": 0.6, "audit_every": None, **fields})
 
 
-def seen(model):
-    """Tokens that each layer gets, as hooks count them."""
-    counted = []
-    for layer in layers_of(model):
-        layer.register_forward_pre_hook(
-            lambda _, args, kwargs: counted.append((args or [kwargs["hidden_states"]])[0].shape[1]),
-            with_kwargs=True,
-        )
-    return counted
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_keeping_all_is_the_model_bit_for_bit(case):
-    model, given = deep(case), given_for(case)
+    model, given = deep(case), given_for(case, 3)
     stock = run(model, given)
     with adaptive.patch(model):
         exact = run(model, given)
@@ -62,7 +48,7 @@ def test_keeping_all_is_the_model_bit_for_bit(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_layers_get_fewer_tokens_and_outputs_keep_their_shape(case):
-    model, given = deep(case), given_for(case)
+    model, given = deep(case), given_for(case, 3)
     stock = run(model, given)
     counted = seen(model)
     with adaptive.patch(model, pruning()) as patched:
@@ -86,7 +72,7 @@ def test_layers_get_fewer_tokens_and_outputs_keep_their_shape(case):
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(form.values()))
 def test_what_is_left_equals_masks_on_all_tokens(form):
     """Every method against a dense pass in which nothing moves, and its gradients."""
-    model, given = copy.deepcopy(deep("bert")), given_for("bert")
+    model, given = copy.deepcopy(deep("bert")), given_for("bert", 3)
     policy = pruning(**form)
     real = given["attention_mask"].bool()
     with torch.no_grad():
@@ -111,7 +97,7 @@ def test_what_is_left_equals_masks_on_all_tokens(form):
 @pytest.mark.parametrize("case", PRUNED_TEXTS[:1] + PRUNED_TEXTS[-1:])
 @pytest.mark.parametrize("form", [FORMS[0], FORMS[4]], ids=lambda form: "-".join(form.values()))
 def test_rows_and_padding_do_not_matter_to_each_other(case, form):
-    model, given = deep(case), given_for(case)
+    model, given = deep(case), given_for(case, 3)
     with adaptive.patch(model, pruning(**form)):
         made = run(model, given)
         for row, length in enumerate(given["attention_mask"].sum(1).tolist()):
@@ -124,7 +110,7 @@ def test_rows_and_padding_do_not_matter_to_each_other(case, form):
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_stock_attention_gets_the_mask_of_what_is_left(implementation):
     """Where a gradient is wanted no kernel answers; a fully padded row stays finite."""
-    model, given = deep("bert", implementation=implementation), given_for("bert")
+    model, given = deep("bert", implementation=implementation), given_for("bert", 3)
     given["attention_mask"][2] = 0
     real = given["attention_mask"].bool()
     some = {name: values[:2] for name, values in given.items()}
@@ -152,7 +138,7 @@ def test_rows_of_few_tokens_and_empty_ones():
 
 
 def test_the_report_measures_the_error_of_the_pooled_output():
-    model, given = deep("vit"), given_for("vit")
+    model, given = deep("vit"), given_for("vit", 3)
     base = model.vit
     full = base(**given)[0][:, 0].detach()
     with adaptive.patch(model, pruning(audit_every=2)) as patched:
@@ -177,7 +163,7 @@ def test_outputs_that_are_no_numbers_are_the_worst():
 
 def test_the_class_token_s_attention_is_not_computed_for_all_tokens():
     """One query per head and pruning layer, by the kernel; nothing where nothing goes."""
-    model, given = deep("vit"), given_for("vit")
+    model, given = deep("vit"), given_for("vit", 3)
     for keep, calls in ((0.6, 2), (1, 0)):
         with adaptive.patch(model, pruning(keep=keep)) as patched:
             run(model, given)
@@ -185,7 +171,7 @@ def test_the_class_token_s_attention_is_not_computed_for_all_tokens():
 
 
 def test_an_interrupted_pass_leaves_nothing():
-    model, given = deep("vit"), given_for("vit")
+    model, given = deep("vit"), given_for("vit", 3)
     with adaptive.patch(model, pruning()) as patched:
         right = run(model, given)
 
@@ -202,7 +188,7 @@ def test_an_interrupted_pass_leaves_nothing():
 
 
 def test_copies_pickles_and_disabled():
-    model, given = deep("vit"), given_for("vit")
+    model, given = deep("vit"), given_for("vit", 3)
     stock = run(model, given)
     with adaptive.patch(model, pruning(rule="information")) as patched:
         left = run(model, given)
@@ -225,3 +211,26 @@ def test_layers_that_prune_are_those_of_the_paper():
     assert pruning(keep=0.55, fused="none", restore="cached").removed(21, 1) == 9
     assert pruning(keep=0.9).removed(11, 1) == 0
     assert pruning(keep=0.9, fused="none", restore="cached").removed(11, 1) == 1
+
+
+@torch.no_grad()
+def test_nan_is_counted_where_asking_would_stop_the_device(monkeypatch):
+    """As on a GPU, whose answers come late: passes are counted, and the report says it."""
+    monkeypatch.setattr(token_prunes, "_answers_at_once", lambda scores: False)
+    model, given = deep("vit"), given_for("vit", 2)
+    broken = {"pixel_values": given["pixel_values"].clone()}
+    broken["pixel_values"][1, 0, 0, 0] = torch.nan
+    with adaptive.patch(model, pruning()) as patched:
+        wanted = run(model, given)
+        assert patched.report().token_pruning.nan_calls == 0
+        assert "NaN" not in str(patched.report().token_pruning)
+        for _ in range(2):
+            made = run(model, broken)
+        assert torch.equal(made[0], wanted[0])
+        found = patched.report().token_pruning
+        assert found.to_dict()["nan_calls"] == found.nan_calls == 2
+        assert "NaN chose the tokens of 2 of 3 passes" in str(found)
+        run(model, given)
+        assert patched.report().token_pruning.nan_calls == 2
+        patched.reset_stats()
+        assert patched.report().token_pruning.nan_calls == 0

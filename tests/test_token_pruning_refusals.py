@@ -5,16 +5,12 @@ import itertools
 
 import pytest
 import torch
-from encoder_exits import deep
-from encoder_models import OLD, TEXTS, inputs, run
+from encoder_exits import deep, given_for
+from encoder_models import OLD, inputs, run
 
 import adaptive
 
 NEEDS_5 = pytest.mark.skipif(OLD, reason="text encoders do not use the interface before 5")
-
-
-def given_for(case, batch=3):
-    return inputs(case, batch=batch, side="right" if case in TEXTS else "")
 
 
 def pruning(**fields):
@@ -23,7 +19,7 @@ def pruning(**fields):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_layers_that_run_again_for_gradients_are_refused(reentrant):
-    model, given = copy.deepcopy(deep("vit")).train(), given_for("vit")
+    model, given = copy.deepcopy(deep("vit")).train(), given_for("vit", 3)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     with adaptive.patch(model, pruning()):
         with pytest.raises(NotImplementedError, match="checkpointing is not supported with TokenP"):
@@ -33,7 +29,7 @@ def test_layers_that_run_again_for_gradients_are_refused(reentrant):
 
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_compiling_is_refused(fullgraph):
-    model, given = copy.deepcopy(deep("vit")), given_for("vit")
+    model, given = copy.deepcopy(deep("vit")), given_for("vit", 3)
     with adaptive.patch(model, pruning()):
         compiled = torch.compile(model, backend="eager", fullgraph=fullgraph)
         with pytest.raises(Exception, match=r"TokenPruning cannot run under torch\.compile"):
@@ -51,7 +47,7 @@ def test_compiling_is_refused(fullgraph):
     ids=lambda policy: type(policy).__name__,
 )
 def test_tracing_is_refused(policy):
-    model, given = copy.deepcopy(deep("vit")), given_for("vit")
+    model, given = copy.deepcopy(deep("vit")), given_for("vit", 3)
     name, values = type(policy).__name__, given["pixel_values"]
     with adaptive.patch(model, policy):
         with pytest.raises(
@@ -97,7 +93,7 @@ def test_others_that_change_what_a_layer_gets(other):
 
 
 def test_what_cannot_be_is_refused_by_name():
-    model, given = deep("vit"), given_for("vit")
+    model, given = deep("vit"), given_for("vit", 3)
     with pytest.raises(ValueError, match=r"TokenPruning\.layers must be below 3, the last layer"):
         adaptive.patch(model, pruning(layers=(3,)))
     with pytest.raises(adaptive.UnsupportedModel, match="tokens that stay move to others"):

@@ -129,7 +129,9 @@ def test_files_of_another_kind_are_refused(tmp_path):
 def test_tensors_of_checkpoints():
     with pytest.raises(TypeError, match="weight of layer 3 must be a tensor, got list"):
         WidthRouter.from_tensors({3: [1.0]})
-    with pytest.raises(ValueError, match=r"bias must be of layers \[0\]"):
+    with pytest.raises(
+        ValueError, match=r"bias must be for layers \[0\] \(missing \[0\], unknown \[1\]\)"
+    ):
         WidthRouter.from_tensors({0: torch.ones(2, 4)}, {1: torch.ones(2)})
     with pytest.raises(ValueError, match="choices must be a whole number from 2 on, got 1"):
         WidthRouter.random((0,), 8, choices=1)

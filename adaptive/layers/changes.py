@@ -55,13 +55,14 @@ class HookChange:
     name: str
     table: str
     function: Callable[..., Any]
+    always: bool = False
 
     def apply(self, module: nn.Module) -> None:
         """Make the change."""
         if self.table == "_forward_pre_hooks":
             module.register_forward_pre_hook(self.function, with_kwargs=True)
         else:
-            module.register_forward_hook(self.function, with_kwargs=True)
+            module.register_forward_hook(self.function, with_kwargs=True, always_call=self.always)
 
     def conflict(self, module: nn.Module) -> str | None:
         """Say what someone else did to the hook since, if anything."""
@@ -95,7 +96,15 @@ class ChangeLog:
         values = root.get_submodule(name).__dict__
         self.make(root, AttributeChange(name, key, key in values, values.get(key), value))
 
-    def hook(self, root: nn.Module, name: str, table: str, function: Callable[..., Any]) -> None:
+    def hook(
+        self,
+        root: nn.Module,
+        name: str,
+        table: str,
+        function: Callable[..., Any],
+        *,
+        always: bool = False,
+    ) -> None:
         """Add a module-level function to a hook table of the module, undoably.
 
         Args:
@@ -104,8 +113,9 @@ class ChangeLog:
             table: One of HOOK_TABLES.
             function: Called with keyword arguments: ``(module, args, kwargs)`` before a forward,
                 ``(module, args, kwargs, output)`` after one. Not a closure.
+            always: Whether one after a forward runs after an exception, too, with no output.
         """
-        self.make(root, HookChange(name, table, function))
+        self.make(root, HookChange(name, table, function, always))
 
     def make(self, root: nn.Module, change: AttributeChange | HookChange) -> None:
         """Make ``change``, undoably."""

@@ -215,7 +215,11 @@ class HandOn:
 
 def feed_forward(root: nn.Module, survey: Survey, layer: int) -> FeedForward | str:
     """The layer's FFN, or why it is none of which a part can run."""
-    name = ffn_name(survey, layer)
+    return ffn_at(root, ffn_name(survey, layer), layer)
+
+
+def ffn_at(root: nn.Module, name: str | None, layer: int) -> FeedForward | str:
+    """The FFN that begins with the module called ``name``, or why it is none to run a part of."""
     module: Any = None if name is None else root.get_submodule(name)
     second = holder = None
     if name is not None:
@@ -232,12 +236,6 @@ def feed_forward(root: nn.Module, survey: Survey, layer: int) -> FeedForward | s
         return FeedForward(parts, module)
     assert second is not None  # parts_of found the half in it
     return FeedForward(parts, module, second, getattr(second, parts.down))
-
-
-def whole_ffn(module: Any) -> FeedForward | None:
-    """The FFN that a module is all of; None if it is none of which a part can run."""
-    parts = parts_of(module)
-    return None if parts is None else FeedForward(parts, module)
 
 
 def ffn_name(survey: Survey, layer: int) -> str | None:

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from adaptive.errors import AdaptiveError
+from adaptive.layers.autocast import autocast_dtype
 from adaptive.layers.hf_mask import LazyMask
 from adaptive.layers.sparse_attention import Inputs
 from adaptive.layers.state import LayerState
-from adaptive.layers.torch_guard import autocast_dtype, why_not_plain
+from adaptive.layers.torch_guard import why_not_plain
 from adaptive.ops import decode_attention
 from adaptive.ops.decode_attention import DTYPES, MAX_QUERY_TOKENS, supports
 from adaptive.ops.tree_attention import tree_attention

@@ -15,6 +15,7 @@ from adaptive.layers import (
     hf_model,
     hf_reduction_passes,
     hf_width_pass,
+    one_pass,
     token_reduction_passes,
 )
 from adaptive.layers.hf_config import ask_for
@@ -78,8 +79,7 @@ def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
     hf_encoder_passes.install(root, survey, record)
     token_reduction_passes.install(root, survey, record)
     record.log.set(root, survey.base, FORWARD, record)
-    record.log.hook(root, survey.base, "_forward_pre_hooks", before_forward)
-    record.log.hook(root, survey.base, "_forward_hooks", after_forward)
+    one_pass.install(root, survey.base, record, before_forward, after_forward)
 
 
 def before_forward(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaptive.layers.autocast import in_own_dtype
 from adaptive.layers.hf_mask import LazyMask
 from adaptive.layers.pooling import pool_weights, pooled
 from adaptive.layers.switch import Switch
@@ -91,7 +92,8 @@ class EncoderExits:
             assert self._weights is not None
             embedded = pooled(states, self._weights)
             least = GATE_THRESHOLD if policy.threshold is None else policy.threshold
-            self._wanted = policy.gate.depths(embedded, self.layers, least)
+            with in_own_dtype(states.device):
+                self._wanted = policy.gate.depths(embedded, self.layers, least)
 
     def before(self, states: Tensor) -> Tensor:
         """Return the rows that go on of the states that a layer got."""

@@ -13,6 +13,8 @@ from transformers import StoppingCriteriaList, StopStringCriteria
 
 from adaptive.layers.depth import install as install_depth
 from adaptive.layers.exit_log import ExitLog
+from adaptive.layers.hf_compiled import refuse_graphs
+from adaptive.layers.hf_decoding import Loop, decode_by
 from adaptive.layers.hf_exit import exit_early
 from adaptive.layers.hf_speculate import speculate
 from adaptive.layers.hf_static import speculate_static
@@ -60,7 +62,8 @@ class Generate:
         """Generate as `transformers.GenerationMixin.generate` does, and return what it returns.
 
         Raises:
-            NotImplementedError: The call asks for what the policy cannot do, named.
+            NotImplementedError: The call asks for what the policy cannot do, named; or it, or what
+                holds attention, is compiled or traced.
             RuntimeError: Another thread is generating with the model.
         """
         model: Any = self._model()
@@ -68,21 +71,28 @@ class Generate:
         own = type(model).generate
         if not model.__dict__[_RECORD].enabled:
             return own(model, *args, **kwargs)
+        refuse_graphs(f"adaptive: {type(self.policy).__name__}: generate", model)
         kwargs = _by_name(own, model, args, kwargs)
         _refuse_modes(self.policy, model, kwargs)
         options = {name: kwargs[name] for name in _NOT_HANDED_ON if kwargs.get(name) is not None}
-        options["policy"] = self.policy
         options["keeps_cache"] = kwargs.get("past_key_values") is not None
-        loop: Callable[..., Any] = exit_early if isinstance(self.policy, EarlyExit) else speculate
-        if isinstance(self.policy, SelfSpeculative) and self.policy.static:
-            loop = speculate_static
-            options["steps"] = self._steps
+        options["loop"] = self._loop()
         given = with_stop_strings(model, dict(kwargs))
-        given["custom_generate"] = functools.partial(loop, **options)
+        given["custom_generate"] = functools.partial(decode_by, **options)
         taken = "tokenizer" in kwargs and "tokenizer" not in given
         depth = model.__dict__[_RECORD].depth
         with depth.owned(type(self.policy).__name__), silenced(model) if taken else nullcontext():
             return own(model, **given)
+
+    def _loop(self) -> Loop:
+        """The way of decoding of the policy."""
+        policy = self.policy
+        if isinstance(policy, EarlyExit):
+            return functools.partial(exit_early, policy=policy)
+        assert isinstance(policy, SelfSpeculative)  # no other generates
+        if policy.static:
+            return functools.partial(speculate_static, policy=policy, steps=self._steps)
+        return functools.partial(speculate, policy=policy)
 
 
 _RECORD = "_adaptive_generate"

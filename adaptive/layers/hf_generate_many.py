@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
 from adaptive.errors import PatchConflict
+from adaptive.layers.hf_compiled import refuse_graphs
 from adaptive.layers.hf_generate import why_not_mode
 from adaptive.layers.hf_inputs import refuse_moving_angles
 from adaptive.layers.hf_refill import Refill
@@ -49,11 +51,14 @@ def generate_many(
     options: dict[str, Any],
 ) -> list[Tensor]:
     """See `Patched.generate_many`."""
-    if torch.compiler.is_compiling():
-        raise NotImplementedError(f"{_OP}: it cannot run under torch.compile")
     _check_model(model, record)
+    refuse_graphs(f"{_OP}: it", model)
     ids = _checked(prompts, batch_size, model)
     new = _new_tokens(max_new_tokens, len(ids))
+    if on_result is not None and not callable(on_result):
+        raise TypeError(
+            f"{_OP}: on_result must be callable or None, got {type(on_result).__name__}"
+        )
     _check_options(model, options)
     if not ids:
         return []
@@ -171,28 +176,36 @@ def _checked(
 
 def _new_tokens(counts: Counts, prompts: int) -> list[int | None]:
     """The most new tokens of each prompt; None: as the model's generation config says."""
-    if counts is None or isinstance(counts, int):
-        each: list[int | None] = [counts] * prompts
-    elif isinstance(counts, Sequence):
-        each = list(counts)
-    else:
-        raise TypeError(
-            f"{_OP}: max_new_tokens must be a number, a list of them or None, got "
-            f"{type(counts).__name__}"
-        )
+    several = isinstance(counts, Sequence) and not isinstance(counts, str)
+    each: list[Any] = list(counts) if several else [counts]  # type: ignore[arg-type]
+    for count in each:
+        if count is not None and type(count) is not int:
+            raise TypeError(
+                f"{_OP}: max_new_tokens must be a whole number, a list of them or None, got "
+                f"{type(count).__name__}"
+            )
+        if count is not None and count < 1:
+            raise ValueError(f"{_OP}: max_new_tokens must be whole numbers from 1 on, got {count}")
+    if not several:
+        return each * prompts
     if len(each) != prompts:
         raise ValueError(
             f"{_OP}: max_new_tokens must be one number or one each for {prompts}, got {len(each)}"
         )
-    for count in each:
-        if count is not None and (type(count) is not int or count < 1):
-            raise ValueError(f"{_OP}: max_new_tokens must be whole numbers from 1 on, got {count}")
     return each
 
 
 def _check_options(model: Any, options: dict[str, Any]) -> None:
     """Raise if options ask for what has no meaning here, or for another way of decoding."""
     config = options.get("generation_config") or model.generation_config
+    if not isinstance(config, GenerationConfig):
+        raise TypeError(
+            f"{_OP}: generation_config must be a GenerationConfig, got {type(config).__name__}"
+        )
+    for name in ("logits_processor", "stopping_criteria"):
+        called = options.get(name)
+        if called is not None and not (isinstance(called, list) and all(map(callable, called))):
+            raise TypeError(f"{_OP}: {name} must be a list of callables, got {called!r}")
     for name, why in _NOT_HERE.items():
         if options.get(name) is not None:
             raise NotImplementedError(f"{_OP}: {name} is not supported: {why}")

@@ -13,14 +13,15 @@ from adaptive.layers.best_heads import best_heads
 from adaptive.layers.expert_log import AUDITED_ROWS
 from adaptive.layers.head_choice import HeadChoice, HeadPass, the_same
 from adaptive.layers.head_log import HeadLog
-from adaptive.layers.hf_linear import fast_linear, is_plain
+from adaptive.layers.hf_linear import fast_linear, is_plain, is_watched
 from adaptive.layers.state import ENCODER, PatchRecord
 from adaptive.layers.survey import Site, Survey
 from adaptive.layers.switch import Switch
 from adaptive.layers.width_choice import WidthPass
 from adaptive.policy.head_routing import HeadRouting
 
-_PROJECTIONS = ("q_proj", "o_proj")
+PACKED = "qkv_proj"
+"""Queries, keys and values of one projection, in this order, as in Phi-3."""
 
 
 class _Projection:
@@ -61,6 +62,15 @@ class _Projection:
         width = self.site.heads // self.site.kv_heads * self.site.head_dim
         return slice(start * width, stop * width)
 
+    @staticmethod
+    def check(linear: Any, name: str) -> None:
+        """Raise PatchConflict if someone hooked the projection."""
+        if is_watched(linear):
+            raise PatchConflict(
+                f"adaptive: HeadRouting reads parts of {name!r}, which someone hooked since "
+                "patch(); unpatch() first"
+            )
+
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """A product with a part of the layer."""
         made = fast_linear(x, weight, bias) if self.native else None
@@ -68,10 +78,12 @@ class _Projection:
 
 
 class QueryForward(_Projection):
-    """Chooses the heads of each token, and computes the queries of these."""
+    """Chooses the heads of each token, and computes the queries of these, and no others."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return queries, 0 where a head does not run. Differentiable but for the choice.
+        """Return queries, 0 where a head does not run, and what is packed with them.
+
+        Differentiable but for the choice.
 
         Raises:
             NotImplementedError: torch.compile or torch.jit.trace is at work.
@@ -89,11 +101,9 @@ class QueryForward(_Projection):
                 "adaptive: HeadRouting cannot run under torch.compile or torch.jit.trace: which "
                 "heads run depends on the tokens"
             )
-        if not is_watched_by_none(linear):
-            raise PatchConflict(
-                "adaptive: HeadRouting reads parts of 'q_proj', which someone hooked since "
-                "patch(); unpatch() first"
-            )
+        queries = self.columns(0, self.site.kv_heads).stop
+        packed = queries < len(linear.weight)
+        self.check(linear, PACKED if packed else "q_proj")
         if x.numel() == 0:
             return type(linear).forward(linear, x)  # type: ignore[no-any-return]
         rows = x.reshape(-1, x.shape[-1])
@@ -103,8 +113,10 @@ class QueryForward(_Projection):
             every = F.linear(rows[choice.audited], linear.weight, linear.bias)
             out = every.new_zeros(len(rows), every.shape[1])
             out[choice.audited] = every
-        for start, stop, some in choice.spans:
-            at = self.columns(start, stop)
+        parts = [(self.columns(start, stop), some) for start, stop, some in choice.spans]
+        if packed:  # keys and values of all tokens
+            parts.append((slice(queries, len(linear.weight)), None))
+        for at, some in parts:
             bias = None if linear.bias is None else linear.bias[at]
             made = self.multiply(rows if some is None else rows[some], linear.weight[at], bias)
             if out is None:
@@ -153,11 +165,7 @@ class OutputForward(_Projection):
         choice = None if now is None else now.chosen.pop(self.layer, None)
         if not self.switch.on or choice is None:
             return type(linear).forward(linear, x)  # type: ignore[no-any-return]
-        if not is_watched_by_none(linear):
-            raise PatchConflict(
-                "adaptive: HeadRouting reads parts of 'o_proj', which someone hooked since "
-                "patch(); unpatch() first"
-            )
+        self.check(linear, "o_proj")
         rows = x.reshape(-1, x.shape[-1])
         out = rows.new_zeros((len(rows), len(linear.weight)), dtype=torch.float32)
         dtype = x.dtype
@@ -198,11 +206,6 @@ class OutputForward(_Projection):
         found.count(choice.counted, runs, choice.kv_heads)
 
 
-def is_watched_by_none(linear: Any) -> bool:
-    """Whether nobody hooked a projection."""
-    return not (linear._forward_hooks or linear._forward_pre_hooks)
-
-
 def problems(root: nn.Module, survey: Survey, policy: HeadRouting) -> list[str]:
     """Why some heads of the model cannot be left out; the first reason.
 
@@ -219,7 +222,7 @@ def problems(root: nn.Module, survey: Survey, policy: HeadRouting) -> list[str]:
         reason = why_whole(module, site)
         if reason is not None:
             return [f"HeadRouting does not fit: attention of layer {site.layer} {reason}"]
-        width = module.q_proj.weight.shape[1]
+        width = getattr(module, query_name(module)).weight.shape[1]
         if policy.router is not None and policy.router.width != width:
             raise ValueError(
                 f"adaptive: HeadRouting.router must be for states of width {width}, "
@@ -228,16 +231,23 @@ def problems(root: nn.Module, survey: Survey, policy: HeadRouting) -> list[str]:
     return []
 
 
+def query_name(module: nn.Module) -> str:
+    """The name of the projection that gives the queries of an attention module."""
+    return PACKED if hasattr(module, PACKED) else "q_proj"
+
+
 def why_whole(module: Any, site: Site) -> str | None:
     """Why attention cannot run some of its heads; None if it can."""
-    inner = site.heads * site.head_dim
-    shapes = {"q_proj": 0, "o_proj": 1}
-    for name, axis in shapes.items():
+    query = query_name(module)
+    heads = site.heads + (2 * site.kv_heads if query == PACKED else 0)
+    shapes = {query: (0, heads), "o_proj": (1, site.heads)}
+    for name, (axis, many) in shapes.items():
         linear: Any = getattr(module, name, None)
         if not is_plain(linear) or "forward" in linear.__dict__:
-            return f"has no {name!r} that is a plain linear layer"
-        if linear.weight.shape[axis] != inner:
-            return f"has a {name!r} that is not of {site.heads} heads of {site.head_dim}"
+            have = ", ".join(child for child, _ in module.named_children())
+            return f"has no {name!r} that is a plain linear layer (it has {have})"
+        if linear.weight.shape[axis] != many * site.head_dim:
+            return f"has a {name!r} that is not of {many} heads of {site.head_dim}"
     norm = getattr(getattr(module, "q_norm", None), "weight", None)
     if norm is not None and norm.numel() != site.head_dim:
         return "normalises the queries of all heads together"
@@ -249,7 +259,8 @@ def why_whole(module: Any, site: Site) -> str | None:
         source = inspect.getsource(type(module).forward)
     except (OSError, TypeError):
         return "has no source that says what it does"
-    if any(source.count(f"self.{name}(") != 1 for name in shapes):
+    known = query != PACKED or "qkv[..., :query_pos]" in source
+    if not known or any(source.count(f"self.{name}(") != 1 for name in shapes):
         return "uses its projections in a way that is not known"
     return None
 
@@ -274,7 +285,8 @@ def install(root: nn.Module, survey: Survey, record: PatchRecord, native: bool) 
     record.switch.head_pass = HeadPass()
     record.switch.width_pass = record.switch.width_pass or WidthPass()  # says what is padding
     for site in sites:
-        for name, kind in zip(_PROJECTIONS, (QueryForward, OutputForward), strict=True):
+        query = query_name(root.get_submodule(site.name))
+        for name, kind in ((query, QueryForward), ("o_proj", OutputForward)):
             path = f"{site.name}.{name}"
             linear = root.get_submodule(path)
             record.log.set(root, path, "forward", kind(linear, record.switch, site, policy, native))

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from adaptive import _native
+from adaptive.layers.autocast import autocast_dtype
 from adaptive.layers.state import PatchRecord
 from adaptive.layers.switch import Switch
-from adaptive.layers.torch_guard import autocast_dtype, why_not_plain
+from adaptive.layers.torch_guard import why_not_plain
 from adaptive.layers.widened_linear import (
     MIN_ROWS,
     may_have_tiles,

@@ -10,7 +10,14 @@ import transformers
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from adaptive.layers import hf_adopt, hf_attention, hf_generate, hf_routing_passes, hf_width_pass
+from adaptive.layers import (
+    hf_adopt,
+    hf_attention,
+    hf_generate,
+    hf_routing_passes,
+    hf_width_pass,
+    one_pass,
+)
 from adaptive.layers.correction import correct, note_pass
 from adaptive.layers.hf_config import ask_for
 from adaptive.layers.hf_layer_rows import LayerRows
@@ -122,8 +129,7 @@ def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
         if hasattr(root, entry):
             record.log.set(root, "", entry, refuse_continuous_batching)
     record.log.set(root, survey.base, FORWARD, record)
-    record.log.hook(root, survey.base, "_forward_pre_hooks", before_forward)
-    record.log.hook(root, survey.base, "_forward_hooks", after_forward)
+    one_pass.install(root, survey.base, record, before_forward, after_forward)
     hf_generate.install(root, survey, record)
     eager = name == hf_attention.ADAPTIVE_EAGER
     hf_routing_passes.install(root, survey, record, eager)

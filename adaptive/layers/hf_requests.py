@@ -1,5 +1,6 @@
 """Prompts of `generate_many`: what `generate` makes of the options of each, and rows of them."""
 
+import functools
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -8,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from adaptive.layers.hf_decoding import Decoding, decode_by
 from adaptive.layers.hf_generate import silenced, with_stop_strings
-from adaptive.layers.hf_inputs import cache_and_mask
 from adaptive.layers.hf_rows import SCORES_ALONE, Rows
 
 NAME = "generate_many"
@@ -74,25 +75,17 @@ def prepare(
     """
     made: list[tuple[Request, Cache]] = []
 
-    def note(
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        **model_kwargs: Any,
-    ) -> Tensor:
-        cache, _ = cache_and_mask(NAME, input_ids, model_kwargs, synced_gpus)
-        given = logits_processor, stopping_criteria, generation_config
-        made.append((Request(index, input_ids[0].tolist(), input_ids.device, *given), cache))
-        return input_ids
+    def note(call: Decoding) -> Tensor:
+        cache, _ = call.cache_and_mask(NAME)
+        ids, given = call.input_ids, (call.processors, call.criteria, call.config)
+        made.append((Request(index, ids[0].tolist(), ids.device, *given), cache))
+        return ids
 
     given = {"attention_mask": torch.ones_like(prompt[None]), **with_stop_strings(model, options)}
     taken = "tokenizer" in options and "tokenizer" not in given
     with silenced(model) if taken else nullcontext():
-        type(model).generate(model, prompt[None], **given, custom_generate=note)
+        stop_there = functools.partial(decode_by, loop=note, keeps_cache=False)
+        type(model).generate(model, prompt[None], **given, custom_generate=stop_there)
     return made[0]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptive.layers.autocast import in_own_dtype
 from adaptive.layers.hf_mask import LazyMask
 from adaptive.layers.pooling import pool_weights, pooled
 from adaptive.layers.switch import Switch
@@ -119,14 +120,18 @@ class Routes:
                 "depends on the tokens"
             )
         weight, bias = self.policy.router.of(index, states.device)
-        return self._numbers(index, states.float() @ weight + bias)
+        with in_own_dtype(states.device):
+            logits = states.float() @ weight + bias
+        return self._numbers(index, logits)
 
     def _guesses(self, index: int, states: Tensor) -> Tensor:
         """As `logits`, of the router's predictor."""
         router = self.policy.router
         assert router is not None
         assert router.predictor is not None  # the policy checks
-        return self._numbers(index, router.predictor.logits(router.layers.index(index), states))
+        with in_own_dtype(states.device):
+            logits = router.predictor.logits(router.layers.index(index), states)
+        return self._numbers(index, logits)
 
     @staticmethod
     def _numbers(index: int, logits: Tensor) -> Tensor:

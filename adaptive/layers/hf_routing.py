@@ -107,7 +107,7 @@ class RoutedForward:
                 rows = runs.nonzero()[:, 0].to(hidden.device)
                 given = rows_of(given, rows, batch)
                 made = _first(self._run(module, (hidden.index_select(0, rows),), given))
-                full = full.index_copy(0, rows, made)
+                full = full.index_copy(0, rows, made.to(full.dtype))  # autocast has another one
             out = self._as_returned(module, full)
         if layer is not None:
             layer.advance(tokens)
@@ -201,7 +201,7 @@ class RoutedForward:
             return full.index_copy(0, rows, some)
         # Put, not added: a token that runs gets the bits that it would get alone.
         row, at = (tokens >= 0).nonzero(as_tuple=True)
-        return full.index_put_((rows[row], tokens[row, at]), made[row, at])
+        return full.index_put_((rows[row], tokens[row, at]), made[row, at].to(full.dtype))
 
     def _arguments(
         self,

@@ -94,6 +94,8 @@ def begin(
             "adaptive: output_attentions is not supported with MixtureOfDepths: what does not run "
             "has no attention weights"
         )
+    cache = _argument(base, "past_key_values", args, kwargs)
+    _check_kind(cache)  # before the mask, which a static cache makes of another shape
     mask = _argument(base, "attention_mask", args, kwargs)
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == _PER_TOKEN):
         shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
@@ -101,7 +103,6 @@ def begin(
             "adaptive: attention_mask must be [batch, tokens] with MixtureOfDepths, to tell "
             f"padding from tokens, got {shape}"
         )
-    cache = _argument(base, "past_key_values", args, kwargs)
     if cache is None and routes.policy.kv == "kept":
         raise NotImplementedError(
             "adaptive: MixtureOfDepths(kv='kept') keeps keys in a cache: use_cache must be True"
@@ -139,14 +140,9 @@ def take_over(cache: Cache, policy: MixtureOfDepths, layers: int, past: int) -> 
     """Put the policy's layers into an empty cache.
 
     Raises:
-        NotImplementedError: The cache is of another kind, or was filled without the policy, or by
-            one that holds other keys.
+        NotImplementedError: The cache was filled without the policy, or by one that holds other
+            keys.
     """
-    if not isinstance(cache, DynamicCache) or cache.offloading:
-        raise NotImplementedError(
-            "adaptive: MixtureOfDepths needs a DynamicCache that is not offloaded, "
-            f"got {type(cache).__name__}"
-        )
     if policy.unit == "mlp" and policy.decide == "token":
         return
     if not past:
@@ -172,6 +168,14 @@ def take_over(cache: Cache, policy: MixtureOfDepths, layers: int, past: int) -> 
                 f"whose layer {index} is a {type(layer).__name__}{of}; start with a new cache"
             )
         cache.layers[index] = _layer_for(policy, layer)
+
+
+def _check_kind(cache: Any) -> None:
+    if cache is not None and (not isinstance(cache, DynamicCache) or cache.offloading):
+        raise NotImplementedError(
+            "adaptive: MixtureOfDepths needs a DynamicCache that is not offloaded, "
+            f"got {type(cache).__name__}"
+        )
 
 
 def form_of(policy: MixtureOfDepths) -> tuple[object, ...]:

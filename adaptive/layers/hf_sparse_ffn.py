@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaptive.layers.autocast import autocast_dtype
 from adaptive.layers.hf_linear import is_plain, most_rows
 from adaptive.layers.sparse_ffn import SparseFfnForward, SparseFfnLog
 from adaptive.layers.state import PatchRecord
-from adaptive.layers.torch_guard import autocast_dtype, why_not_plain
+from adaptive.layers.torch_guard import why_not_plain
 from adaptive.ops.sparse_row_ffn import supports
 
 MIN_SPARSITY = 0.75

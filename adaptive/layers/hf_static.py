@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from adaptive.layers.cuda_graph import Ending, LateEnding
-from adaptive.layers.hf_inputs import cache_and_mask
+from adaptive.layers.hf_compiled import is_compiled
+from adaptive.layers.hf_decoding import Decoding
 from adaptive.layers.hf_passes import Passes
 from adaptive.layers.hf_static_step import StaticStep
 from adaptive.layers.state import RECORD, PatchRecord
@@ -21,35 +21,14 @@ _KEEP_THE_BEST = {"MinPLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper"}
 """Processors that leave the largest score what and where it is."""
 
 
-@torch.no_grad()
-def speculate_static(  # noqa: PLR0913 - the signature that transformers calls
-    model: Any,
-    input_ids: Tensor,
-    logits_processor: Any,
-    stopping_criteria: Any,
-    generation_config: Any,
-    synced_gpus: bool = False,
-    streamer: Any = None,
-    *,
-    policy: SelfSpeculative,
-    keeps_cache: bool,
-    steps: StaticSteps,
-    **model_kwargs: Any,
-) -> Any:
+def speculate_static(call: Decoding, policy: SelfSpeculative, steps: StaticSteps) -> Any:
     """Decode until every row is finished, as `speculate`.
 
     Args:
-        model: A patched model.
-        input_ids: The prompt, ``[batch, tokens]``, padded on the left.
-        logits_processor: Refused if it could change what is the best token.
-        stopping_criteria: Length and end tokens; refused if there are others.
-        generation_config: As `generate` prepared it.
-        synced_gpus: Refused if True.
-        streamer: Refused.
+        call: Refused where processors could change what is the best token, for criteria other than
+            length and end tokens, with a streamer, and with a cache of the caller.
         policy: What to do.
-        keeps_cache: Whether the caller holds the cache; refused.
         steps: What earlier calls have set up.
-        model_kwargs: As `generate` prepared them; what has no meaning here is refused.
 
     Returns:
         ``[batch, tokens]``, finished rows padded, or the dict that ``return_dict_in_generate``
@@ -58,31 +37,29 @@ def speculate_static(  # noqa: PLR0913 - the signature that transformers calls
     Raises:
         NotImplementedError: The call asks for what a static step cannot do, named.
     """
+    model, config, input_ids = call.model, call.config, call.input_ids
     record: PatchRecord = model.__dict__[RECORD]
     assert record.speculation is not None
-    _refuse(model, logits_processor, stopping_criteria, generation_config, streamer, keeps_cache)
-    cache, mask = cache_and_mask(_NAME, input_ids, model_kwargs, synced_gpus)
+    _refuse(call)
+    cache, mask = call.cache_and_mask(_NAME)
     batch, tokens = input_ids.shape
-    most = int(stopping_criteria.max_length or generation_config.max_length)
-    limit, ends = most - tokens, _end_tokens(stopping_criteria)
+    most = int(call.criteria.max_length or config.max_length)
+    limit, ends = most - tokens, _end_tokens(call.criteria)
     longest = tokens if mask is None else int(mask.sum(-1).max())
     prompt = Passes(model, model.get_submodule(record.base), record.depth, cache, mask)
-    logits = prompt.prompt(input_ids, generation_config.prefill_chunk_size)
+    logits = prompt.prompt(input_ids, config.prefill_chunk_size)
     _check_keys(model, cache)
     with _device(input_ids):
         # After the prompt: layers that are passed over return what they returned when last run.
         held = _held(model, policy, steps, batch, longest + limit, len(ends))
-        pad = getattr(generation_config, "_pad_token_tensor", None)
+        pad = getattr(config, "_pad_token_tensor", None)
         held.step.begin(
             cache, mask, logits[:, -1:].argmax(-1), limit, ends, 0 if pad is None else int(pad)
         )
         decode(held, limit - 1, LateEnding() if input_ids.is_cuda else Ending())
     rows = held.step.rows
     _count(record, policy, held, steps)
-    made: Any = torch.cat([input_ids, rows.tokens[:, : int(rows.made.max())]], 1)
-    if generation_config.return_dict_in_generate:
-        return GenerateDecoderOnlyOutput(sequences=made)
-    return made
+    return call.answer(torch.cat([input_ids, rows.tokens[:, : int(rows.made.max())]], 1))
 
 
 def _device(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -157,22 +134,20 @@ def _end_tokens(criteria: Any) -> list[int]:
     return sorted(set(found))
 
 
-def _refuse(
-    model: Any, processors: Any, criteria: Any, config: Any, streamer: Any, keeps_cache: bool
-) -> None:
+def _refuse(call: Decoding) -> None:
     """Raise if the call asks for what a step without the host cannot do."""
-    problem = _why_not_model(model)
-    others = _others(processors, _KEEP_THE_BEST)
+    problem = _why_not_model(call.model)
+    others = _others(call.processors, _KEEP_THE_BEST)
     if others:
         problem = f"logits processors ({others}) run on the host"
-    others = _others(criteria, {"EosTokenCriteria", "MaxLengthCriteria"})
+    others = _others(call.criteria, {"EosTokenCriteria", "MaxLengthCriteria"})
     if others:
         problem = f"stopping criteria ({others}) run on the host"
-    if streamer is not None:
+    if call.streamer is not None:
         problem = "a streamer gets tokens that the host would have to wait for"
-    if keeps_cache:
+    if call.keeps_cache:
         problem = "it has a cache of its own, past_key_values cannot be given"
-    if config.do_sample:
+    if call.config.do_sample:
         problem = "do_sample=True is not supported, greedy search is"
     if problem is not None:
         raise NotImplementedError(
@@ -182,9 +157,9 @@ def _refuse(
 
 
 def _why_not_model(model: Any) -> str | None:
-    compiled = any(module._compiled_call_impl is not None for module in model.modules())
-    if compiled or torch.compiler.is_compiling():
-        return "it cannot run under torch.compile"
+    compiled = next((name for name, module in model.named_modules() if is_compiled(module)), None)
+    if compiled is not None:
+        return f"no module can be compiled, got a compiled {compiled!r}"
     if torch.is_autocast_enabled(model.device.type):
         return "autocast casts weights anew in each step"
     devices = {str(parameter.device) for parameter in model.parameters()}

@@ -20,8 +20,8 @@ def lengths_of(call: Call, state: LayerState) -> Tensor | None:
     if torch.compiler.is_compiling():  # where tensors say nothing more
         if state.record.depth is not None and state.record.depth.static:
             raise NotImplementedError(
-                "adaptive: SelfSpeculative(static=True) cannot run under torch.compile; use "
-                "static=False"
+                "adaptive: SelfSpeculative(static=True) cannot run under torch.compile: call "
+                "attention as it is"
             )
         return None
     lengths: Tensor | None = getattr(call.key, "adaptive_lengths", None)

@@ -70,7 +70,7 @@ class PrefixForward:
             NotImplementedError: torch.compile or torch.jit.trace is at work: how many tokens share
                 a width is data.
         """
-        if torch.compiler.is_compiling() or self.now.in_graph or torch._C._is_tracing():
+        if torch.compiler.is_compiling() or self.switch.in_graph or torch._C._is_tracing():
             raise NotImplementedError(
                 "adaptive: TokenRouting(router=...) cannot run under torch.compile or "
                 "torch.jit.trace"

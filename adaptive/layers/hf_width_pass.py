@@ -20,10 +20,7 @@ def begin(
         NotImplementedError: What padding skips would not be skipped when layers run again.
     """
     now = record.switch.width_pass
-    if now is None:
-        return
-    if record.in_graph:
-        now.in_graph = True
+    if now is None or record.in_graph:
         return
     cache = argument(base, "past_key_values", args, kwargs)
     past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0

@@ -4,12 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adaptive.layers.autocast import in_own_dtype
 from adaptive.layers.torch_guard import why_not_plain
 from adaptive.ops.skinny_linear import MAX_ROWS, skinny_linear, supports
 
 
 def linear_scores(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Scores of the experts, ``[rows, experts]``, float32, without gradients.
+    """Scores of the experts, ``[rows, experts]``, float32 also under autocast; no gradients.
 
     Args:
         rows: ``[rows, width]``.
@@ -23,4 +24,5 @@ def linear_scores(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         # would be decided otherwise in decoding than in the prompt.
         parts = [skinny_linear(part, weight) for part in states.split(MAX_ROWS)]
         return (torch.cat(parts) if len(parts) > 1 else parts[0]) + bias
-    return F.linear(states, weight) + bias
+    with in_own_dtype(states.device):
+        return F.linear(states, weight) + bias

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from adaptive.layers.autocast import in_own_dtype
+
 _PER_TOKEN = 2
 """Axes of a mask that says which tokens are not padding, ``[batch, tokens]``."""
 
@@ -38,4 +40,5 @@ def pool_weights(states: Tensor, mask: Tensor | None, pool: str) -> Tensor:
 
 def pooled(states: Tensor, weights: Tensor) -> Tensor:
     """Return the weighted sum of each sequence's states, ``[batch, width]``, float32."""
-    return torch.bmm(weights[:, None], states.float())[:, 0]
+    with in_own_dtype(states.device):
+        return torch.bmm(weights[:, None], states.float())[:, 0]

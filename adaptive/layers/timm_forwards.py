@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from adaptive.layers.encoder_passes import unsupported
 from adaptive.layers.instance_method import InstanceMethod
+from adaptive.layers.one_pass import PASSES, OnePass
 from adaptive.layers.state import STATE, LayerState, PatchRecord
 from adaptive.layers.token_reduction import TokenReduction
 from adaptive.layers.token_reduction_passes import finish, refuse_tracing
@@ -112,23 +113,37 @@ def see_key(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], key:
 
 def _counted(base: Any, record: PatchRecord, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a pass, and count and audit what became of its tokens."""
-    forward = type(base).forward_features
-    reduction: TokenReduction | None = record.token_reduction
-    if reduction is not None:
-        _check(base, reduction, dict(zip(_BEHIND_IMAGES, args[1:], strict=False)) | kwargs)
-        reduction.begin(None)
-    start = perf_counter()
+    if record.token_reduction is None:
+        return _timed(base, record, args, kwargs)
+    guard: OnePass = base.__dict__[PASSES]
+    guard.enter()
     try:
-        made = forward(base, *args, **kwargs)
+        return _reduced(base, record, args, kwargs)
+    finally:
+        guard.leave()
+
+
+def _reduced(base: Any, record: PatchRecord, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    forward = type(base).forward_features
+    reduction: TokenReduction = record.token_reduction
+    _check(base, reduction, dict(zip(_BEHIND_IMAGES, args[1:], strict=False)) | kwargs)
+    reduction.begin(None)
+    before = record.forward_seconds
+    try:
+        made = _timed(base, record, args, kwargs)
     except BaseException:
-        if reduction is not None:
-            reduction.end()
+        reduction.end()
         raise
-    seconds = perf_counter() - start if record.timed else 0.0
+    seconds = record.forward_seconds - before
+    finish(base, record, made, lambda: (forward(base, *args, **kwargs),), None, seconds)
+    return made
+
+
+def _timed(base: Any, record: PatchRecord, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    start = perf_counter()
+    made = type(base).forward_features(base, *args, **kwargs)
     record.forward_calls += 1
-    record.forward_seconds += seconds
-    if reduction is not None:
-        finish(base, record, made, lambda: (forward(base, *args, **kwargs),), None, seconds)
+    record.forward_seconds += perf_counter() - start if record.timed else 0.0
     return made
 
 

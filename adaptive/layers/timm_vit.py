@@ -12,6 +12,7 @@ from torch import nn
 
 from adaptive.layers import token_reduction_passes
 from adaptive.layers.changes import own_forward
+from adaptive.layers.one_pass import PASSES, OnePass
 from adaptive.layers.state import ENCODER, PatchRecord
 from adaptive.layers.survey import Site, Survey
 from adaptive.layers.timm_forwards import (
@@ -124,6 +125,8 @@ def install(root: nn.Module, survey: Survey, record: PatchRecord) -> None:
                 log.hook(root, f"{site.name}.{norm}", "_forward_hooks", hook)
     if record.token_reduction is not None:
         log.set(root, survey.base, "forward_intermediates", Intermediates(base))
+        policy = type(record.token_reduction.policy).__name__
+        log.set(root, survey.base, PASSES, OnePass(policy, record.switch))
 
 
 def _is_timms(kind: type) -> bool:

@@ -75,12 +75,7 @@ class TokenPrunes(TokenReduction):
         weights, scores = self._weights, self._scores
         if weights is None or scores is None:
             raise RuntimeError("adaptive: TokenPruning saw no attention in a layer")
-        # On CUDA the question would stop the device in every layer that reduces: NaN goes first.
-        if scores.is_cpu and bool(scores.isnan().any()):
-            raise ValueError(
-                f"adaptive: the class token's attention in layer {index} must be numbers for "
-                "TokenPruning to choose by, got NaN"
-            )
+        self._look(index, scores)
         if self.policy.restore == "cached":
             self.whole = states if self.groups is None else self._all(states)
         batch, tokens, _ = states.shape
@@ -103,6 +98,17 @@ class TokenPrunes(TokenReduction):
             self.set_lengths([self.policy.left(length, self.protect) for length in rows], states)
         self.pruned, self.masks = True, {}
         return made
+
+    def _look(self, index: int, scores: Tensor) -> None:
+        """Raise if scores are NaN; where the question would stop the device, note the answer."""
+        nan = scores.detach().isnan().any()
+        if not _answers_at_once(scores):
+            self.nan = nan if self.nan is None else self.nan | nan
+        elif bool(nan):
+            raise ValueError(
+                f"adaptive: the class token's attention in layer {index} must be numbers for "
+                "TokenPruning to choose by, got NaN"
+            )
 
     def restore(self, states: Tensor) -> Tensor:
         """Give each original token its state, or that in which it went, or the fused one."""
@@ -134,3 +140,7 @@ class TokenPrunes(TokenReduction):
         assert self.whole is not None
         index = self.groups.clamp(min=0)[..., None].expand(-1, -1, states.shape[2])
         return torch.where(self.groups[..., None] < 0, self.whole, states.gather(1, index))
+
+
+def _answers_at_once(scores: Tensor) -> bool:
+    return scores.is_cpu

@@ -37,6 +37,7 @@ class TokenReduction:
         tokens: Real tokens that went through each layer so far.
         seconds: Time spent on choosing and reducing.
         query: Queries of the layer now running whose keys are not there yet.
+        nan: Whether what chose was NaN in this pass, on the device; None: nobody looked there.
     """
 
     verb: ClassVar[str]
@@ -55,6 +56,7 @@ class TokenReduction:
     tokens: list[int] = field(default_factory=list)
     seconds: float = 0.0
     query: Tensor | None = None
+    nan: Tensor | None = None
     _real: list[int] | None = None  # of each row; None: all
     _wanted: bool = False
 
@@ -113,7 +115,7 @@ class TokenReduction:
 
     def forget(self) -> None:
         """Drop what tensors the pass left."""
-        self.groups = self.bias = self.query = None
+        self.groups = self.bias = self.query = self.nan = None
 
     def see(self, query: Tensor, key: Tensor, scale: float | None) -> None:
         """Take from the attention of the layer now running what is needed after it.

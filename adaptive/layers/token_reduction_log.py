@@ -6,6 +6,8 @@ import copy
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from adaptive.layers.cosine_audit import CosineAudits
 
 
@@ -20,6 +22,8 @@ class TokenReductionLog(CosineAudits):
         dense_tokens: Those that would have gone through each layer without it.
         seconds: Time in these passes, on CPU, audits left out.
         reduce_seconds: Of that, time in which tokens were chosen, and merged or dropped.
+        nan_calls: Passes on a GPU in which what chose was NaN; in a report a number, and before
+            that on the device, which nobody waits for. On a CPU such a pass raises.
     """
 
     verb: str
@@ -28,6 +32,7 @@ class TokenReductionLog(CosineAudits):
     dense_tokens: int = 0
     seconds: float = 0.0
     reduce_seconds: float = 0.0
+    nan_calls: int | Tensor = 0
 
     @property
     def kept_shares(self) -> list[float]:
@@ -40,9 +45,17 @@ class TokenReductionLog(CosineAudits):
         shares = self.kept_shares
         return sum(shares) / len(shares) if shares else None
 
-    def count(self, tokens: list[int], seconds: float, reduce_seconds: float) -> None:
-        """Count one pass, and the real tokens that went through each of its layers."""
+    def count(
+        self,
+        tokens: list[int],
+        seconds: float,
+        reduce_seconds: float,
+        nan: Tensor | None = None,
+    ) -> None:
+        """Count one pass, the real tokens that went through each layer, and if it met ``nan``."""
         self.calls += 1
+        if nan is not None:
+            self.nan_calls = self.nan_calls + nan.int()
         self.seconds += seconds
         self.reduce_seconds += reduce_seconds
         self.dense_tokens += tokens[0]
@@ -76,6 +89,8 @@ class TokenReductionLog(CosineAudits):
             line += (
                 f"\n{self.reduce_seconds / self.seconds:.1%} of {self.seconds:.3g} s to {self.verb}"
             )
+        if self.nan_calls:
+            line += f"\nNaN chose the tokens of {self.nan_calls} of {self.calls} passes"
         if self.agreement is None:
             return line + "\nnone audited"
         mean, least = self.agreement
@@ -83,5 +98,9 @@ class TokenReductionLog(CosineAudits):
 
 
 def copy_of(log: TokenReductionLog | None, verb: str) -> TokenReductionLog | None:
-    """Return a copy of ``log`` if its tokens did what ``verb`` says."""
-    return copy.deepcopy(log) if log is not None and log.verb == verb else None
+    """Return a copy of ``log`` if its tokens did what ``verb`` says. Waits for the device."""
+    if log is None or log.verb != verb:
+        return None
+    found = copy.deepcopy(log)
+    found.nan_calls = int(found.nan_calls)
+    return found

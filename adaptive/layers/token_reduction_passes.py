@@ -90,7 +90,7 @@ def finish(
     """
     reduction: TokenReduction = record.token_reduction
     log = record.token_reduction_log
-    lost = reduction.groups is not None
+    lost, nan = reduction.groups is not None, reduction.nan
     tokens, reduce_seconds = reduction.end()
     if lost:
         raise RuntimeError(
@@ -100,6 +100,6 @@ def finish(
         )
     if log is None or not tokens:
         return
-    log.count(tokens, seconds, reduce_seconds)
+    log.count(tokens, seconds, reduce_seconds, nan)
     if due(log, reduction.policy) and not base.training:  # dropout would differ
         log.audit(made, full, mask, reduction.policy.pool, record.timed)

@@ -30,12 +30,6 @@ def why_not_plain(tensors: Sequence[Tensor | None]) -> str | None:
     return None
 
 
-def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """What autocast would make of the tensor's device here; None outside autocast."""
-    device = tensor.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
 def seconds_since(start: float, state: LayerState, query: Tensor) -> float:
     """Time since ``start``; 0 on CUDA, where it would say nothing without a synchronisation."""
     state.record.timed = query.is_cpu

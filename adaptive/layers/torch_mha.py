@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptive.layers.autocast import autocast_dtype
 from adaptive.layers.memory_attention import Projections, memory_attention
 from adaptive.layers.state import STATE, LayerState
-from adaptive.layers.torch_guard import autocast_dtype, seconds_since, why_not_plain
+from adaptive.layers.torch_guard import seconds_since, why_not_plain
 from adaptive.ops.decode_attention import DTYPES, MAX_QUERY_TOKENS
 from adaptive.policy.plan import STOCK
 

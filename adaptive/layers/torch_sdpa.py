@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from adaptive.layers.autocast import autocast_dtype
 from adaptive.layers.state import STATE, LayerState
-from adaptive.layers.torch_guard import autocast_dtype, seconds_since, why_not_plain
+from adaptive.layers.torch_guard import seconds_since, why_not_plain
 from adaptive.ops.decode_attention import MAX_QUERY_TOKENS, decode_attention, supports
 from adaptive.policy.plan import STOCK
 

@@ -1,12 +1,14 @@
 """Which width each token of a call gets: what the router says, and what is known of the pass."""
 
 import math
+import threading
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from adaptive.layers.autocast import in_own_dtype
 from adaptive.policy.token_routing import TokenRouting, neurons_of
 from adaptive.policy.width_router import WidthRouter
 
@@ -23,12 +25,10 @@ class Reduces(Protocol):
 
 
 @dataclass
-class WidthPass:
-    """What FFNs of one model need to know of the pass now running.
+class WidthPass(threading.local):
+    """What FFNs of one model need to know of the pass now running; each thread has its own.
 
     Attributes:
-        in_graph: Whether torch.compile is at work on it. An error in the hook before the pass would
-            be swallowed, so the FFNs raise it.
         known: Which tokens of cache and pass are not padding, ``[batch, past + tokens]``; None:
             all, or nobody knows.
         past: Tokens of the cache before the pass.
@@ -37,19 +37,18 @@ class WidthPass:
         reduces: What knows which rows and tokens of the pass are left; None: they all stay.
     """
 
-    in_graph: bool = False
     known: Tensor | None = None
     past: int = 0
     forced: dict[int, Tensor] | None = None
     reduces: Reduces | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __reduce__(self) -> tuple[Any, ...]:
         """Leave out a pass that an exception ended: what it points at is not the copy's."""
-        return {"in_graph": False, "known": None, "past": 0, "forced": None, "reduces": None}
+        return WidthPass, ()
 
     def begin(self, mask: Any, past: int, reduces: Reduces | None = None) -> None:
         """Note what a pass was given: its mask, the tokens of its cache, and what reduces it."""
-        self.in_graph, self.known, self.past, self.reduces = False, None, past, reduces
+        self.known, self.past, self.reduces = None, past, reduces
         if isinstance(mask, Tensor) and mask.dim() == _PER_TOKEN and not bool((mask != 0).all()):
             self.known = mask != 0
 
@@ -92,7 +91,7 @@ def chosen_neurons(
     neurons = [neurons_of(share, total) for share in policy.choices]
     if now.forced is not None and layer in now.forced:
         return torch.tensor(neurons, device=rows.device)[now.forced[layer].to(rows.device)]
-    with torch.no_grad():
+    with torch.no_grad(), in_own_dtype(rows.device):
         logits = _logits(policy, layer, rows.detach())
     if len(rows) == 1 and real is None:  # decoding: numbers are sooner compared than tensors
         values: list[float] = logits[0].tolist()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from adaptive.policy._fields import known_fields
 from adaptive.policy._plan_file import short
+from adaptive.policy._router_tensors import by_layer, one_shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +41,8 @@ class ExpertRouterWeights:
         whole = isinstance(layers, list | tuple) and all(type(i) is int and i >= 0 for i in layers)
         if not whole or not layers or list(layers) != sorted(set(layers)):
             raise _refused("layers", "be ascending layer numbers from 0", layers)
-        weight = _numbers("weight", self.weight, 3)
-        if len(weight) != len(layers):
-            raise _refused("weight", f"have {len(layers)} matrices, one per layer", len(weight))
-        bias = None if self.bias is None else _numbers("bias", self.bias, 2)
+        weight = self._checked("weight", 2)
+        bias = None if self.bias is None else self._checked("bias", 1)
         if bias is not None and bias.shape != weight.shape[:2]:
             raise _refused("bias", f"have shape {list(weight.shape[:2])}", list(bias.shape))
         object.__setattr__(self, "layers", tuple(layers))
@@ -51,6 +50,18 @@ class ExpertRouterWeights:
         object.__setattr__(self, "bias", None if bias is None else _tuples(bias.tolist()))
         if self.order is not None:
             self._check_order(self.order)
+
+    def _checked(self, name: str, axes: int) -> Tensor:
+        """The numbers of a field, of ``axes`` dimensions in each layer, ``[layers, ...]``."""
+        values: Any = getattr(self, name)
+        listed = isinstance(values, list | tuple)
+        if not listed or len(values) != len(self.layers):
+            rule = f"have {len(self.layers)} entries, one per layer"
+            raise _refused(name, rule, len(values) if listed else values)
+        given = zip(self.layers, values, strict=True)
+        found = {i: _numbers(f"{name} of layer {i}", own, axes) for i, own in given}
+        one_shape("ExpertRouterWeights", name, found)
+        return torch.stack([*found.values()])
 
     def _check_order(self, order: Any) -> None:
         if not isinstance(order, list | tuple) or len(order) != len(self.layers):
@@ -119,23 +130,19 @@ class ExpertRouterWeights:
             orders: For each of them ``[neurons]``; None: as the policy splits.
 
         Raises:
-            TypeError: One is no tensor.
-            ValueError: Shapes or layers do not agree, or numbers are not finite.
+            TypeError: One is no mapping or no tensor, or not of numbers of its kind.
+            ValueError: Shapes or layers do not agree, or numbers are not finite; named by layer.
         """
-        layers = tuple(sorted(weights))
-        found: dict[str, Any] = {}
-        for name, given in (("weight", weights), ("bias", biases), ("order", orders)):
-            if given is None:
-                continue
-            if tuple(sorted(given)) != layers:
-                raise _refused(name, f"be for layers {layers}", tuple(sorted(given)))
-            for layer in layers:
-                if not isinstance(given[layer], Tensor):
-                    kind = type(given[layer]).__name__
-                    rule = f"{name} of layer {layer} must be a tensor, got {kind}"
-                    raise TypeError(f"adaptive: {rule}")
-            found[name] = _tuples([given[layer].detach().cpu().tolist() for layer in layers])
-        return ExpertRouterWeights(layers=layers, **found)
+        owner = "ExpertRouterWeights"
+        weight = by_layer(owner, "weight", weights, ("experts", "width"))
+        layers, experts = tuple(weight), one_shape(owner, "weight", weight)[0]
+        found: dict[str, Any] = {"weight": weight}
+        if biases is not None:
+            found["bias"] = by_layer(owner, "bias", biases, (experts,), layers)
+        if orders is not None:
+            found["order"] = by_layer(owner, "order", orders, ("neurons",), layers, whole=True)
+        lists = {name: [own.tolist() for own in of.values()] for name, of in found.items()}
+        return ExpertRouterWeights(layers=layers, **lists)  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""

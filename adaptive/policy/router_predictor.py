@@ -87,13 +87,16 @@ class RouterPredictor:
         """Return the predictor with these weights of each routed layer, as `tensors` gives them.
 
         Raises:
-            ValueError: One has another number of axes.
+            TypeError: One is no tensor.
+            ValueError: A name is missing or unknown, or one has another shape.
         """
-        for layer in layers:
-            for name, axes in zip(PARTS, (2, 1, 1, 1), strict=True):
-                if layer[name].dim() != axes:
-                    found = list(layer[name].shape)
-                    raise refused_row("RouterPredictor", name, f"have {axes} axes", found)
+        for at, layer in enumerate(layers):
+            if not isinstance(layer, Mapping) or set(layer) != set(PARTS):
+                rule = f"map the names {', '.join(PARTS)} to tensors"
+                found = list(layer) if isinstance(layer, Mapping) else layer
+                raise refused_row("RouterPredictor", f"item {at}", rule, found)
+            for name in PARTS:
+                _check_shape(at, name, layer, layers[0]["inner.weight"])
         one = [[layer[name].detach().cpu().float() for name in PARTS] for layer in layers]
         return RouterPredictor(
             inner=tuple(tuple(map(tuple, w[0].tolist())) for w in one),
@@ -117,6 +120,20 @@ def predict(states: Tensor, weights: list[Tensor]) -> Tensor:
     """Logits of one predictor for ``states``, ``[..., width]``, from its four tensors."""
     inner, inner_bias, outer, bias = weights
     return functional.relu(states @ inner.T + inner_bias) @ outer + bias
+
+
+def _check_shape(at: int, name: str, layer: Mapping[str, Any], first: Any) -> None:
+    """Raise unless a tensor has the shape that `PARTS` tells, with the ``first`` inner weight's."""
+    value, place = layer[name], f"{name} of item {at}"
+    if not isinstance(value, Tensor):
+        kind = type(value).__name__
+        raise TypeError(f"adaptive: RouterPredictor.{place} must be a tensor, got {kind}")
+    if first.dim() != len(("hidden", "width")):
+        raise refused_row("RouterPredictor", place, "be [hidden, width]", list(first.shape))
+    hidden = len(first)
+    wanted = dict(zip(PARTS, (list(first.shape), [hidden], [hidden], [1]), strict=True))[name]
+    if list(value.shape) != wanted:
+        raise refused_row("RouterPredictor", place, f"have shape {wanted}", list(value.shape))
 
 
 def _rows(name: str, values: Any) -> list[Any] | tuple[Any, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from adaptive.policy._fields import known_fields
 from adaptive.policy._router_files import key, read, write
+from adaptive.policy._router_tensors import by_layer
 from adaptive.policy.router_predictor import PARTS, RouterPredictor, float_row, refused_row
 
 _HEAD = "adaptive_router"
@@ -53,7 +54,8 @@ class RouterWeights:
             _numbers(f"weight of layer {i}", row) for i, row in zip(layers, weight, strict=True)
         )
         if len({len(row) for row in rows}) != 1 or not rows[0]:
-            raise _refused("weight", "have rows of one width", [len(row) for row in rows])
+            sizes = {layer: len(row) for layer, row in zip(layers, rows, strict=True)}
+            raise _refused("weight", "have rows of one width in all layers", sizes)
         if bias is not None:
             bias = _numbers("bias", bias)
             if len(bias) != len(layers):
@@ -111,21 +113,17 @@ class RouterWeights:
                 the same as the sigmoid of their difference.
 
         Raises:
-            TypeError: A weight is no tensor.
+            TypeError: It is no mapping, or a weight is no tensor of real numbers.
             ValueError: It has another shape, or numbers that are not finite; the layer is named.
         """
-        rows = []
-        for layer, given in sorted(weights.items()):
-            if not isinstance(given, Tensor):
-                kind = type(given).__name__
-                raise TypeError(f"adaptive: router of layer {layer} must be a tensor, got {kind}")
-            found = given.detach().cpu().float()
-            found = found[None] if found.dim() == 1 else found
+        rows, known = [], by_layer("RouterWeights", "weight", weights, None)
+        for layer, given in known.items():
+            found = given[None] if given.dim() == 1 else given
             if found.dim() != _PAIR or not 1 <= len(found) <= _PAIR:
                 rule = "have shape [width], [1, width] or [2, width]"
                 raise _refused(f"weight of layer {layer}", rule, list(given.shape))
             rows.append(tuple((found[1] - found[0] if len(found) == _PAIR else found[0]).tolist()))
-        return RouterWeights(layers=tuple(sorted(weights)), weight=tuple(rows))
+        return RouterWeights(layers=tuple(known), weight=tuple(rows))
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""

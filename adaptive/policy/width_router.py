@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from adaptive.policy._fields import known_fields
 from adaptive.policy._router_files import key, read, write
+from adaptive.policy._router_tensors import by_layer, one_shape
 from adaptive.policy.router_predictor import float_row, refused_row
 
 _HEAD = "adaptive_width_router"
@@ -122,16 +123,16 @@ class WidthRouter:
             biases: For each layer ``[choices]``; None: zeros.
 
         Raises:
-            TypeError: A weight is no tensor.
-            ValueError: It has another shape, or numbers that are not finite; the layer is named.
+            TypeError: One is no mapping or no tensor, or not of real numbers.
+            ValueError: Shapes or layers do not agree, or numbers are not finite; named by layer.
         """
-        layers = tuple(sorted(weights))
-        if biases is not None and sorted(biases) != list(layers):
-            raise _refused("bias", f"be of layers {list(layers)}", sorted(biases))
-        rows = tuple(_listed("weight", layer, weights[layer], 2) for layer in layers)
-        bias = None
+        weight = by_layer("WidthRouter", "weight", weights, ("choices", "width"))
+        layers, choices = tuple(weight), one_shape("WidthRouter", "weight", weight)[0]
+        rows: Any = [own.tolist() for own in weight.values()]
+        bias: Any = None
         if biases is not None:
-            bias = tuple(_listed("bias", layer, biases[layer], 1) for layer in layers)
+            given = by_layer("WidthRouter", "bias", biases, (choices,), layers)
+            bias = [own.tolist() for own in given.values()]
         return WidthRouter(layers=layers, weight=rows, bias=bias)
 
     def to_dict(self) -> dict[str, Any]:
@@ -180,18 +181,6 @@ def _parts(meta: Mapping[str, Any]) -> list[str]:
 def _read(meta: Mapping[str, Any], layers: list[int], tensors: dict[str, Tensor]) -> WidthRouter:
     named = ({layer: tensors[key(layer, part)] for layer in layers} for part in _parts(meta))
     return WidthRouter.from_tensors(*named)
-
-
-def _listed(name: str, layer: int, tensor: object, axes: int) -> Any:
-    """The numbers of a tensor of so many axes, as tuples."""
-    if not isinstance(tensor, Tensor):
-        kind = type(tensor).__name__
-        raise TypeError(f"adaptive: {name} of layer {layer} must be a tensor, got {kind}")
-    if tensor.dim() != axes:
-        shape = "[choices, width]" if axes > 1 else "[choices]"
-        raise _refused(f"{name} of layer {layer}", f"have shape {shape}", list(tensor.shape))
-    values = tensor.detach().cpu().float().tolist()
-    return tuple(map(tuple, values)) if axes > 1 else tuple(values)
 
 
 def _checked(name: str, values: Any) -> tuple[float, ...]:

@@ -81,16 +81,26 @@ def read_batches(
     batches: Iterable[Tensor | Mapping[str, Any]], steps: int, device: torch.device
 ) -> Iterator[Batch]:
     """Yield ``steps`` batches, read when they are asked for."""
+    for batch in each_batch(batches, steps):
+        yield read_batch(batch, device)
+
+
+def each_batch(batches: object, steps: int) -> Iterator[Any]:
+    """Yield ``steps`` batches as they were given, when they are asked for.
+
+    Raises:
+        TypeError: They are not many batches.
+        ValueError: There are too few.
+    """
     given = _iterate(batches)
     for step in range(steps):
         try:
-            batch = next(given)
+            yield next(given)
         except StopIteration:
             raise ValueError(
                 f"adaptive: batches must hold as many as steps={steps}, got {step}: each was "
                 "trained on, and no more"
             ) from None
-        yield read_batch(batch, device)
 
 
 def read_all(

@@ -49,19 +49,7 @@ def causal_lm(model: nn.Module, layer_dropout: float) -> tuple[nn.Module, Family
     Raises:
         TypeError, UnknownFamily, UnsupportedModel, PatchConflict: As `early_exit`.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"adaptive: model must be an nn.Module, got {type(model).__name__}")
-    peft = type(model).__module__.startswith("peft.")
-    inside = [module for module in model.modules() if _is_pretrained(module)]
-    if not inside or not (inside[0] is model or peft):
-        raise UnsupportedModel(
-            "adaptive: only a causal LM of transformers can be trained with exits, bare or inside "
-            f"PEFT, got {type(model).__name__}"
-        )
-    root = inside[0]
-    if any(RECORD in module.__dict__ for module in model.modules()):
-        raise PatchConflict("adaptive: the model is patched; unpatch() it to train it")
-    family = family_for(root)
+    root, family = _root(model)
     if isinstance(family, EncoderFamily):
         raise UnsupportedModel(
             f"adaptive: {type(root).__name__} is an encoder: it has no next token to learn"
@@ -75,6 +63,37 @@ def causal_lm(model: nn.Module, layer_dropout: float) -> tuple[nn.Module, Family
     if layers < LEAST_LAYERS:
         raise UnsupportedModel(f"adaptive: the model must have 2 layers or more, got {layers}")
     return root, family, layers
+
+
+def any_model(model: nn.Module) -> tuple[nn.Module, Family | EncoderFamily, int]:
+    """Return what `causal_lm` does, or the encoder to train.
+
+    Raises:
+        TypeError, UnknownFamily, UnsupportedModel, PatchConflict: As `early_exit`.
+    """
+    root, family = _root(model)
+    if not isinstance(family, EncoderFamily):
+        return causal_lm(model, 0.0)
+    problems = [*family.problems(root), *_checkpointing(root)]
+    if problems:
+        raise UnsupportedModel("adaptive: " + "\n".join(problems))
+    return root, family, len(family.layer_names(root))
+
+
+def _root(model: nn.Module) -> tuple[nn.Module, Family | EncoderFamily]:
+    """The model of transformers, bare or inside PEFT, and its family."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"adaptive: model must be an nn.Module, got {type(model).__name__}")
+    peft = type(model).__module__.startswith("peft.")
+    inside = [module for module in model.modules() if _is_pretrained(module)]
+    if not inside or not (inside[0] is model or peft):
+        raise UnsupportedModel(
+            "adaptive: only a model of transformers can be trained here, bare or inside PEFT, "
+            f"got {type(model).__name__}"
+        )
+    if any(RECORD in module.__dict__ for module in model.modules()):
+        raise PatchConflict("adaptive: the model is patched; unpatch() it to train it")
+    return inside[0], family_for(inside[0])
 
 
 def check_finite(step: int, losses: Mapping[int, float], trained: Sequence[Tensor]) -> None:
@@ -99,8 +118,7 @@ def _problems(root: nn.Module, family: Family, layer_dropout: float) -> list[str
     problems = list(family.problems(root))
     if not family.base_name(root):
         problems.append(f"{type(root).__name__} has no LM head: load it as a causal LM")
-    if any(getattr(module, "gradient_checkpointing", False) for module in root.modules()):
-        problems.append("gradient checkpointing would drop layers anew: switch it off")
+    problems += _checkpointing(root)
     if getattr(config, "output_router_logits", False):
         problems.append(
             "config.output_router_logits=True: the balancing loss of experts is not trained here"
@@ -108,6 +126,11 @@ def _problems(root: nn.Module, family: Family, layer_dropout: float) -> list[str
     if layer_dropout and getattr(config, "_attn_implementation", "") == "flex_attention":
         problems.append("flex_attention has a mask that cannot be cut into rows: use sdpa")
     return problems
+
+
+def _checkpointing(root: nn.Module) -> list[str]:
+    on = any(getattr(module, "gradient_checkpointing", False) for module in root.modules())
+    return ["gradient checkpointing would drop layers anew: switch it off"] if on else []
 
 
 def _is_pretrained(module: nn.Module) -> bool:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional
 
 from adaptive.layers.balanced_clusters import balanced_clusters
 from adaptive.layers.feed_forward import FeedForward
-from adaptive.train._learning import still
 
 
 @dataclass(kw_only=True)
@@ -75,22 +73,6 @@ class LearningForward:
         """Run the whole FFN, and let the neurons of the chosen experts count."""
         runs = self.router.choose(x, self.top_k)[..., self.router.of] * self.factor
         hidden = self.ffn.hidden_of(x)
-        made: Tensor = self.ffn.down(hidden * runs.to(hidden.dtype))
+        down = self.ffn.down
+        made = functional.linear(hidden * runs.to(hidden.dtype), down.weight, down.bias)
         return self.ffn.finish(made)
-
-
-@contextmanager
-def learning(
-    root: nn.Module,
-    ffns: Mapping[int, tuple[str, FeedForward]],
-    routers: Mapping[int, LearningRouter],
-    top_k: int,
-    factor: float,
-) -> Iterator[None]:
-    """Hold ``ffns``, each with its name, so that their routers learn, and the weights do not."""
-    forwards = {
-        name: LearningForward(ffn, routers[layer], top_k, factor)
-        for layer, (name, ffn) in ffns.items()
-    }
-    with still(root, forwards):
-        yield

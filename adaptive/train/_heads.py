@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive.layers.evaluating import evaluating
+from adaptive.layers.hf_head_routing import query_name
 from adaptive.layers.survey import Site
 
 
@@ -40,7 +41,8 @@ class HeadStatistics:
         """Start with nothing seen."""
         self.site, self.tokens = site, 0
         self.real: Tensor | None = None
-        width, output = attention.q_proj.weight.shape[1], attention.o_proj.weight.detach().float()
+        query = getattr(attention, query_name(attention))
+        width, output = query.weight.shape[1], attention.o_proj.weight.detach().float()
         self._group = site.heads // site.kv_heads * site.head_dim
         parts = output.split(self._group, 1)
         self._gram = torch.stack([part.T @ part for part in parts])
@@ -98,6 +100,7 @@ def watching(root: nn.Module, found: Mapping[int, HeadStatistics]) -> Iterator[N
     with evaluating(root), ExitStack() as hooks:
         for statistics in found.values():
             attention: Any = root.get_submodule(statistics.site.name)
-            hooks.enter_context(attention.q_proj.register_forward_pre_hook(statistics.before))
+            query = getattr(attention, query_name(attention))
+            hooks.enter_context(query.register_forward_pre_hook(statistics.before))
             hooks.enter_context(attention.o_proj.register_forward_pre_hook(statistics.after))
         yield

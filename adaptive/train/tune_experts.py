@@ -10,15 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptive.adapters import Family
-from adaptive.errors import UnsupportedModel
-from adaptive.layers.feed_forward import FeedForward, whole_ffn
+from adaptive.layers.feed_forward import FeedForward
 from adaptive.policy import ExpertRouterWeights, FeedForwardExperts
 from adaptive.progress import ProgressBar
-from adaptive.train._batch import read_batches
-from adaptive.train._checks import causal_lm
-from adaptive.train._experts import LearningRouter, learning
-from adaptive.train._learning import check_last, check_rate, check_steps, descend, next_token_loss
+from adaptive.train._experts import LearningForward, LearningRouter
+from adaptive.train._ffns import Ffns
+from adaptive.train._learning import check_rate, check_steps, descend
 from adaptive.train._routers import step_of
 
 
@@ -31,7 +28,7 @@ class ExpertTuning:
         model: Class of the model.
         steps: That were trained.
         seconds: In them.
-        losses: Cross entropy of each step, in nats per token.
+        losses: Of each step: cross entropy in nats per token, or what an encoder learns from.
         settings: The arguments, as given.
     """
 
@@ -70,14 +67,20 @@ def tune_experts(  # noqa: PLR0913
 ) -> ExpertTuning:
     """Train routers for `adaptive.FeedForwardExperts`; the model's weights stay as they are.
 
-    Routers start as the mean gate of each expert, and learn from the cross entropy of the next
-    token. The choice is hard from the start; its gradient is that of the softmax of the scores.
-    While routers learn every FFN runs in full, since what was not chosen must say whether it would
-    have helped: nothing is saved before `patch` runs the policy.
+    Routers start as the mean gate of each expert. In a causal LM they learn from the cross entropy
+    of the next token; in an encoder from the model's own loss where a batch has labels, and else
+    from how far its last hidden states are off those of the whole FFNs: squared errors over squared
+    norms, the mean of the tokens without padding.
+
+    The choice is hard from the start; its gradient is that of the softmax of the scores. While
+    routers learn every FFN runs in full, since what was not chosen must say whether it would have
+    helped: nothing is saved before `patch` runs the policy.
 
     Args:
-        model: A causal LM of transformers of a known family, not patched, bare or inside PEFT.
-        batches: As many as ``steps``, as `tune_router` takes them.
+        model: A causal LM or encoder of transformers of a known family, not patched, bare or inside
+            PEFT.
+        batches: As many as ``steps``, as `tune_router` takes them. For an encoder tensors of token
+            ids ``[batch, tokens]`` or images, or mappings with what it is called with.
         steps: Of the optimiser, Adam.
         experts: Of each FFN; they must divide its neurons.
         top_k: Experts that each token runs.
@@ -91,8 +94,8 @@ def tune_experts(  # noqa: PLR0913
         The policy with the routers, and how they came to be.
 
     Raises:
-        UnknownFamily, UnsupportedModel: The model is no causal LM of a known family whose FFNs can
-            be split, or set up in a way that cannot be trained here; all by name.
+        UnknownFamily, UnsupportedModel: The model is of no known family whose FFNs can be
+            split, or set up in a way that cannot be trained here; all by name.
         PatchConflict: It is patched.
         TypeError: An argument or a batch is of the wrong type.
         ValueError: A setting is out of range, a batch does not fit, or there are too few.
@@ -107,26 +110,29 @@ def tune_experts(  # noqa: PLR0913
     )
     check_steps(steps)
     check_rate(learning_rate)
-    root, family, total = causal_lm(model, 0.0)
-    ffns = _ffns(root, family, plain, total)
-    routers = {layer: LearningRouter.start(ffn, experts, split) for layer, (_, ffn) in ffns.items()}
+    every = Ffns.of(model)
+    ffns = every.at(tuple(range(every.total)) if plain.layers is None else plain.layers)
+    _check_neurons(ffns, experts)
+    routers = {layer: LearningRouter.start(ffn, experts, split) for layer, ffn in ffns.items()}
     width = next(iter(routers.values())).weight.shape[1]
     rate = step_of(width) if learning_rate is None else learning_rate
     parameters = [p for router in routers.values() for p in (router.weight, router.bias)]
     optimizer = torch.optim.Adam(parameters, lr=rate)
     factor = experts / top_k if scaled else 1.0
+    forwards = {
+        layer: LearningForward(ffn, routers[layer], top_k, factor) for layer, ffn in ffns.items()
+    }
     losses = []
     began = perf_counter()
-    bar = ProgressBar("tuning experts", steps, progress)
-    with learning(root, ffns, routers, top_k, factor), bar, torch.enable_grad():
-        for step, batch in enumerate(read_batches(batches, steps, parameters[0].device)):
-            loss = next_token_loss(root, batch)
+    with ProgressBar("tuning experts", steps, progress) as bar, torch.enable_grad():
+        for step, (batch, _) in enumerate(every.read(batches, steps, parameters[0].device)):
+            loss = every.loss(batch, ffns, forwards)
             descend(optimizer, loss, step)
             losses.append(float(loss.detach()))
             bar.step(f"loss {losses[-1]:.3f}")
     return ExpertTuning(
         policy=_policy(plain, routers),
-        model=type(root).__name__,
+        model=type(every.root).__name__,
         steps=steps,
         seconds=perf_counter() - began,
         losses=tuple(losses),
@@ -151,26 +157,10 @@ def _policy(plain: FeedForwardExperts, routers: Mapping[int, LearningRouter]) ->
     )
 
 
-def _ffns(
-    root: nn.Module, family: Family, policy: FeedForwardExperts, total: int
-) -> dict[int, tuple[str, FeedForward]]:
-    """The FFNs to split and their names, by layer."""
-    layers = tuple(range(total)) if policy.layers is None else policy.layers
-    check_last(layers[-1], total)
-    starts = {layer: family.layer_names(root)[layer] + "." for layer in layers}
-    found = {}
-    for layer, start in starts.items():
-        name = next((n for n in family.mlp_names(root) if n.startswith(start)), None)
-        ffn = None if name is None else whole_ffn(root.get_submodule(name))
-        if name is None or ffn is None:
-            raise UnsupportedModel(
-                f"adaptive: layer {layer} has no FFN that is down(act(gate(x)) * up(x)) or "
-                "down(act(up(x))) of plain linear layers"
-            )
-        if ffn.neurons % policy.experts:
+def _check_neurons(ffns: Mapping[int, FeedForward], experts: int) -> None:
+    for layer, ffn in ffns.items():
+        if ffn.neurons % experts:
             raise ValueError(
                 f"adaptive: experts must divide the {ffn.neurons} neurons of layer {layer}, "
-                f"got {policy.experts}"
+                f"got {experts}"
             )
-        found[layer] = name, ffn
-    return found

@@ -48,7 +48,7 @@ class RouterTuning:
         model: Class of the model.
         steps: That were trained.
         seconds: In them.
-        losses: Cross entropy of each step, in nats per token.
+        losses: Of each step: cross entropy in nats per token, or what an encoder learns from.
         accuracies: Share of tokens of each step that the predictors guessed right; () without.
         shares: Share of sequences or tokens that ran, or of neurons that they used, of each step,
             over the routed layers.

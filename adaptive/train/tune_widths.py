@@ -11,22 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adaptive.errors import UnsupportedModel
-from adaptive.layers.feed_forward import FeedForward, whole_ffn
+from adaptive.layers.feed_forward import FeedForward
 from adaptive.policy import TokenRouting, WidthRouter
 from adaptive.policy.token_routing import neurons_of
 from adaptive.progress import ProgressBar
-from adaptive.train._batch import Batch, read_batches
-from adaptive.train._checks import causal_lm
+from adaptive.train._ffns import Ffns
 from adaptive.train._learning import (
-    check_last,
     check_number,
     check_rate,
     check_steps,
     check_strength,
     descend,
-    next_token_loss,
-    still,
 )
 from adaptive.train._routers import step_of
 from adaptive.train.tune_router import RouterTuning
@@ -51,6 +46,11 @@ class _Choices:
     bias: Tensor
     mask: Tensor | None = None
     shares: list[Tensor] = field(default_factory=list)
+
+    def start(self, mask: Tensor | None) -> None:
+        """Forget the last pass; ``mask`` is that of the next one."""
+        self.mask = mask
+        self.shares.clear()
 
     def of(self, layer: int, x: Tensor, total: int) -> tuple[Tensor, Tensor]:
         """Which neurons each token of ``x`` uses, ``[batch, tokens, total]``, and whether any.
@@ -82,8 +82,9 @@ class _MaskedForward:
         ffn = self.ffn
         hidden = ffn.hidden_of(x)
         used, some = self.choices.of(self.layer, x, hidden.shape[-1])
-        made: Tensor = ffn.finish(ffn.down(hidden * used.to(hidden.dtype)))
-        return made if ffn.down.bias is None else made * some.to(made.dtype)
+        weight, bias = ffn.down.weight, ffn.down.bias
+        made = ffn.finish(functional.linear(hidden * used.to(hidden.dtype), weight, bias))
+        return made if bias is None else made * some.to(made.dtype)
 
 
 def tune_widths(  # noqa: PLR0913
@@ -103,15 +104,17 @@ def tune_widths(  # noqa: PLR0913
 
     As Duo-LLM trains its routers (Alizadeh et al. 2024, arXiv:2410.10846): the loss is the cross
     entropy of the next token, and ``strength`` times the square of what the share of neurons in use
-    is off the ``target``. Choices are hard from the start; gradients pass through them straight to
-    the probabilities. While routers learn, FFNs run in full: nothing is saved before `patch` runs
-    the policy. Whether narrow FFNs are any good is a matter of the model's weights, which do not
-    learn here: that takes training with `TokenRouting`, whose gradients are right.
+    is off the ``target``. An encoder, which has no next token, learns as in `tune_experts`.
+
+    Choices are hard from the start; gradients pass through them straight to the probabilities.
+    While routers learn, FFNs run in full: nothing is saved before `patch` runs the policy. Whether
+    narrow FFNs are any good is a matter of the model's weights, which do not learn here: that takes
+    training with `TokenRouting`, whose gradients are right.
 
     Args:
-        model: A causal LM of transformers whose FFNs are plain linear layers and an activation
-            function, not patched, bare or inside PEFT.
-        batches: As for `tune_router`.
+        model: A causal LM or encoder of transformers whose FFNs are plain linear layers and an
+            activation function, not patched, bare or inside PEFT.
+        batches: As for `tune_experts`.
         widths: Shares of the neurons to choose from, two or more, ascending; the first may be 0.
         steps: Of the optimiser, Adam.
         layers: That get a router, ascending; None: all.
@@ -133,20 +136,13 @@ def tune_widths(  # noqa: PLR0913
     check_number("target", target, lambda x: 0 <= x <= 1, "be in [0, 1]")
     check_strength(strength)
     check_rate(learning_rate)
-    root, family, total = causal_lm(model, 0.0)
-    chosen = tuple(range(total)) if layers is None else tuple(layers)
-    width: int = root.config.hidden_size  # type: ignore[union-attr, assignment]
+    every = Ffns.of(model)
+    chosen = tuple(range(every.total)) if layers is None else tuple(layers)
+    width: int = every.root.config.hidden_size  # type: ignore[union-attr, assignment]
     start = WidthRouter.random(chosen, width, choices=max(len(widths), 2), seed=seed)
     untrained = TokenRouting(widths=tuple(widths), layers=chosen, router=start)  # checks them
-    check_last(chosen[-1], total)
-    names = family.mlp_names(root)
-    ffns = {}
-    for i in chosen:
-        ffn = whole_ffn(root.get_submodule(names[i])) if i < len(names) else None
-        if ffn is None:
-            raise UnsupportedModel(f"adaptive: layer {i} has no FFN of plain linear layers")
-        ffns[i] = names[i], ffn
-    device = ffns[chosen[0]][1].down.weight.device
+    ffns = every.at(chosen)
+    device = ffns[chosen[0]].down.weight.device
     weight = torch.tensor(start.weight, device=device, requires_grad=True)
     bias = torch.zeros(weight.shape[:2], device=device, requires_grad=True)
     rate = step_of(width) if learning_rate is None else learning_rate
@@ -159,11 +155,12 @@ def tune_widths(  # noqa: PLR0913
     choices = _Choices(chosen, untrained.choices, weight, bias)
     losses, shares = [], []
     began = perf_counter()
-    bar = ProgressBar("tuning widths", steps, progress)
-    forwards = {name: _MaskedForward(ffn, i, choices) for i, (name, ffn) in ffns.items()}
-    with still(root, forwards), bar, torch.enable_grad():
-        for step, batch in enumerate(read_batches(batches, steps, device)):
-            loss, share = _losses(root, choices, batch)
+    forwards = {i: _MaskedForward(ffn, i, choices) for i, ffn in ffns.items()}
+    with ProgressBar("tuning widths", steps, progress) as bar, torch.enable_grad():
+        for step, (batch, mask) in enumerate(every.read(batches, steps, device)):
+            choices.start(mask)
+            loss = every.loss(batch, ffns, forwards)
+            share = torch.stack(choices.shares).mean()
             value = loss + strength * (share - target).square()
             descend(optimizer, value, step)
             losses.append(float(loss.detach()))
@@ -176,18 +173,10 @@ def tune_widths(  # noqa: PLR0913
         policy=TokenRouting(
             widths=untrained.choices, router=WidthRouter.from_tensors(learned, biases)
         ),
-        model=type(root).__name__,
+        model=type(every.root).__name__,
         steps=steps,
         seconds=perf_counter() - began,
         losses=tuple(losses),
         shares=tuple(shares),
         settings={"target": target, "strength": strength, "learning_rate": rate, "seed": seed},
     )
-
-
-def _losses(root: nn.Module, choices: _Choices, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Cross entropy of one batch, and the share of the neurons in use."""
-    choices.shares.clear()
-    choices.mask = batch.inputs.get("attention_mask")
-    loss = next_token_loss(root, batch)
-    return loss, torch.stack(choices.shares).mean()

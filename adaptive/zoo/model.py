@@ -146,6 +146,7 @@ class ZooModel(nn.Module, ABC):
             ValueError: No row, an empty row, or an option is out of range.
             TypeError: The ids are not whole numbers, or the model's dtype has no kernels.
             IndexError: An id is not in the vocabulary.
+            NotImplementedError: torch.autocast is on.
         """
         prompts = self._prompts(ids)
         kv_dtype = kv_dtype or self.dtype
@@ -247,6 +248,11 @@ class ZooModel(nn.Module, ABC):
         for name, dtype in (("the model's dtype", self.dtype), ("kv_dtype", kv_dtype)):
             if dtype not in DTYPES:
                 raise TypeError(f"adaptive::zoo: {name} must be one of {DTYPES}, got {dtype}")
+        if torch.is_autocast_enabled(self.device.type):
+            raise NotImplementedError(
+                "adaptive::zoo: generation cannot run under torch.autocast, whose dtypes differ "
+                "within a layer: leave it, and take model.to(dtype) for another one"
+            )
 
     def _prompts(self, ids: Prompts) -> list[Tensor]:
         if isinstance(ids, Tensor) and ids.dim() != 2:  # noqa: PLR2004

@@ -13,7 +13,7 @@ from torch import nn
 import adaptive
 from adaptive import _native
 from adaptive.layers import hf_linear
-from adaptive.layers.hf_linear import MIN_WEIGHT_BYTES, LinearForward, most_rows
+from adaptive.layers.hf_linear import MIN_WEIGHT_BYTES, LinearForward
 
 LARGE = {
     "hidden_size": 1024,
@@ -123,20 +123,6 @@ def test_many_rows_and_training_are_stock_bit_for_bit():
             with torch.autocast("cpu", torch.bfloat16):
                 assert linear(few).dtype == torch.bfloat16
         assert ran() == before + 2
-
-
-def test_fewer_rows_where_computing_is_slow_or_stock_is_fast(monkeypatch):
-    assert most_rows(torch.float32) == most_rows(torch.bfloat16) == 16
-    adaptive.set_cpu_level("baseline")
-    assert most_rows(torch.float32) == most_rows(torch.bfloat16) == 4
-    adaptive.set_cpu_level(None)
-    monkeypatch.setattr(hf_linear, "SLOW_DTYPES", frozenset())
-    for tiles in (True, False):
-        monkeypatch.setattr(hf_linear, "TILES", tiles)
-        dots = adaptive.cpu_level() == "avx512_bf16" and not tiles
-        assert most_rows(torch.bfloat16) == (16 if dots else 4)
-        assert (most_rows(torch.float32), most_rows(torch.float16)) == (16, 4)
-        assert most_rows(torch.bfloat16, widens=True) == 4
 
 
 def test_switched_off_it_is_stock_bit_for_bit():

@@ -81,7 +81,7 @@ def test_bad_settings(fields, error, message):
 
 
 def test_bad_models():
-    with pytest.raises(adaptive.UnsupportedModel, match="layer 0 has no FFN that is down"):
+    with pytest.raises(adaptive.UnsupportedModel, match="layer 0 has an FFN, GPT2MLP, that is no"):
         tune_experts(make("gpt2"), batches(1), steps=1)
     model = make("llama")
     router = ExpertRouterWeights.random((0, 1), 6, 128)

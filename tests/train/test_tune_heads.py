@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from head_cases import FOUR
+from head_cases import FOUR, Masked, query_of
 from models import make, token_ids
 
 import adaptive
@@ -22,7 +22,7 @@ def norms_by_hand(model, layer, batch):
     attention, seen = model.model.layers[layer].self_attn, {}
     handles = [
         module.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
-        for name, module in (("q", attention.q_proj), ("o", attention.o_proj))
+        for name, module in (("q", query_of(attention)), ("o", attention.o_proj))
     ]
     model(**batch) if isinstance(batch, dict) else model(batch)
     for handle in handles:
@@ -36,8 +36,9 @@ def norms_by_hand(model, layer, batch):
     return seen["q"].flatten(0, 1), torch.stack(parts, 1)
 
 
-def test_routers_are_the_least_squares_of_what_heads_add():
-    model, given = make("qwen2", **FOUR), batches(12)
+@pytest.mark.parametrize("case", ["qwen2", "phi3"])
+def test_routers_are_the_least_squares_of_what_heads_add(case):
+    model, given = make(case, **FOUR), batches(12)
     before = copy.deepcopy(model.state_dict())
     found = tune_heads(model, given, steps=12, top_k=2, layers=(1,), ridge=1e-9)
     pairs = [norms_by_hand(model, 1, ids) for ids in given]
@@ -77,6 +78,22 @@ def test_policies_run_and_choose_better_than_others():
     assert "480 tokens" in str(tokenwise)
 
 
+@torch.no_grad()
+def test_heads_chosen_by_a_prompt_decode_its_cache():
+    model, ids = make("llama", **FOUR), token_ids(1, 30)
+    caches = [model(ids[:, :20], use_cache=True).past_key_values for _ in range(2)]
+    found = tune_heads(model, [ids[:, :20]], steps=1, top_k=2, decide="layer")
+    reference, stock = Masked(model, found.policy), model(ids).logits
+    with adaptive.patch(model, found.policy):
+        for part in ids[:, 20:].split([1, 1, 8], 1):
+            made, wanted = (
+                which(part, past_key_values=cache).logits
+                for which, cache in zip((model, reference), caches, strict=True)
+            )
+            torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(made, stock[:, 22:], atol=1e-2)
+
+
 def test_padding_teaches_nothing():
     model, ids = make("llama", **FOUR), token_ids(2, 24)
     mask = torch.ones_like(ids)
@@ -111,7 +128,7 @@ def test_bad_settings_leave_the_model_as_it_was(name):
 
 def test_models_it_cannot_tune():
     with pytest.raises(adaptive.UnsupportedModel, match="layer 0 has no 'q_proj' that is a plain"):
-        tune_heads(make("phi3"), batches(1), steps=1, top_k=1)
+        tune_heads(make("gpt2"), batches(1), steps=1, top_k=1)
     model = make("llama", **FOUR)
     with adaptive.patch(model), pytest.raises(adaptive.PatchConflict, match="is patched"):
         tune_heads(model, batches(1), steps=1, top_k=1)

@@ -7,7 +7,7 @@ from width_cases import always
 
 import adaptive
 from adaptive import TokenRouting
-from adaptive.layers.feed_forward import whole_ffn
+from adaptive.layers.feed_forward import ffn_at
 from adaptive.train import tune_widths
 from adaptive.train.tune_widths import _Choices, _MaskedForward
 
@@ -36,7 +36,8 @@ def test_the_model_while_learning_is_the_patched_one():
             share = patched.report().widths.used_share
         choices = _Choices(found.layers, found.choices, *_tensors(found.router))
         for index, layer in enumerate(model.model.layers):
-            layer.mlp.forward = _MaskedForward(whole_ffn(layer.mlp), index, choices)
+            ffn = ffn_at(model, f"model.layers.{index}.mlp", index)
+            layer.mlp.forward = _MaskedForward(ffn, index, choices)
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
         assert float(torch.stack(choices.shares).mean()) == pytest.approx(share)
 
@@ -119,7 +120,7 @@ def test_bad_settings_are_refused(name):
 
 
 def test_models_that_do_not_fit_are_refused():
-    with pytest.raises(adaptive.UnsupportedModel, match="layer 0 has no FFN of plain"):
+    with pytest.raises(adaptive.UnsupportedModel, match="layer 0 has an FFN, Phi3MLP, that is no"):
         tune_widths(make("phi3"), batches(3), **FIELDS)
     model = make("llama")
     with adaptive.patch(model), pytest.raises(adaptive.PatchConflict):

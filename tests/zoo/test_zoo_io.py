@@ -96,6 +96,19 @@ def test_bad_input_of_generate_is_named(model, ids, options, error, message):
         model.generate(ids, **{"max_new_tokens": 4, **options})
 
 
+def test_autocast_is_for_training(model):
+    ids = draw(2, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss(ids)
+        with pytest.raises(
+            NotImplementedError, match=r"generation cannot run under torch\.autocast"
+        ):
+            model.generate(ids, 2)
+    loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert len(model.generate(ids, 2)) == 2
+
+
 def test_bad_input_of_forward_is_named(model):
     for ids, error, message in [
         (torch.zeros(3, dtype=torch.int64), ValueError, r"ids must be \[batch, tokens\]"),
