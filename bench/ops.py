@@ -32,7 +32,8 @@ from bench.timing import TOLERANCE, WrongResultError, cache_flusher, interleave,
 OWN_LEVELS = {
     "avx512_bf16": (
         *("skinny_linear", "exit_confidence", "prefix_row_ffn"),
-        *("decode_attention", "gather_attention", "scored_attention", "tree_attention"),
+        *("decode_attention", "gather_attention", "tree_attention"),
+        *("score_tokens", "scored_attention"),
     )
 }
 """Levels at which only some ops have kernels of their own."""

@@ -134,6 +134,16 @@ def test_special_tokens_stay_alone(source, case):
 @both_sources
 @either_policy
 @torch.no_grad()
+def test_no_images_make_no_features(source, policy):
+    model = make(source)
+    with adaptive.patch(model, policy):
+        assert model.forward_features(images()[:0]).shape == (0, 64 + model.num_prefix_tokens, 64)
+        assert model(images()[:0]).shape == (0, 10)
+
+
+@both_sources
+@either_policy
+@torch.no_grad()
 def test_audits_compare_the_features(source, policy):
     model = make(source)
     full = model.forward_features(images())[:, 0]

@@ -74,6 +74,32 @@ def test_methods_that_someone_replaced(source):
 
 
 @both_sources
+@pytest.mark.parametrize("part", ["", ".attn", ".attn.k_norm"])
+def test_modules_that_run_several_times(source, part):
+    model = make(source)
+    model.set_submodule(f"blocks.2{part}", model.get_submodule(f"blocks.1{part}"))
+    assert f"blocks.2{part} is blocks.1{part} once more" in refused(model, POLICIES["merging"])
+    model = make(source)
+    model.blocks[1].attn.k_norm = model.blocks[1].attn.q_norm
+    assert "k_norm is blocks.1.attn.q_norm once more" in refused(model, POLICIES["pruning"])
+
+
+@both_sources
+@either_policy
+@torch.no_grad()
+def test_blocks_that_went_after_the_patch(source, policy):
+    model = make(source)
+    patched = adaptive.patch(model, policy)
+    whole = model.blocks
+    model.blocks = whole[:2]
+    with pytest.raises(RuntimeError, match=r"must see the last of 4 layers, .* and 2 layers ran"):
+        model(images())
+    model.blocks = whole
+    assert torch.isfinite(model(images())).all()
+    patched.unpatch()
+
+
+@both_sources
 def test_classes_that_are_not_timm_s_own(source):
     def heir(name, **methods):
         model = make(source)

@@ -155,11 +155,13 @@ def _problems(models: dict[str, Any]) -> Iterator[str]:
             yield f"{name or kind} has a forward_features of its own, set by someone else"
         if not len(blocks):
             yield f"{name or kind} has no blocks"
+        known: dict[nn.Module, str] = {}
         for number, block in enumerate(blocks):
-            yield from _block_problems(f"{name}.blocks.{number}".lstrip("."), block)
+            yield from _block_problems(f"{name}.blocks.{number}".lstrip("."), block, known)
 
 
-def _block_problems(name: str, block: Any) -> Iterator[str]:
+def _block_problems(name: str, block: Any, known: dict[nn.Module, str]) -> Iterator[str]:
+    """Why a block cannot be patched; ``known`` are the parts of those before it, by name."""
     if not _runs(block, "forward", _BLOCKS):
         yield (
             f"{name} is a {type(block).__name__}, which does not run attention and then an MLP as "
@@ -174,3 +176,8 @@ def _block_problems(name: str, block: Any) -> Iterator[str]:
         yield f"{name}.attn takes no attn_mask, where sizes of tokens go: timm 1.0.16 or newer does"
     elif own_forward(attention) is not None:
         yield f"{name}.attn has a forward of its own, set by someone else"
+    else:
+        norms = {".attn.q_norm": attention.q_norm, ".attn.k_norm": attention.k_norm}
+        for part, module in {"": block, ".attn": attention, **norms}.items():
+            if (first := known.setdefault(module, name + part)) != name + part:
+                yield f"{name}{part} is {first} once more; give each block modules of its own"

@@ -53,7 +53,8 @@ class TokenPrunes(TokenReduction):
         """Note that layer ``index`` now runs on ``states``."""
         super().before(index, states)
         self._weights = self._scores = None
-        real = [states.shape[1]] if self._real is None else self._real
+        batch, tokens, _ = states.shape
+        real = [tokens] * batch if self._real is None else self._real
         if not any(self.policy.removed(length, self.protect) for length in real):
             self._wanted = False
 

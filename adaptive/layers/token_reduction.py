@@ -33,7 +33,7 @@ class TokenReduction:
         lengths: Real tokens of each row before the next reduction, ``[batch]``; None: all.
         bias: Added to the scores of each key, ``[batch, 1, 1, tokens]``, float32; None: nothing.
         groups: Which token each original one is part of now, ``[batch, all tokens]``; -1: of none.
-            None: itself.
+            None: itself, also once all have their states again.
         tokens: Real tokens that went through each layer so far.
         seconds: Time spent on choosing and reducing.
         query: Queries of the layer now running whose keys are not there yet.
@@ -90,6 +90,7 @@ class TokenReduction:
             states = self.reduce(index, states)
         if index == self.layers - 1 and self.groups is not None:
             states = self.restore(states)
+            self.groups = None
         self.seconds += perf_counter() - start
         return states
 

@@ -84,11 +84,20 @@ def finish(
         full: Makes them with all tokens in all layers; the first of what it returns.
         mask: Which tokens are not padding, ``[batch, tokens]``; None: all.
         seconds: That the pass took.
+
+    Raises:
+        RuntimeError: The last layer did not run, so that states of some tokens are missing.
     """
     reduction: TokenReduction = record.token_reduction
     log = record.token_reduction_log
-    nan = reduction.nan
+    lost, nan = reduction.groups is not None, reduction.nan
     tokens, reduce_seconds = reduction.end()
+    if lost:
+        raise RuntimeError(
+            f"adaptive: {type(reduction.policy).__name__} must see the last of {reduction.layers} "
+            f"layers, behind which all tokens get a state, and {len(tokens)} layers ran; patch() "
+            "the model as it runs"
+        )
     if log is None or not tokens:
         return
     log.count(tokens, seconds, reduce_seconds, nan)

@@ -121,9 +121,9 @@ def skinny_linear(
 
     Returns:
         ``[rows, out_features]``, dtype of ``input``, summed in float32 with the bias and rounded
-        once. A row's result depends on that row alone, bit for bit. Elements of bfloat16 below
-        1.2e-38 count as 0 where the processor multiplies that type itself (`cpu_level()` is
-        "avx512_bf16").
+        once. A row's result depends on that row alone, bit for bit. Elements of bfloat16 and
+        sums of their products below 1.2e-38 count as 0 where the processor multiplies that type
+        itself (`cpu_level()` is "avx512_bf16").
 
     Raises:
         ValueError: A shape, device or memory layout is wrong.

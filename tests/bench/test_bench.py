@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import adaptive
+from adaptive import _native
 from adaptive.ops import OPS
 from bench import ops, record, stock
 from bench.machine import facts, read_bandwidth
@@ -37,6 +39,23 @@ def test_nan_is_wrong_and_so_is_another_shape():
 
 def test_error_is_relative_to_the_largest_true_value():
     assert relative_error(torch.tensor([1.0, 4.4]), torch.tensor([1.0, 4.0])) == pytest.approx(0.1)
+
+
+@pytest.mark.skipif(_native.best_cpu_level() != "avx512_bf16", reason="this CPU has no such level")
+@pytest.mark.parametrize("name", sorted(set(OPS) - set(ops.OWN_LEVELS["avx512_bf16"])))
+def test_ops_without_kernels_of_a_level_are_those_of_the_one_below(name):
+    def made(level, sizes):
+        adaptive.set_cpu_level(level)
+        arguments = OPS[name].make_inputs(**sizes, dtype=torch.bfloat16, device="cpu", seed=3)
+        outs = OPS[name](*arguments)
+        return outs if isinstance(outs, tuple) else (outs,)
+
+    try:
+        for sizes in OPS[name].edges:
+            for own, below in zip(made("avx512_bf16", sizes), made("avx512", sizes), strict=True):
+                torch.testing.assert_close(own, below, rtol=0, atol=0, equal_nan=True)
+    finally:
+        adaptive.set_cpu_level(None)
 
 
 def test_a_wrong_op_is_noted_as_a_failure_and_the_others_are_measured(tmp_path, monkeypatch):

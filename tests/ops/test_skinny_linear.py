@@ -115,6 +115,15 @@ def test_every_16_bit_value_passes_through(dtype, level):
     torch.testing.assert_close(made[0], values, rtol=0, atol=0)
 
 
+def test_sums_of_bfloat16_below_the_smallest_normal_number(level):
+    tiny = torch.full((1, 32), 1e-20).bfloat16()
+    bias = torch.full((1,), 1e-39).bfloat16()
+    summed = 0 if level == "avx512_bf16" else (tiny.double() ** 2).sum()
+    made = skinny_linear(tiny, tiny, bias)[0]
+    right = (summed + bias.double()).bfloat16()
+    torch.testing.assert_close(made, right, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_rounding_is_that_of_torch(dtype, level):
     """Sums of two terms, exact in float32: ties, subnormals and overflow among them."""
