@@ -158,6 +158,11 @@ def routed_layers(
     first = always_run(unit, own_windows(config, total))
     if layers is None:
         layers = [layer for layer in range(total // 2, total - 1) if layer not in first]
+        if not layers:
+            raise ValueError(
+                f"adaptive: layers must be named: None takes the deeper half but the last of those "
+                f"that may be skipped, which is none of the model's {total} layers"
+            )
     chosen = tuple(layers)
     whole = all(type(layer) is int for layer in chosen)
     if not chosen or not whole or list(chosen) != sorted(set(chosen)) or chosen[0] < 0:
