@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from adaptive.layers.autocast import in_own_dtype
 from adaptive.layers.balanced_clusters import balanced_clusters
 from adaptive.layers.feed_forward import FeedForward
 
@@ -54,7 +55,8 @@ class LearningRouter:
         The gradient is that of ``top_k`` times the softmax of the scores: a straight-through
         estimate, which reaches experts that were not chosen, too.
         """
-        scores = states.float() @ self.weight.T + self.bias
+        with in_own_dtype(states.device):
+            scores = states.float() @ self.weight.T + self.bias
         best = scores.argsort(dim=-1, descending=True, stable=True)[..., :top_k]
         runs = torch.zeros_like(scores).scatter(-1, best, 1.0)
         soft = top_k * scores.softmax(-1)

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from adaptive.adapters import Family
 from adaptive.errors import UnsupportedModel
+from adaptive.layers.autocast import in_own_dtype
 from adaptive.layers.changes import own_forward
 from adaptive.layers.hf_windows import own_windows
 from adaptive.layers.pooling import pool_weights, pooled
@@ -59,11 +60,12 @@ class Gates:
         """
         weight = self.weight[self.layers.index(index)]
         real = pool_weights(states, self.mask, "mean")
-        if self.decide == "sequence":
-            logits = (pooled(states, real) @ weight)[:, None]
-            counted = (real.sum(1, keepdim=True) > 0).float()
-        else:
-            logits, counted = states.float() @ weight, (real > 0).float()
+        with in_own_dtype(states.device):
+            if self.decide == "sequence":
+                logits = (pooled(states, real) @ weight)[:, None]
+                counted = (real.sum(1, keepdim=True) > 0).float()
+            else:
+                logits, counted = states.float() @ weight, (real > 0).float()
         score = logits.sigmoid()
         hard = score >= THRESHOLD
         if self.capacity is not None:
@@ -76,7 +78,9 @@ class Gates:
     def _guess(self, index: int, states: Tensor, best: Tensor, real: Tensor) -> None:
         """Let the layer's predictor guess which tokens are the ``best``; states get no gradient."""
         assert self.predictor is not None  # a capacity comes with one
-        logits = predict(states.detach().float(), self.predictor[self.layers.index(index)])[real]
+        with in_own_dtype(states.device):
+            weights = self.predictor[self.layers.index(index)]
+            logits = predict(states.detach().float(), weights)[real]
         loss = functional.binary_cross_entropy_with_logits(logits, best[real])
         right = ((logits > 0) == (best[real] > 0)).float().mean()
         self.guesses.append((loss, right))
@@ -154,6 +158,11 @@ def routed_layers(
     first = always_run(unit, own_windows(config, total))
     if layers is None:
         layers = [layer for layer in range(total // 2, total - 1) if layer not in first]
+        if not layers:
+            raise ValueError(
+                f"adaptive: layers must be named: None takes the deeper half but the last of those "
+                f"that may be skipped, which is none of the model's {total} layers"
+            )
     chosen = tuple(layers)
     whole = all(type(layer) is int for layer in chosen)
     if not chosen or not whole or list(chosen) != sorted(set(chosen)) or chosen[0] < 0:

@@ -92,7 +92,7 @@ def fit_router(
 
     Every batch runs once through the whole model, whose ``layers`` run twice unless blocks are
     routed. For tokens, what the routers read is held in memory, ``tokens * width * 4`` bytes for
-    each layer.
+    each layer, and about eight times as much for the one that is being fitted.
 
     Args:
         model: As for `tune_router`.
@@ -195,8 +195,8 @@ class _Samples:
         self._changed[index].append(changed.cpu())
 
     def all(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Return ``[samples, width]`` and ``[samples]`` of each layer."""
-        read = [torch.cat(each) for each in self._read.values()]
+        """Return ``[samples, width]`` and ``[samples]`` of each layer, once."""
+        read = [torch.cat(self._read.pop(layer)) for layer in tuple(self._read)]
         if len(read[0]) < LEAST_SAMPLES:
             raise ValueError(
                 f"adaptive: batches must hold {LEAST_SAMPLES} {self._decide}s or more to fit "

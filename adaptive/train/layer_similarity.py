@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ def layer_similarity(
 
     Raises:
         UnknownFamily, UnsupportedModel, PatchConflict, TypeError, ValueError: As `tune_router`.
+        FloatingPointError: What a layer puts out is not finite; the first is named.
     """
     if unit not in UNITS:
         raise ValueError(f"adaptive: unit must be one of {', '.join(UNITS)}, got {unit!r}")
@@ -43,7 +45,12 @@ def layer_similarity(
     found: list[list[Tensor]] = [[] for _ in range(total)]
 
     def see(index: int, reads: Tensor, cosines: Tensor, weights: Tensor) -> None:
-        found[index].append(cosines[weights > 0])
+        known = cosines[weights > 0]
+        if not known.isfinite().all():
+            raise FloatingPointError(
+                f"adaptive: what layer {index} puts out must be finite, got NaN or infinity"
+            )
+        found[index].append(known)
 
     watch_layers(root, family, batches, unit=unit, layers=range(total), see=see)
     return tuple(float(torch.cat(cosines).mean()) for cosines in found)
@@ -55,10 +62,13 @@ def least_changing(
     """Return the ``count`` layers of highest similarity, ascending, none of the ``spared`` ones.
 
     Raises:
-        ValueError: There are not so many.
+        ValueError: There are not so many, or a similarity is NaN.
     """
     free = [layer for layer in range(len(similarity)) if layer not in spared]
     if type(count) is not int or not 1 <= count <= len(free):
         raise ValueError(f"adaptive: count must be from 1 to {len(free)}, got {count!r}")
+    for layer in free:
+        if math.isnan(similarity[layer]):
+            raise ValueError(f"adaptive: similarity must hold numbers, got NaN of layer {layer}")
     best = sorted(free, key=lambda layer: (-similarity[layer], layer))[:count]
     return tuple(sorted(best))

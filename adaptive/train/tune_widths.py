@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from adaptive.layers.autocast import in_own_dtype
 from adaptive.layers.feed_forward import FeedForward
 from adaptive.policy import TokenRouting, WidthRouter
 from adaptive.policy.token_routing import neurons_of
@@ -58,6 +59,10 @@ class _Choices:
         1 or 0; the gradient is that of the router's probabilities, a straight-through estimate.
         """
         at = self.layers.index(layer)
+        with in_own_dtype(x.device):
+            return self._of(at, x, total)
+
+    def _of(self, at: int, x: Tensor, total: int) -> tuple[Tensor, Tensor]:
         odds = functional.linear(x.float(), self.weight[at], self.bias[at]).softmax(-1)
         hard = functional.one_hot(odds.argmax(-1), len(self.widths)).float()
         chosen = hard + (odds - odds.detach())

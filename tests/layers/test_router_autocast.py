@@ -21,6 +21,9 @@ from adaptive.layers.pooling import pool_weights, pooled
 from adaptive.layers.switch import Switch
 from adaptive.layers.width_choice import WidthPass, chosen_neurons
 from adaptive.policy.router_predictor import PARTS
+from adaptive.train._experts import LearningRouter
+from adaptive.train._routers import Gates
+from adaptive.train.tune_widths import _Choices
 
 ROWS, CPU = 400, torch.device("cpu")
 NATIVE, ODD = 64, 36
@@ -66,6 +69,26 @@ def depths(states):
     return routes.logits(0, states[None]), routes._guesses(0, states[None])
 
 
+def learning_depths(states):
+    weight = drawn(1, states.shape[1])
+    sequence = Gates((0,), "block", "sequence", weight).decide_on(0, states.view(40, 10, -1))
+    predictor = [drawn(8, states.shape[1]), drawn(8), drawn(8), drawn(1)]
+    gates = Gates((0,), "block", "token", weight, capacity=0.5, predictor=(predictor,))
+    return sequence, gates.decide_on(0, states[None]), *gates.guesses[0]
+
+
+def learning_widths(states):
+    choices = _Choices((0,), (0.25, 0.5, 1.0), drawn(1, 3, states.shape[1]), drawn(1, 3))
+    return choices.of(0, states[None], 100)
+
+
+def learning_experts(states):
+    order = torch.arange(8)
+    weight = drawn(8, states.shape[1])
+    router = LearningRouter(order=order, of=order, weight=weight, bias=drawn(8))
+    return (router.choose(states, 2),)
+
+
 def pools(states):
     batch = states.view(4, -1, states.shape[1])
     return (pooled(batch, pool_weights(batch, None, "mean")),)
@@ -80,9 +103,13 @@ def exits(states):
     return (found._wanted,)
 
 
+RUNNING = (heads, experts, two_widths, three_widths, depths, pools, exits)
+LEARNING = (learning_depths, learning_widths, learning_experts)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("width", [NATIVE, ODD])
-@pytest.mark.parametrize("decide", [heads, experts, two_widths, three_widths, depths, pools, exits])
+@pytest.mark.parametrize("decide", [*RUNNING, *LEARNING])
 def test_autocast_changes_no_decision(decide, width, dtype):
     states = drawn(ROWS, width, seed=1)
     wanted = decide(states)

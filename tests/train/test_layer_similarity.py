@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from models import token_ids
+from models import make, token_ids
 from routed_models import UNITS, deep, forward, parts
 
 import adaptive
-from adaptive.train import layer_similarity
+from adaptive.train import layer_similarity, least_changing
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -28,3 +28,15 @@ def test_a_cosine_is_that_of_the_layer_with_and_without_the_unit(case, unit):
     wanted = torch.cosine_similarity(with_unit, without, dim=-1).mean()
     assert layer_similarity(model, [ids], unit=unit)[2] == pytest.approx(float(wanted), abs=1e-5)
     assert float(wanted) < 1 - 1e-4
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_nan_is_named_by_its_layer_and_never_chosen(unit):
+    model = make("llama", num_hidden_layers=3)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 5] = torch.nan
+    with pytest.raises(FloatingPointError, match="what layer 1 puts out must be finite"):
+        layer_similarity(model, [token_ids()], unit=unit)
+    with pytest.raises(ValueError, match="similarity must hold numbers, got NaN of layer 1"):
+        least_changing((0.5, torch.nan, 0.9), 1)
+    assert least_changing((torch.nan, 0.5, 0.9), 1) == (2,)

@@ -51,3 +51,15 @@ def test_what_tells_nothing_explains_nothing():
     assert flat.explained == 0.0
     assert torch.equal(flat.left_out, torch.ones(9, dtype=torch.float64))
     assert not flat.weight.any()
+
+
+def test_a_state_that_is_far_from_zero_hides_no_other():
+    """Some states of language models are thousands in one dimension, and next to constant there."""
+    x, y = samples(60, 12, 0.2)
+    far = torch.cat([x, 3000 + 1e-3 * x[:, :1], torch.zeros(60, 2)], 1)
+    fit = fit_ridge(far, y)
+    left, values, right = torch.linalg.svd(far - far.mean(0), full_matrices=False)
+    penalty = min(_STRENGTHS) * values.square().mean()
+    weight = right.T @ (values / (values.square() + penalty) * (left.T @ (y - y.mean())))
+    assert torch.allclose(fit.weight, weight, rtol=1e-8, atol=1e-10)
+    assert torch.allclose(fit.bias + far @ fit.weight, y, atol=2.0)
