@@ -64,7 +64,9 @@ def read_batch(given: Tensor | Mapping[str, Any], device: torch.device) -> Batch
         _check(name, value, fields["input_ids"])
     fields = {name: value.to(device, non_blocking=True) for name, value in fields.items()}
     labels = fields.pop("labels", None)
+    asked = "labels must leave a token"
     if labels is None:
+        asked = "attention_mask must leave a row of two tokens"
         labels = fields["input_ids"]
         mask = fields.get("attention_mask", torch.ones_like(labels)) != 0
         learned = mask[:, 1:] & mask[:, :-1]
@@ -73,7 +75,7 @@ def read_batch(given: Tensor | Mapping[str, Any], device: torch.device) -> Batch
     # The place before the token that is learned: of the last column nothing is predicted.
     places = functional.pad(learned, (0, 1)).flatten().nonzero().flatten()
     if not len(places):
-        raise ValueError("adaptive: labels must leave a token to be learned, got none")
+        raise ValueError(f"adaptive: {asked} to be learned from, got none")
     return Batch(inputs=fields, places=places, targets=labels.flatten()[places + 1].long())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -151,6 +151,7 @@ def routed_layers(
     """Return the layers that get a router; None: the deeper half of those that may, but the last.
 
     Raises:
+        TypeError: They are one number, or nothing of the kind.
         ValueError: They are not ascending, not there, or such as always run.
     """
     total = len(family.layer_names(root))
@@ -163,6 +164,8 @@ def routed_layers(
                 f"adaptive: layers must be named: None takes the deeper half but the last of those "
                 f"that may be skipped, which is none of the model's {total} layers"
             )
+    if not isinstance(layers, Iterable):
+        raise TypeError(f"adaptive: layers must be ascending numbers, got {layers!r}")
     chosen = tuple(layers)
     whole = all(type(layer) is int for layer in chosen)
     if not chosen or not whole or list(chosen) != sorted(set(chosen)) or chosen[0] < 0:

@@ -180,7 +180,11 @@ IDS = torch.ones(2, 6, dtype=torch.int64)
         ({"input_ids": IDS, "labels": [1, 2]}, TypeError, "labels must be a tensor, got list"),
         ({"input_ids": IDS, "attention_mask": IDS[:1]}, ValueError, "attention_mask must have"),
         ({"input_ids": IDS, "labels": IDS * 0 - 100}, ValueError, "labels must leave a token"),
-        ({"input_ids": IDS, "attention_mask": IDS * 0}, ValueError, "labels must leave a token"),
+        (
+            {"input_ids": IDS, "attention_mask": IDS * 0},
+            ValueError,
+            "attention_mask must leave a row",
+        ),
     ],
 )
 def test_batches_that_do_not_fit_are_refused_by_name(batch, error, match):

@@ -150,12 +150,13 @@ def test_the_layers_that_change_least():
         ({"decide": "row"}, "decide must be one of sequence, token, got 'row'"),
         ({"layers": (0, 2)}, "layers must leave out the first layer, and the first with each"),
         ({"layers": ("1",)}, "layers must be ascending numbers from 0 on"),
+        ({"layers": 2}, "layers must be ascending numbers, got 2"),
         ({"layers": (4,)}, "layers must be below the model's 4 layers, got 4"),
     ],
 )
 def test_settings(fields, message):
     model, batches = taught()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         tune_router(model, batches, **{"steps": 60, **fields})
     assert not any("forward" in module.__dict__ for module in model.modules())
 
