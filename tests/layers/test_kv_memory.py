@@ -18,13 +18,30 @@ from adaptive.layers.kv_store import KVStore
 ON_LINUX = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads /proc")
 
 
+M_MMAP_THRESHOLD = -3  # of <malloc.h>
+IS_MMAPPED = 2  # in what glibc keeps before an allocation
+LARGE_BYTES = 8 << 20
+
+
+def taken_holes():
+    """What malloc still holds of large size, which may be resident or wish for huge pages."""
+    libc, held = ctypes.CDLL(None), []
+    libc.malloc_trim(0)
+    libc.mallopt(M_MMAP_THRESHOLD, 1 << 20)  # what is not held gets a mapping of its own
+    for _ in range(500):
+        held.append(torch.empty(LARGE_BYTES, dtype=torch.uint8))
+        if ctypes.c_size_t.from_address(held[-1].data_ptr() - 8).value & IS_MMAPPED:
+            break
+    return held
+
+
 @pytest.fixture
 def lazy_memory():
-    """Fresh memory as users have it: not filled, and without what earlier tests wrote."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
+    """Fresh memory as users have it: not filled, and without what earlier tests left."""
     torch.utils.deterministic.fill_uninitialized_memory = False
+    held = taken_holes() if sys.platform == "linux" else []
     yield
+    held.clear()
     torch.utils.deterministic.fill_uninitialized_memory = True
 
 
