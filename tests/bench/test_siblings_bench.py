@@ -17,7 +17,7 @@ from bench.speculation import measure
 from bench.table_speculation import siblings_table
 
 ROOT = Path(__file__).parents[2]
-RESULTS = sorted((ROOT / "bench" / "results").glob("*cascadelake-siblings.json"))
+RESULTS = sorted((ROOT / "bench" / "results").glob("*-siblings.json"))
 MACHINE = {
     "cpu": "A Processor",
     "cores": 2,
