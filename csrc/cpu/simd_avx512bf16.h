@@ -9,8 +9,7 @@ namespace {
 
 struct SimdAvx512Bf16 : SimdAvx512 {
   using Pairs = __m512bh;
-  // Measured on Zen 4, which reads four rows in turns at half of the speed of one stretch of
-  // memory.
+  // Zen 4 reads four rows in turns more slowly than one stretch of memory.
   static constexpr bool kFetchesInOrder = true;
 
   static ADAPTIVE_INLINE Pairs load_pairs(const Bfloat16* p) {
